@@ -1,0 +1,29 @@
+"""Batch normalisation on the CPU for NumPy arrays.
+
+`BatchNorm` is the layer; `functional` has the same as functions; `moments` and `Moments` are exact statistics that
+merge. `python -m bnfast` shows what was built.
+"""
+
+# isort: off
+from . import _runtime as _runtime  # first: it loads the extension
+# isort: on
+from . import functional
+from ._config import __version__, config, show_config
+from .layer import BatchNorm
+from .moments import Moments, moments
+from .state import StateError
+from .threads import get_num_threads, num_threads, set_num_threads
+
+__all__ = [
+    "BatchNorm",
+    "Moments",
+    "StateError",
+    "__version__",
+    "config",
+    "functional",
+    "get_num_threads",
+    "moments",
+    "num_threads",
+    "set_num_threads",
+    "show_config",
+]

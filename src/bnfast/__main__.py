@@ -1,0 +1,29 @@
+"""`python -m bnfast`: the configuration; `python -m bnfast demo`: the demonstration."""
+
+import argparse
+import sys
+
+from . import show_config
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bnfast",
+        description="Batch normalisation on the CPU for NumPy arrays. Without a command: print the configuration.",
+    )
+    parser.add_argument("command", nargs="?", choices=["config", "demo"], default="config")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="see: python -m bnfast demo --help")
+    args = parser.parse_args(argv)
+    if args.command == "demo":
+        from .demo import main as demo
+
+        return demo(args.arguments)
+    if args.arguments:
+        parser.error(f"config takes no arguments, got {' '.join(args.arguments)}")
+    show_config()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,649 @@
+"""The extension module: checks arguments, allocates, releases the GIL, runs the parallel loop, calls the kernels.
+
+Every function reads check, allocate, compute, return, in this order: an error leaves nothing half done. The only
+parallel loop of the project is in `run`. Only this module raises; the C below it cannot fail.
+"""
+
+import math
+import operator
+
+import numpy as np
+from numpy.exceptions import AxisError
+
+cimport numpy as cnp
+from cpython.mem cimport PyMem_RawFree, PyMem_RawMalloc
+from cython.parallel cimport prange, threadid
+from libc.stdint cimport uintptr_t
+from libc.string cimport memcpy, memset
+
+cnp.import_array()
+
+cdef extern from "kernels/job.h" nogil:
+    ctypedef struct bnfast_kernels:
+        const char *isa
+        void (*round_values)(Py_ssize_t n, const double *values, void *out) noexcept nogil
+
+    const bnfast_kernels *bnfast_active(Py_ssize_t itemsize) noexcept
+    int bnfast_select(const char *isa) noexcept
+    const char *bnfast_isa_name(int i) noexcept
+    int bnfast_isa_compiled(int i) noexcept
+    int bnfast_isa_supported(int i) noexcept
+    void bnfast_read_caches() noexcept
+    Py_ssize_t bnfast_l2_bytes() noexcept
+    Py_ssize_t bnfast_last_level_bytes() noexcept
+
+    ctypedef enum bnfast_operation:
+        BNFAST_MOMENTS
+        BNFAST_FORWARD
+        BNFAST_EVAL
+        BNFAST_BACKWARD
+        BNFAST_BACKWARD_EVAL
+        BNFAST_JVP
+
+    ctypedef struct bnfast_job
+
+    ctypedef struct bnfast_phase:
+        void (*task)(const bnfast_job *job, Py_ssize_t index, int thread) noexcept nogil
+        Py_ssize_t n_tasks
+
+    ctypedef struct bnfast_job:
+        const bnfast_kernels *kernels
+        bnfast_operation operation
+        Py_ssize_t outer, channels, inner
+        const void *x
+        const void *u
+        void *out
+        const double *gamma
+        const double *beta
+        const double *vgamma
+        const double *vbeta
+        const double *var
+        double eps
+        double *mean
+        double *inv_std
+        double *m2
+        double *sum
+        double *dot
+        int n_threads
+        Py_ssize_t workspace_bytes
+        int n_phases
+        bnfast_phase *phases
+        char *workspace
+
+    void bnfast_plan(bnfast_job *job) noexcept
+
+cdef extern from "numpy/arrayobject.h":
+    cnp.ndarray PyArray_NewLikeArray(cnp.ndarray prototype, cnp.NPY_ORDER order, void *dtype, int subok)
+
+cdef extern from "openmp.h" nogil:
+    long bnfast_openmp_version() noexcept
+    const char *bnfast_openmp_library() noexcept
+    int bnfast_openmp_max_threads() noexcept
+    int bnfast_openmp_thread_limit() noexcept
+    void bnfast_openmp_init() noexcept
+    int bnfast_openmp_fork_handled() noexcept
+    void bnfast_openmp_handle_fork(int on) noexcept
+    int bnfast_openmp_forked_serial() noexcept
+    int bnfast_openmp_enter(int budget) noexcept
+    void bnfast_openmp_leave() noexcept
+    unsigned long long bnfast_float_control() noexcept
+    void bnfast_set_float_control(unsigned long long control) noexcept
+
+bnfast_openmp_init()
+bnfast_read_caches()
+
+# Work of fewer elements than this is done at once by the calling thread, which keeps the GIL.
+cdef Py_ssize_t SMALL = 1 << 16
+
+# What a thread of a team should at least have to do, in elements.
+cdef Py_ssize_t SHARE = 1 << 15
+
+# () -> int: how many threads a call may use; set by threads.py, asked only for work that is not small.
+cdef object thread_budget = None
+
+
+# --- checks ---------------------------------------------------------------------------------------------------
+
+cdef cnp.ndarray as_floating(object value, str name):
+    """The argument as a plain float32 or float64 array, its memory untouched."""
+    cdef cnp.ndarray array
+    if type(value) is not np.ndarray:
+        if isinstance(value, np.ma.MaskedArray):
+            raise TypeError(f"{name}: expected an array without a mask, got {type(value).__name__}; "
+                            f"fill it first: {name}.filled(value)")
+        if isinstance(value, np.matrix):
+            raise TypeError(f"{name}: expected an array, got numpy.matrix; use numpy.asarray({name})")
+        if hasattr(value, "nnz") and hasattr(value, "toarray"):
+            raise TypeError(f"{name}: expected a dense array, got sparse {type(value).__name__}; "
+                            f"use {name}.toarray()")
+        value = np.asarray(value)
+    array = value
+    if cnp.PyArray_TYPE(array) != cnp.NPY_FLOAT32 and cnp.PyArray_TYPE(array) != cnp.NPY_FLOAT64:
+        raise TypeError(f"{name}: expected dtype float32 or float64, got {array.dtype}")
+    return array
+
+
+def as_data(value, str name):
+    """`value` as a plain float32 or float64 ndarray (no copy where it is one); TypeError for anything else."""
+    return as_floating(value, name)
+
+
+cdef cnp.ndarray as_samples(object value, str name):
+    cdef cnp.ndarray array = as_floating(value, name)
+    if cnp.PyArray_NDIM(array) < 2:
+        raise ValueError(f"{name}: expected at least 2 dimensions, got shape {shape_of(array)}")
+    return array
+
+
+cdef tuple shape_of(cnp.ndarray array):
+    return (<object>array).shape
+
+
+cdef int as_axis(object axis, cnp.ndarray array) except -1:
+    cdef int ndim = cnp.PyArray_NDIM(array)
+    try:
+        i = operator.index(axis)
+    except TypeError:
+        raise TypeError(f"axis: expected an int, got {type(axis).__name__}") from None
+    if not -ndim <= i < ndim:
+        raise AxisError(i, ndim, "axis")
+    return i if i >= 0 else i + ndim
+
+
+cdef double as_eps(object eps) except? -1.0:
+    cdef double value
+    try:
+        value = float(eps)
+    except (TypeError, ValueError):
+        raise TypeError(f"eps: expected a number, got {eps!r}") from None
+    if not (value > 0.0 and math.isfinite(value)):
+        raise ValueError(f"eps: expected a positive finite number, got {eps!r}")
+    return value
+
+
+cdef cnp.ndarray as_parameter(object value, str name, Py_ssize_t channels, cnp.ndarray out):
+    """(channels,) float64, contiguous, not in the memory of `out`; None stays None."""
+    cdef cnp.ndarray array
+    if value is None:
+        return None
+    array = as_floating(value, name)
+    if cnp.PyArray_NDIM(array) != 1 or cnp.PyArray_DIM(array, 0) != channels:
+        raise ValueError(f"{name}: expected shape ({channels},), one value a channel, got {shape_of(array)}")
+    array = cnp.PyArray_FROMANY(array, cnp.NPY_FLOAT64, 1, 1, cnp.NPY_ARRAY_CARRAY_RO | cnp.NPY_ARRAY_NOTSWAPPED)
+    if out is not None and np.may_share_memory(array, out):
+        array = cnp.PyArray_NewCopy(array, cnp.NPY_CORDER)
+    return array
+
+
+cdef cnp.ndarray required_parameter(object value, str name, Py_ssize_t channels, cnp.ndarray out):
+    if value is None:
+        raise TypeError(f"{name}: expected an array of shape ({channels},), got None")
+    return as_parameter(value, name, channels, out)
+
+
+cdef double *values(cnp.ndarray array) noexcept:
+    return NULL if array is None else <double *>cnp.PyArray_DATA(array)
+
+
+cdef bint overlaps_itself(cnp.ndarray array):
+    """Whether two elements of the array share memory."""
+    extents = sorted((abs(s), n) for s, n in zip((<object>array).strides, shape_of(array)) if n > 1)
+    reach = cnp.PyArray_ITEMSIZE(array)
+    for stride, n in extents:
+        if stride < reach:
+            break
+        reach += stride * (n - 1)
+    else:
+        return False
+    if any(stride == 0 for stride, n in extents):
+        return True
+    # strides that interlock (as_strided): count the addresses
+    offsets = np.zeros(shape_of(array), np.intp)
+    for axis, (stride, n) in enumerate(zip((<object>array).strides, shape_of(array))):
+        offsets += (np.arange(n) * stride).reshape([-1 if i == axis else 1 for i in range(offsets.ndim)])
+    gaps = np.diff(np.sort(offsets, axis=None))
+    return bool((gaps < cnp.PyArray_ITEMSIZE(array)).any())
+
+
+cdef cnp.ndarray as_out(object out, cnp.ndarray x):
+    """The user's `out` for a result like x: checked, or None."""
+    if out is None:
+        return None
+    if not isinstance(out, np.ndarray) or isinstance(out, (np.ma.MaskedArray, np.matrix)):
+        raise TypeError(f"out: expected a numpy.ndarray, got {type(out).__name__}")
+    if shape_of(out) != shape_of(x):
+        raise ValueError(f"out: expected shape {shape_of(x)}, got {shape_of(out)}")
+    if out.dtype != x.dtype.newbyteorder("="):
+        raise TypeError(f"out: expected dtype {x.dtype.newbyteorder('=')}, got {out.dtype}")
+    if not cnp.PyArray_ISWRITEABLE(<cnp.ndarray>out):
+        raise ValueError("out: expected a writeable array, got a read-only one")
+    if cnp.PyArray_SIZE(<cnp.ndarray>out) > 0 and overlaps_itself(out):
+        raise ValueError("out: expected an array whose elements do not overlap, got one that shares memory with itself")
+    return out
+
+
+# --- layout ---------------------------------------------------------------------------------------------------
+
+cdef bint collapse(cnp.ndarray array, int axis, bnfast_job *job) noexcept:
+    """Sets outer, channels, inner if the array is dense in some order of its axes and fit for C; returns whether."""
+    cdef int ndim = cnp.PyArray_NDIM(array), i, j, n = 0, k
+    cdef int order[64]
+    cdef cnp.npy_intp *shape = cnp.PyArray_DIMS(array)
+    cdef cnp.npy_intp *strides = cnp.PyArray_STRIDES(array)
+    cdef Py_ssize_t expected = cnp.PyArray_ITEMSIZE(array)
+    if not cnp.PyArray_ISBEHAVED_RO(array):
+        return False
+    for i in range(ndim):  # axes longer than 1, by stride, longest first
+        if shape[i] == 1:
+            continue
+        j = n
+        while j > 0 and strides[order[j - 1]] < strides[i]:
+            order[j] = order[j - 1]
+            j -= 1
+        order[j] = i
+        n += 1
+    job.outer = job.inner = 1
+    job.channels = shape[axis]
+    cdef bint passed = job.channels == 1  # one channel: everything is its run
+    for k in range(n - 1, -1, -1):
+        i = order[k]
+        if strides[i] != expected:
+            return False
+        expected *= shape[i]
+        if i == axis:
+            passed = True
+        elif passed and job.channels != 1:
+            job.outer *= shape[i]
+        else:
+            job.inner *= shape[i]
+    return True
+
+
+cdef bint same_layout(cnp.ndarray a, cnp.ndarray b) noexcept:
+    """Whether equal indices are equal offsets; both have the same shape and dtype."""
+    cdef int i
+    if not cnp.PyArray_ISBEHAVED_RO(a):
+        return False
+    for i in range(cnp.PyArray_NDIM(a)):
+        if cnp.PyArray_DIM(a, i) != 1 and cnp.PyArray_STRIDE(a, i) != cnp.PyArray_STRIDE(b, i):
+            return False
+    return True
+
+
+cdef cnp.ndarray packed(cnp.ndarray array, int axis, bnfast_job *job):
+    """The array, or a dense native copy of it in the same order of axes where the kernels need one."""
+    if collapse(array, axis, job):
+        return array
+    array = np.array(array, dtype=array.dtype.newbyteorder("="), order="K", copy=True, subok=False)
+    if not collapse(array, axis, job):
+        array = np.ascontiguousarray(array)
+        collapse(array, axis, job)
+    return array
+
+
+cdef cnp.ndarray empty_like(cnp.ndarray array):
+    return PyArray_NewLikeArray(array, cnp.NPY_KEEPORDER, NULL, 0)
+
+
+cdef cnp.ndarray packed_like(cnp.ndarray array, cnp.ndarray model):
+    """The array, or a copy of it, in the layout of the dense array `model`."""
+    cdef cnp.ndarray copy
+    if same_layout(array, model):
+        return array
+    copy = empty_like(model)
+    cnp.PyArray_CopyInto(copy, array)
+    return copy
+
+
+cdef bint disjoint_or_same(cnp.ndarray out, cnp.ndarray array):
+    return (array is None or cnp.PyArray_DATA(out) == cnp.PyArray_DATA(array)
+            or not np.may_share_memory(out, array))
+
+
+cdef cnp.ndarray target_of(cnp.ndarray out, cnp.ndarray x, cnp.ndarray u):
+    """Where the kernels write: `out` itself if it lies as x does and overlaps nothing, else a new array."""
+    if (out is not None and same_layout(out, x) and disjoint_or_same(out, x) and disjoint_or_same(out, u)):
+        return out
+    return empty_like(x)
+
+
+cdef cnp.ndarray delivered(cnp.ndarray target, cnp.ndarray out):
+    if out is None or target is out:
+        return target
+    cnp.PyArray_CopyInto(out, target)
+    return out
+
+
+cdef cnp.ndarray new_statistics(Py_ssize_t channels):
+    cdef cnp.npy_intp shape[1]
+    shape[0] = channels
+    return cnp.PyArray_EMPTY(1, shape, cnp.NPY_FLOAT64, 0)
+
+
+cdef bnfast_job new_job(bnfast_operation operation) noexcept:
+    cdef bnfast_job job
+    memset(&job, 0, sizeof(job))
+    job.operation = operation
+    return job
+
+
+# --- running a job --------------------------------------------------------------------------------------------
+
+cdef void run(bnfast_job *job, int n_threads, unsigned long long control) noexcept nogil:
+    """The parallel loop: the phases one after another, the tasks of each on n_threads threads."""
+    cdef int phase
+    cdef Py_ssize_t i, n
+    for phase in range(job.n_phases):
+        n = job.phases[phase].n_tasks
+        if n_threads == 1 or n == 1:
+            for i in range(n):
+                job.phases[phase].task(job, i, 0)
+        else:
+            for i in prange(n, schedule="dynamic", chunksize=1, num_threads=n_threads):
+                bnfast_set_float_control(control)
+                job.phases[phase].task(job, i, threadid())
+
+
+cdef int compute(bnfast_job *job, cnp.ndarray x) except -1:
+    """Plans and runs a job whose arrays are set; job.u, if any, lies as x does."""
+    cdef Py_ssize_t elements = job.outer * job.channels * job.inner
+    cdef char *memory
+    cdef bint small = elements < SMALL
+    job.kernels = bnfast_active(cnp.PyArray_ITEMSIZE(x))
+    job.n_threads = 1
+    if not small:
+        job.n_threads = bnfast_openmp_enter(min(thread_budget(), max(1, elements // SHARE)))
+    bnfast_plan(job)
+    memory = <char *>PyMem_RawMalloc(job.workspace_bytes + 64)
+    if memory == NULL:
+        if not small:
+            bnfast_openmp_leave()
+        raise MemoryError(f"no memory for {job.workspace_bytes} bytes of workspace")
+    job.workspace = memory + (-<uintptr_t>memory & 63)
+    if small:
+        run(job, 1, 0)
+    else:
+        with nogil:
+            run(job, job.n_threads, bnfast_float_control())
+        bnfast_openmp_leave()
+    PyMem_RawFree(memory)
+    return 0
+
+
+cdef inline bint is_empty(bnfast_job *job) noexcept:
+    return job.outer == 0 or job.channels == 0 or job.inner == 0
+
+
+cdef int check_count(cnp.ndarray x, int axis) except -1:
+    """Training needs two values a channel (PyTorch's wording)."""
+    cdef Py_ssize_t channels = cnp.PyArray_DIM(x, axis)
+    cdef Py_ssize_t count = 1
+    cdef int i
+    for i in range(cnp.PyArray_NDIM(x)):
+        if i != axis:
+            count *= cnp.PyArray_DIM(x, i)
+    if count < 2 and channels > 0:
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {shape_of(x)}")
+    return 0
+
+
+# --- the operations -------------------------------------------------------------------------------------------
+
+def moments(x, axis):
+    """-> (count, mean, m2): values a channel, and two (C,) float64 arrays."""
+    cdef bnfast_job job = new_job(BNFAST_MOMENTS)
+    cdef cnp.ndarray data = as_samples(x, "x")
+    cdef int channel_axis = as_axis(axis, data)
+    cdef Py_ssize_t channels = cnp.PyArray_DIM(data, channel_axis)
+    cdef cnp.ndarray mean, m2
+    if cnp.PyArray_SIZE(data) == 0:
+        return 0, np.zeros(channels), np.zeros(channels)
+    data = packed(data, channel_axis, &job)
+    mean, m2 = new_statistics(channels), new_statistics(channels)
+    job.x = cnp.PyArray_DATA(data)
+    job.mean, job.m2 = values(mean), values(m2)
+    compute(&job, data)
+    return job.outer * job.inner, mean, m2
+
+
+def batch_norm(x, gamma, beta, axis, eps, out):
+    """-> (y, mean, inv_std, m2): y like x, three (C,) float64 arrays."""
+    cdef bnfast_job job = new_job(BNFAST_FORWARD)
+    cdef cnp.ndarray data = as_samples(x, "x")
+    cdef int channel_axis = as_axis(axis, data)
+    cdef Py_ssize_t channels = cnp.PyArray_DIM(data, channel_axis)
+    cdef cnp.ndarray given_out, g, b, y, mean, inv_std, m2
+    job.eps = as_eps(eps)
+    given_out = as_out(out, data)
+    g = as_parameter(gamma, "gamma", channels, given_out)
+    b = as_parameter(beta, "beta", channels, given_out)
+    check_count(data, channel_axis)
+
+    data = packed(data, channel_axis, &job)
+    y = target_of(given_out, data, None)
+    mean, inv_std, m2 = new_statistics(channels), new_statistics(channels), new_statistics(channels)
+    if not is_empty(&job):
+        job.x, job.out = cnp.PyArray_DATA(data), cnp.PyArray_DATA(y)
+        job.gamma, job.beta = values(g), values(b)
+        job.mean, job.inv_std, job.m2 = values(mean), values(inv_std), values(m2)
+        compute(&job, data)
+    return delivered(y, given_out), mean, inv_std, m2
+
+
+def batch_norm_eval(x, mean, var, gamma, beta, axis, eps, out, str prefix=""):
+    """-> y like x. prefix: what the caller's names for mean and var begin with, for messages."""
+    cdef bnfast_job job = new_job(BNFAST_EVAL)
+    cdef cnp.ndarray data = as_samples(x, "x")
+    cdef int channel_axis = as_axis(axis, data)
+    cdef Py_ssize_t channels = cnp.PyArray_DIM(data, channel_axis), i
+    cdef cnp.ndarray given_out, g, b, m, v, y
+    job.eps = as_eps(eps)
+    given_out = as_out(out, data)
+    m = required_parameter(mean, prefix + "mean", channels, given_out)
+    v = required_parameter(var, prefix + "var", channels, given_out)
+    for i in range(channels):
+        if not values(v)[i] >= 0.0:
+            raise ValueError(f"{prefix}var: expected values of at least 0, got {values(v)[i]} for channel {i}")
+    g = as_parameter(gamma, "gamma", channels, given_out)
+    b = as_parameter(beta, "beta", channels, given_out)
+
+    data = packed(data, channel_axis, &job)
+    y = target_of(given_out, data, None)
+    if not is_empty(&job):
+        job.x, job.out = cnp.PyArray_DATA(data), cnp.PyArray_DATA(y)
+        job.gamma, job.beta = values(g), values(b)
+        job.mean, job.var = values(m), values(v)
+        compute(&job, data)
+    return delivered(y, given_out)
+
+
+cdef cnp.ndarray as_companion(object value, str name, cnp.ndarray x):
+    """An array of x's shape and dtype."""
+    cdef cnp.ndarray array = as_floating(value, name)
+    if shape_of(array) != shape_of(x):
+        raise ValueError(f"{name}: expected shape {shape_of(x)}, that of x, got {shape_of(array)}")
+    if cnp.PyArray_TYPE(array) != cnp.PyArray_TYPE(x):
+        raise TypeError(f"{name}: expected dtype {x.dtype.newbyteorder('=')}, that of x, got {array.dtype}")
+    return array
+
+
+cdef cnp.ndarray rounded_like(cnp.ndarray statistics, cnp.ndarray x):
+    """(C,) float64 in the dtype of x."""
+    cdef cnp.npy_intp channels = cnp.PyArray_DIM(statistics, 0)
+    cdef cnp.ndarray result
+    if cnp.PyArray_TYPE(x) == cnp.NPY_FLOAT64:
+        return statistics
+    result = cnp.PyArray_EMPTY(1, &channels, cnp.NPY_FLOAT32, 0)
+    bnfast_active(4).round_values(channels, values(statistics), cnp.PyArray_DATA(result))
+    return result
+
+
+def batch_norm_backward(dy, x, mean, inv_std, gamma, axis, training, out):
+    """-> (dx, dgamma, dbeta): dx like x, two (C,) arrays of x's dtype."""
+    cdef bnfast_job job = new_job(BNFAST_BACKWARD if training else BNFAST_BACKWARD_EVAL)
+    cdef cnp.ndarray data = as_samples(x, "x")
+    cdef int channel_axis = as_axis(axis, data)
+    cdef Py_ssize_t channels = cnp.PyArray_DIM(data, channel_axis)
+    cdef cnp.ndarray u = as_companion(dy, "dy", data)
+    cdef cnp.ndarray given_out, g, m, s, dx, dgamma, dbeta
+    given_out = as_out(out, data)
+    m = required_parameter(mean, "mean", channels, given_out)
+    s = required_parameter(inv_std, "inv_std", channels, given_out)
+    g = as_parameter(gamma, "gamma", channels, given_out)
+    if training:
+        check_count(data, channel_axis)
+
+    data = packed(data, channel_axis, &job)
+    u = packed_like(u, data)
+    dx = target_of(given_out, data, u)
+    if is_empty(&job):
+        dgamma, dbeta = np.zeros(channels), np.zeros(channels)
+    else:
+        dgamma, dbeta = new_statistics(channels), new_statistics(channels)
+        job.x, job.u, job.out = cnp.PyArray_DATA(data), cnp.PyArray_DATA(u), cnp.PyArray_DATA(dx)
+        job.gamma, job.mean, job.inv_std = values(g), values(m), values(s)
+        job.sum, job.dot = values(dbeta), values(dgamma)
+        compute(&job, data)
+    return delivered(dx, given_out), rounded_like(dgamma, data), rounded_like(dbeta, data)
+
+
+def batch_norm_jvp(v, x, mean, inv_std, gamma, axis, vgamma, vbeta, out):
+    """-> dy like x."""
+    cdef bnfast_job job = new_job(BNFAST_JVP)
+    cdef cnp.ndarray data = as_samples(x, "x")
+    cdef int channel_axis = as_axis(axis, data)
+    cdef Py_ssize_t channels = cnp.PyArray_DIM(data, channel_axis)
+    cdef cnp.ndarray u = as_companion(v, "v", data)
+    cdef cnp.ndarray given_out, g, m, s, vg, vb, dy
+    given_out = as_out(out, data)
+    m = required_parameter(mean, "mean", channels, given_out)
+    s = required_parameter(inv_std, "inv_std", channels, given_out)
+    g = as_parameter(gamma, "gamma", channels, given_out)
+    vg = as_parameter(vgamma, "vgamma", channels, given_out)
+    vb = as_parameter(vbeta, "vbeta", channels, given_out)
+    check_count(data, channel_axis)
+
+    data = packed(data, channel_axis, &job)
+    u = packed_like(u, data)
+    dy = target_of(given_out, data, u)
+    if not is_empty(&job):
+        job.x, job.u, job.out = cnp.PyArray_DATA(data), cnp.PyArray_DATA(u), cnp.PyArray_DATA(dy)
+        job.gamma, job.vgamma, job.vbeta = values(g), values(vg), values(vb)
+        job.mean, job.inv_std = values(m), values(s)
+        compute(&job, data)
+    return delivered(dy, given_out)
+
+
+# --- state ----------------------------------------------------------------------------------------------------
+
+def updated_running(cnp.ndarray mean, cnp.ndarray var, cnp.ndarray batch_mean, cnp.ndarray batch_m2, Py_ssize_t count,
+                    double factor, bint unbiased):
+    """-> (mean, var), new: (1 - factor) * old + factor * batch. All (C,) float64, contiguous."""
+    cdef Py_ssize_t channels = cnp.PyArray_DIM(mean, 0), i
+    cdef cnp.ndarray new_mean = new_statistics(channels), new_var = new_statistics(channels)
+    cdef double *old_m = values(mean)
+    cdef double *old_v = values(var)
+    cdef double *m = values(new_mean)
+    cdef double *v = values(new_var)
+    cdef double *b = values(batch_mean)
+    cdef double *b2 = values(batch_m2)
+    cdef double divisor = count - 1 if unbiased else count
+    for i in range(channels):
+        m[i] = (1.0 - factor) * old_m[i] + factor * b[i]
+        v[i] = (1.0 - factor) * old_v[i] + factor * (b2[i] / divisor)
+    return new_mean, new_var
+
+
+def commit(list copies, owner, str attribute, value):
+    """Copies arrays and sets one attribute with no way to be interrupted in between.
+
+    copies: pairs (target, source), each two contiguous arrays of one dtype and shape. The evaluation loop, where
+    signal handlers run, is not entered.
+    """
+    cdef cnp.ndarray target, source
+    for target, source in copies:
+        if not (same_layout(source, target) and cnp.PyArray_NBYTES(source) == cnp.PyArray_NBYTES(target)
+                and cnp.PyArray_ISCARRAY(target)):
+            raise AssertionError("commit: expected pairs of contiguous arrays of one shape and dtype")
+    for target, source in copies:
+        memcpy(cnp.PyArray_DATA(target), cnp.PyArray_DATA(source), cnp.PyArray_NBYTES(source))
+    object.__setattr__(owner, attribute, value)
+
+
+# --- what was built, and what is running ----------------------------------------------------------------------
+
+def set_thread_budget(function):
+    """Installs the function that says how many threads a call may use."""
+    global thread_budget
+    thread_budget = function
+
+
+def isa():
+    """Name of the active instruction set."""
+    return bnfast_active(4).isa.decode()
+
+
+def isas():
+    """{name: (compiled, supported by this CPU)}, narrowest first."""
+    cdef int i = 0
+    found = {}
+    while bnfast_isa_name(i) != NULL:
+        found[bnfast_isa_name(i).decode()] = (bool(bnfast_isa_compiled(i)), bool(bnfast_isa_supported(i)))
+        i += 1
+    return found
+
+
+def select_isa(str name=None):
+    """Makes an instruction set the active one; None: the widest this CPU has. ValueError if that cannot be."""
+    cdef bytes encoded
+    cdef int status
+    if name is None:
+        status = bnfast_select(NULL)
+    else:
+        encoded = name.encode()
+        status = bnfast_select(encoded)
+    if status == -1:
+        raise ValueError(f"BNFAST_ISA: expected one of {', '.join(isas())}, got {name!r}")
+    if status == -2:
+        usable = [known for known, (_, supported) in isas().items() if supported]
+        raise ValueError(f"BNFAST_ISA: {name!r} was not compiled in or is not on this CPU; usable: {', '.join(usable)}")
+
+
+def cache_bytes():
+    """(L2, last level) of this CPU."""
+    return bnfast_l2_bytes(), bnfast_last_level_bytes()
+
+
+def openmp_version():
+    """The compiler's _OPENMP date, 0 for a build without OpenMP."""
+    return bnfast_openmp_version()
+
+
+def openmp_library():
+    """Path of the OpenMP runtime, '' if unknown."""
+    return bnfast_openmp_library().decode("utf-8", "replace")
+
+
+def openmp_max_threads():
+    """What OpenMP would use in the calling thread (environment, threadpoolctl)."""
+    return bnfast_openmp_max_threads()
+
+
+def openmp_thread_limit():
+    """OMP_THREAD_LIMIT, or a very large number."""
+    return bnfast_openmp_thread_limit()
+
+
+def fork_handled():
+    """Whether a forked child may use threads whatever its parent did."""
+    return bool(bnfast_openmp_fork_handled())
+
+
+def handle_fork(bint on):
+    """Switches the fork handlers off and on, for the test that shows the hang they prevent."""
+    bnfast_openmp_handle_fork(on)
+
+
+def forked_serial():
+    """Whether this process is a child that has to stay on one thread."""
+    return bool(bnfast_openmp_forked_serial())

@@ -1,0 +1,45 @@
+"""Imports the extension module; `bnfast/__init__.py` imports this before anything else.
+
+The OpenMP runtime reads its environment once, when it is loaded. Left to its defaults an idle worker spins for
+milliseconds on a core that NumPy's BLAS is about to need, which makes a loop of `a @ b` and batch normalisation
+several times slower than the sum of its parts. So unless the user has said otherwise, libgomp is told to let idle
+workers sleep, and the environment is put back at once.
+"""
+
+import os
+
+__all__ = ["IDLE_THREADS"]
+
+# Iterations an idle libgomp worker waits before it sleeps: enough for the next phase of one call to find it awake.
+_SPIN_COUNT = "0"
+
+
+def _load_core() -> str:
+    """Imports `_core`; returns what its idle threads do, for `config()`."""
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        if name in os.environ:
+            from . import _core
+
+            return f"as {name}={os.environ[name]} says"
+    os.environ["GOMP_SPINCOUNT"] = _SPIN_COUNT
+    try:
+        from . import _core
+    finally:
+        del os.environ["GOMP_SPINCOUNT"]
+    if not _core.openmp_version():
+        return "there are none"
+    if "gomp" not in _core.openmp_library():
+        return "as the OpenMP runtime decides"
+    return "sleep"
+
+
+IDLE_THREADS = _load_core()
+
+
+def _select_isa() -> None:
+    from . import _core
+
+    _core.select_isa(os.environ.get("BNFAST_ISA") or None)
+
+
+_select_isa()

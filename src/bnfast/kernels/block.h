@@ -1,0 +1,48 @@
+/* What the two layouts share: the scratch memory of a block, merging, and the arithmetic per channel. */
+
+#ifndef BNFAST_BLOCK_H
+#define BNFAST_BLOCK_H
+
+#include "job.h"
+
+/* Scratch of a block: `n` channels from `first` on, which are `width` columns.
+ * a, b: (n_segments + 1, width); what the reductions give: mean less center and m2, or sum and dot. Merged, they are row 0.
+ * work: (6, n) float64; channel: coefficients a channel; column: coefficients a column (may be the same memory) */
+typedef struct {
+    ptrdiff_t first, n, width;
+    double *a, *b, *work;
+    bnfast_coefficients channel, column;
+} bnfast_block;
+
+int bnfast_reduces(const bnfast_job *job);        /* has a reduce step */
+int bnfast_applies(const bnfast_job *job);        /* has an apply step */
+int bnfast_maps_u_only(const bnfast_job *job);    /* apply is normalize of u, not of x */
+int bnfast_needs_gradient(const bnfast_job *job); /* apply is gradient */
+
+/* Bytes of a block's scratch, and the block laid out in it. columns: of one channel */
+ptrdiff_t bnfast_block_bytes(const bnfast_job *job, ptrdiff_t n, ptrdiff_t columns);
+bnfast_block bnfast_block_in(const bnfast_job *job, char *scratch, ptrdiff_t first, ptrdiff_t n, ptrdiff_t columns);
+
+/* The coefficients from the j-th column on. */
+bnfast_coefficients bnfast_coefficients_at(const bnfast_job *job, const bnfast_coefficients *c, ptrdiff_t j);
+
+/* Merges rows lo .. hi-1 of a and b, `stride` apart, for n columns, into row lo, as a tree in index order.
+ * Row i stands for counts(job, i) values. Returns the count of all. */
+double bnfast_merge(const bnfast_job *job, double *a, double *b, ptrdiff_t stride, ptrdiff_t n, ptrdiff_t lo,
+                    ptrdiff_t hi, double (*counts)(const bnfast_job *job, ptrdiff_t i));
+
+/* a, b <- merged with a2, b2, for n columns */
+void bnfast_merge_pair(const bnfast_job *job, ptrdiff_t n, double count, double *a, double *b, double count2,
+                       const double *a2, const double *b2);
+
+/* Before the reductions: the centres they take, in the data's dtype. */
+void bnfast_prepare(const bnfast_job *job, const bnfast_block *block);
+
+/* From the merged reductions a[i], b[i] of the block's channels to the results a channel, and to its coefficients. */
+void bnfast_finish(const bnfast_job *job, const bnfast_block *block, ptrdiff_t i, ptrdiff_t n);
+
+/* What the layouts implement. */
+void bnfast_plan_planar(bnfast_job *job);
+void bnfast_plan_interleaved(bnfast_job *job);
+
+#endif

@@ -1,0 +1,204 @@
+/* From reductions to results: the merge tree, and the arithmetic per channel, all in float64.
+ *
+ * With M values a channel, hi = mean rounded to the data's dtype, lo = mean - hi:
+ *   forward   scale = gamma * inv_std
+ *   sums      sum(u), and sum(u * (x - mean)) = dot - lo * sum
+ *   backward  dx = gamma*inv_std * (dy - dbeta/M - x_hat * dgamma/M)
+ *   jvp       dy = gamma*inv_std * (v - mean(v) - x_hat * mean(v*x_hat)) + vgamma * x_hat + vbeta
+ * (Ioffe and Szegedy 2015, section 3, the backward pass collected by terms.) */
+
+#include "block.h"
+
+#include <math.h>
+#include <string.h>
+
+int bnfast_reduces(const bnfast_job *job) { return job->operation != BNFAST_EVAL; }
+int bnfast_applies(const bnfast_job *job) { return job->operation != BNFAST_MOMENTS; }
+int bnfast_maps_u_only(const bnfast_job *job) { return job->operation == BNFAST_BACKWARD_EVAL; }
+int bnfast_needs_gradient(const bnfast_job *job)
+{
+    return job->operation == BNFAST_BACKWARD || job->operation == BNFAST_JVP;
+}
+
+static int has_sums(const bnfast_job *job) { return bnfast_needs_gradient(job) || bnfast_maps_u_only(job); }
+
+/* Shorter runs than this do not fill vectors: their elements are taken as columns. */
+enum { PLANAR_INNER = 16 };
+
+enum { WORK_ARRAYS = 6, COEFFICIENT_ARRAYS = 5 };
+
+static ptrdiff_t round_up(ptrdiff_t bytes) { return (bytes + 63) & ~(ptrdiff_t)63; }
+
+ptrdiff_t bnfast_block_bytes(const bnfast_job *job, ptrdiff_t n, ptrdiff_t columns)
+{
+    const ptrdiff_t width = n * columns, size = job->kernels->itemsize;
+    const ptrdiff_t rows = bnfast_reduces(job) ? job->n_segments + 1 : 0;
+    return round_up(2 * rows * width * (ptrdiff_t)sizeof(double)) + round_up(WORK_ARRAYS * n * (ptrdiff_t)sizeof(double)) +
+           COEFFICIENT_ARRAYS * (round_up(n * size) + (columns > 1 ? round_up(width * size) : 0));
+}
+
+static char *coefficients_in(char *at, bnfast_coefficients *c, ptrdiff_t bytes)
+{
+    void **const array[COEFFICIENT_ARRAYS] = {&c->center, &c->scale, &c->shift, &c->u_center, &c->u_scale};
+    for (int i = 0; i < COEFFICIENT_ARRAYS; i++) {
+        *array[i] = at;
+        at += round_up(bytes);
+    }
+    return at;
+}
+
+bnfast_block bnfast_block_in(const bnfast_job *job, char *scratch, ptrdiff_t first, ptrdiff_t n, ptrdiff_t columns)
+{
+    const ptrdiff_t width = n * columns, size = job->kernels->itemsize;
+    const ptrdiff_t rows = bnfast_reduces(job) ? job->n_segments + 1 : 0;
+    bnfast_block block = {.first = first, .n = n, .width = width};
+    block.a = (double *)scratch;
+    block.b = block.a + rows * width;
+    scratch += round_up(2 * rows * width * (ptrdiff_t)sizeof(double));
+    block.work = (double *)scratch;
+    scratch += round_up(WORK_ARRAYS * n * (ptrdiff_t)sizeof(double));
+    scratch = coefficients_in(scratch, &block.channel, n * size);
+    block.column = block.channel;
+    if (columns > 1)
+        coefficients_in(scratch, &block.column, width * size);
+    return block;
+}
+
+bnfast_coefficients bnfast_coefficients_at(const bnfast_job *job, const bnfast_coefficients *c, ptrdiff_t j)
+{
+    const ptrdiff_t bytes = j * job->kernels->itemsize;
+    const bnfast_coefficients at = {(char *)c->center + bytes, (char *)c->scale + bytes, (char *)c->shift + bytes,
+                                    (char *)c->u_center + bytes, (char *)c->u_scale + bytes};
+    return at;
+}
+
+void bnfast_merge_pair(const bnfast_job *job, ptrdiff_t n, double count, double *a, double *b, double count2,
+                       const double *a2, const double *b2)
+{
+    if (has_sums(job))
+        job->kernels->merge_sums(n, a, b, a2, b2);
+    else
+        job->kernels->merge_moments(n, count, a, b, count2, a2, b2);
+}
+
+double bnfast_merge(const bnfast_job *job, double *a, double *b, ptrdiff_t stride, ptrdiff_t n, ptrdiff_t lo,
+                    ptrdiff_t hi, double (*counts)(const bnfast_job *job, ptrdiff_t i))
+{
+    if (hi - lo == 1)
+        return counts(job, lo);
+    const ptrdiff_t mid = lo + (hi - lo + 1) / 2;
+    const double count_lo = bnfast_merge(job, a, b, stride, n, lo, mid, counts);
+    const double count_hi = bnfast_merge(job, a, b, stride, n, mid, hi, counts);
+    bnfast_merge_pair(job, n, count_lo, a + lo * stride, b + lo * stride, count_hi, a + mid * stride, b + mid * stride);
+    return count_lo + count_hi;
+}
+
+void bnfast_prepare(const bnfast_job *job, const bnfast_block *block)
+{
+    if (has_sums(job))
+        job->kernels->round_values(block->n, job->mean + block->first, block->channel.center);
+    else /* the channel's first value; 0 where that is no number */
+        job->kernels->first_values(block->n, job->inner,
+                                   (const char *)job->x + block->first * job->inner * job->kernels->itemsize,
+                                   block->channel.center);
+}
+
+static double rounded(const bnfast_job *job, double value)
+{
+    return job->kernels->itemsize == 4 ? (double)(float)value : value;
+}
+
+static double value_at(const bnfast_job *job, const void *values, ptrdiff_t i)
+{
+    return job->kernels->itemsize == 4 ? (double)((const float *)values)[i] : ((const double *)values)[i];
+}
+
+void bnfast_finish(const bnfast_job *job, const bnfast_block *block, ptrdiff_t i, ptrdiff_t n)
+{
+    const ptrdiff_t c0 = block->first + i;
+    const double *restrict a = block->a + i, *restrict b = block->b + i;
+    const double count = (double)job->outer * (double)job->inner;
+    double *restrict mean = job->mean + c0;
+    /* the coefficients before they are rounded */
+    double *restrict center = block->work + i, *restrict scale = center + block->n, *restrict rest = scale + block->n,
+                     *restrict u_center = rest + block->n, *restrict u_scale = u_center + block->n,
+                     *restrict gamma = u_scale + block->n;
+
+    if (job->operation == BNFAST_MOMENTS) {
+        for (ptrdiff_t j = 0; j < n; j++)
+            mean[j] = value_at(job, block->channel.center, i + j) + a[j];
+        memcpy(job->m2 + c0, b, (size_t)n * sizeof *mean);
+        return;
+    }
+    for (ptrdiff_t j = 0; j < n; j++)
+        gamma[j] = job->gamma ? job->gamma[c0 + j] : 1.0;
+
+    switch (job->operation) {
+    case BNFAST_FORWARD: {
+        double *restrict inv_std = job->inv_std + c0, *restrict m2 = job->m2 + c0;
+        for (ptrdiff_t j = 0; j < n; j++) {
+            mean[j] = value_at(job, block->channel.center, i + j) + a[j];
+            m2[j] = b[j];
+            inv_std[j] = 1.0 / sqrt(b[j] / count + job->eps);
+            center[j] = mean[j];
+            scale[j] = gamma[j] * inv_std[j];
+            rest[j] = 0.0;
+        }
+        break;
+    }
+    case BNFAST_EVAL: {
+        const double *restrict var = job->var + c0;
+        for (ptrdiff_t j = 0; j < n; j++) {
+            center[j] = mean[j];
+            scale[j] = gamma[j] * (1.0 / sqrt(var[j] + job->eps));
+            rest[j] = 0.0;
+        }
+        break;
+    }
+    case BNFAST_BACKWARD:
+    case BNFAST_BACKWARD_EVAL:
+    case BNFAST_JVP: {
+        const double *restrict inv_std = job->inv_std + c0;
+        const int constant = job->operation == BNFAST_BACKWARD_EVAL;
+        for (ptrdiff_t j = 0; j < n; j++) {
+            const double dot = (b[j] - (mean[j] - rounded(job, mean[j])) * a[j]) * inv_std[j]; /* sum(u * x_hat) */
+            if (job->dot != NULL) {
+                job->sum[c0 + j] = a[j];
+                job->dot[c0 + j] = dot;
+            }
+            u_center[j] = a[j] / count;
+            u_scale[j] = gamma[j] * inv_std[j];
+            center[j] = constant ? 0.0 : mean[j];
+            scale[j] = constant ? u_scale[j] : -u_scale[j] * inv_std[j] * (dot / count);
+            rest[j] = constant ? -0.0 : 0.0; /* v + -0.0 is v, the sign of a zero included */
+        }
+        if (job->vgamma)
+            for (ptrdiff_t j = 0; j < n; j++)
+                scale[j] += job->vgamma[c0 + j] * inv_std[j];
+        break;
+    }
+    default:
+        return;
+    }
+    const double *shift = job->operation == BNFAST_JVP ? job->vbeta : has_sums(job) ? NULL : job->beta;
+    if (shift)
+        for (ptrdiff_t j = 0; j < n; j++)
+            rest[j] = shift[c0 + j];
+
+    const bnfast_coefficients c = bnfast_coefficients_at(job, &block->channel, i);
+    job->kernels->round_map(n, center, scale, rest, c.center, c.scale);
+    if (bnfast_needs_gradient(job))
+        job->kernels->round_map(n, u_center, u_scale, rest, c.u_center, c.u_scale);
+    job->kernels->round_values(n, rest, c.shift);
+}
+
+void bnfast_plan(bnfast_job *job)
+{
+    job->n_phases = 0;
+    if (job->inner >= PLANAR_INNER)
+        bnfast_plan_planar(job);
+    else
+        bnfast_plan_interleaved(job);
+    const ptrdiff_t bytes = job->outer * job->channels * job->inner * job->kernels->itemsize;
+    job->stream = bnfast_applies(job) && job->out != job->x && job->out != job->u && bytes > bnfast_last_level_bytes();
+}

@@ -1,0 +1,245 @@
+/* The interleaved layout: rows whose neighbouring elements are different columns, inner = 1 or short.
+ *
+ * A row of the array is channels * inner columns; a channel's `inner` columns are reduced apart and merged at the
+ * end. Where such a row is narrower than a few vectors, `fold` rows are seen as one row of fold * channels * inner
+ * columns (the rows left over are a segment of their own), so that three channels run as fast as sixty-four.
+ * A segment is SEGMENT_ROWS such rows of one column. */
+
+#include "block.h"
+
+#include <string.h>
+
+enum { SEGMENT_ROWS = 256, FOLD_COLUMNS = 64, TASK_COLUMNS = 2048, FINISH_CHANNELS = 1024, APPLY_BYTES = 1 << 18 };
+
+static ptrdiff_t least(ptrdiff_t a, ptrdiff_t b) { return a < b ? a : b; }
+static ptrdiff_t quotient_up(ptrdiff_t a, ptrdiff_t b) { return (a + b - 1) / b; }
+
+static ptrdiff_t period(const bnfast_job *job) { return job->channels * job->inner; }
+static ptrdiff_t row_stride(const bnfast_job *job) { return job->fold * period(job); }
+static ptrdiff_t folded_rows(const bnfast_job *job) { return job->outer / job->fold; }
+static ptrdiff_t rows_left(const bnfast_job *job) { return job->outer % job->fold; }
+static ptrdiff_t columns_of_channel(const bnfast_job *job) { return job->fold * job->inner; }
+
+static double segment_count(const bnfast_job *job, ptrdiff_t s)
+{
+    return (double)least(job->segment_rows, folded_rows(job) - s * job->segment_rows);
+}
+static double fold_count(const bnfast_job *job, ptrdiff_t i) { return (void)i, (double)folded_rows(job); }
+static double inner_count(const bnfast_job *job, ptrdiff_t i) { return (void)i, (double)job->outer; }
+
+/* From a coefficient a channel to one a column: (fold, n, inner). */
+static void spread(const bnfast_job *job, const bnfast_block *block, const void *channel, void *column)
+{
+    const ptrdiff_t size = job->kernels->itemsize;
+    char *out = column;
+    if (channel == column)
+        return;
+    for (ptrdiff_t f = 0; f < job->fold; f++)
+        for (ptrdiff_t i = 0; i < block->n; i++)
+            for (ptrdiff_t t = 0; t < job->inner; t++, out += size)
+                memcpy(out, (const char *)channel + i * size, (size_t)size);
+}
+
+static void prepare(const bnfast_job *job, const bnfast_block *block)
+{
+    bnfast_prepare(job, block);
+    spread(job, block, block->channel.center, block->column.center);
+}
+
+/* n_rows folded or plain rows, `stride` apart, from folded row `row` on, n columns from the block's j-th on, into
+ * row s of a and b */
+static void reduce_rows(const bnfast_job *job, const bnfast_block *block, ptrdiff_t s, ptrdiff_t row, ptrdiff_t n_rows,
+                        ptrdiff_t stride, ptrdiff_t j, ptrdiff_t n)
+{
+    const ptrdiff_t offset = (row * row_stride(job) + block->first * job->inner + j) * job->kernels->itemsize;
+    double *a = block->a + s * block->width + j, *b = block->b + s * block->width + j;
+    const void *center = (const char *)block->column.center + j * job->kernels->itemsize;
+    if (job->u)
+        job->kernels->sums_interleaved((const char *)job->x + offset, (const char *)job->u + offset, n_rows, stride, n,
+                                       center, a, b);
+    else
+        job->kernels->moments_interleaved((const char *)job->x + offset, n_rows, stride, n, center, a, b);
+}
+
+static void reduce(const bnfast_job *job, const bnfast_block *block, ptrdiff_t s, ptrdiff_t j, ptrdiff_t n)
+{
+    const ptrdiff_t row = s * job->segment_rows;
+    reduce_rows(job, block, s, row, least(job->segment_rows, folded_rows(job) - row), row_stride(job), j, n);
+}
+
+static void reduce_left(const bnfast_job *job, const bnfast_block *block)
+{
+    reduce_rows(job, block, job->n_segments, folded_rows(job), rows_left(job), period(job), 0, period(job));
+}
+
+/* Merges all that was reduced for channels i .. i+n-1 and finishes them. With fold or inner over 1: all channels. */
+static void finish(const bnfast_job *job, const bnfast_block *block, ptrdiff_t i, ptrdiff_t n)
+{
+    if (bnfast_reduces(job)) {
+        double *a = block->a + i * job->inner, *b = block->b + i * job->inner;
+        double *extra_a = a + job->n_segments * block->width, *extra_b = b + job->n_segments * block->width;
+        const ptrdiff_t columns = n * columns_of_channel(job), one_row = n * job->inner;
+        bnfast_merge(job, a, b, block->width, columns, 0, job->n_segments, segment_count);
+        if (job->fold > 1)
+            bnfast_merge(job, a, b, one_row, one_row, 0, job->fold, fold_count);
+        if (rows_left(job) > 0)
+            bnfast_merge_pair(job, one_row, (double)(job->fold * folded_rows(job)), a, b, (double)rows_left(job), extra_a,
+                              extra_b);
+        if (job->inner > 1) {
+            for (ptrdiff_t c = 0; c < n; c++)
+                for (ptrdiff_t t = 0; t < job->inner; t++) {
+                    extra_a[t * n + c] = a[c * job->inner + t];
+                    extra_b[t * n + c] = b[c * job->inner + t];
+                }
+            bnfast_merge(job, extra_a, extra_b, n, n, 0, job->inner, inner_count);
+            memcpy(a, extra_a, (size_t)n * sizeof *a);
+            memcpy(b, extra_b, (size_t)n * sizeof *b);
+        }
+    }
+    bnfast_finish(job, block, i, n);
+    if (bnfast_applies(job) && columns_of_channel(job) > 1) {
+        spread(job, block, block->channel.center, block->column.center);
+        spread(job, block, block->channel.scale, block->column.scale);
+        spread(job, block, block->channel.shift, block->column.shift);
+        if (bnfast_needs_gradient(job)) {
+            spread(job, block, block->channel.u_center, block->column.u_center);
+            spread(job, block, block->channel.u_scale, block->column.u_scale);
+        }
+    }
+}
+
+/* n_rows rows of n_columns, `stride` apart, from folded row `row` on */
+static void apply(const bnfast_job *job, const bnfast_block *block, ptrdiff_t row, ptrdiff_t n_rows, ptrdiff_t stride,
+                  ptrdiff_t n_columns)
+{
+    const ptrdiff_t offset = (row * row_stride(job) + block->first * job->inner) * job->kernels->itemsize;
+    const char *x = (const char *)(bnfast_maps_u_only(job) ? job->u : job->x) + offset;
+    char *out = (char *)job->out + offset;
+    if (bnfast_needs_gradient(job))
+        job->kernels->gradient_interleaved(x, (const char *)job->u + offset, out, n_rows, stride, n_columns,
+                                           &block->column, job->stream);
+    else
+        job->kernels->normalize_interleaved(x, out, n_rows, stride, n_columns, &block->column, job->stream);
+}
+
+static void block_task(const bnfast_job *job, ptrdiff_t index, int thread)
+{
+    const ptrdiff_t first = index * job->block_channels;
+    const bnfast_block block =
+        bnfast_block_in(job, job->workspace + thread * job->scratch_bytes, first,
+                        least(job->block_channels, job->channels - first), columns_of_channel(job));
+    if (bnfast_reduces(job)) {
+        prepare(job, &block);
+        for (ptrdiff_t s = 0; s < job->n_segments; s++)
+            reduce(job, &block, s, 0, block.width);
+        if (rows_left(job) > 0)
+            reduce_left(job, &block);
+    }
+    finish(job, &block, 0, block.n);
+    if (bnfast_applies(job)) {
+        apply(job, &block, 0, folded_rows(job), row_stride(job), block.width);
+        if (rows_left(job) > 0)
+            apply(job, &block, folded_rows(job), rows_left(job), period(job), period(job));
+    }
+    if (job->stream)
+        bnfast_stream_fence();
+}
+
+static bnfast_block whole(const bnfast_job *job)
+{
+    return bnfast_block_in(job, job->workspace, 0, job->channels, columns_of_channel(job));
+}
+
+static void prepare_task(const bnfast_job *job, ptrdiff_t index, int thread)
+{
+    (void)index, (void)thread;
+    const bnfast_block block = whole(job);
+    prepare(job, &block);
+}
+
+static void reduce_task(const bnfast_job *job, ptrdiff_t index, int thread)
+{
+    (void)thread;
+    const bnfast_block block = whole(job);
+    const ptrdiff_t parts = quotient_up(block.width, TASK_COLUMNS), s = index / parts, j = index % parts * TASK_COLUMNS;
+    if (s < job->n_segments)
+        reduce(job, &block, s, j, least(TASK_COLUMNS, block.width - j));
+    else
+        reduce_left(job, &block);
+}
+
+static int finishes_by_range(const bnfast_job *job) { return columns_of_channel(job) == 1; }
+
+static void finish_task(const bnfast_job *job, ptrdiff_t index, int thread)
+{
+    (void)thread;
+    const bnfast_block block = whole(job);
+    const ptrdiff_t i = index * FINISH_CHANNELS;
+    if (finishes_by_range(job))
+        finish(job, &block, i, least(FINISH_CHANNELS, block.n - i));
+    else
+        finish(job, &block, 0, block.n);
+}
+
+static void apply_task(const bnfast_job *job, ptrdiff_t index, int thread)
+{
+    (void)thread;
+    const bnfast_block block = whole(job);
+    const ptrdiff_t row = index * job->apply_rows, rows = folded_rows(job);
+    if (row < rows)
+        apply(job, &block, row, least(job->apply_rows, rows - row), row_stride(job), block.width);
+    else
+        apply(job, &block, rows, rows_left(job), period(job), period(job));
+    if (job->stream)
+        bnfast_stream_fence();
+}
+
+/* Channels a block may have so that its rows stay in L2, whole vectors of them; 0: too few to be worth a block. */
+static ptrdiff_t cached_channels(const bnfast_job *job, ptrdiff_t bytes_of_element)
+{
+    const ptrdiff_t n = bnfast_l2_bytes() / 2 / (job->outer * job->inner * bytes_of_element);
+    const ptrdiff_t vector = 64 / job->kernels->itemsize;
+    return n * job->inner < 2 * vector ? 0 : n / vector * vector;
+}
+
+void bnfast_plan_interleaved(bnfast_job *job)
+{
+    const int threads = job->n_threads;
+    const ptrdiff_t bytes_of_element = job->kernels->itemsize * (job->u && bnfast_reduces(job) ? 2 : 1);
+
+    job->fold = 1;
+    while (job->fold * period(job) < FOLD_COLUMNS && job->outer >= job->fold * FOLD_COLUMNS)
+        job->fold *= 2;
+    job->segment_rows = SEGMENT_ROWS;
+    job->segment_length = 1;
+    job->n_segments = quotient_up(folded_rows(job), SEGMENT_ROWS);
+
+    job->block_channels = job->channels;
+    ptrdiff_t n = job->fold == 1 ? cached_channels(job, bytes_of_element) : 0;
+    const int fits = job->outer * period(job) * bytes_of_element <= bnfast_l2_bytes() / 2;
+    if (threads == 1 && fits)
+        n = job->channels;
+    else if (threads > 1)
+        n = least(n, job->channels / (2 * threads) / 16 * 16);
+    if (n > 0 && bnfast_reduces(job)) {
+        job->block_channels = least(n, job->channels);
+        job->scratch_bytes = bnfast_block_bytes(job, job->block_channels, columns_of_channel(job));
+        job->workspace_bytes = job->scratch_bytes * threads;
+        job->phases[job->n_phases++] = (bnfast_phase){block_task, quotient_up(job->channels, job->block_channels)};
+        return;
+    }
+    job->scratch_bytes = job->workspace_bytes = bnfast_block_bytes(job, job->channels, columns_of_channel(job));
+    if (bnfast_reduces(job)) {
+        const ptrdiff_t parts = quotient_up(job->channels * columns_of_channel(job), TASK_COLUMNS);
+        job->phases[job->n_phases++] = (bnfast_phase){prepare_task, 1};
+        job->phases[job->n_phases++] =
+            (bnfast_phase){reduce_task, job->n_segments * parts + (rows_left(job) > 0)};
+    }
+    job->phases[job->n_phases++] =
+        (bnfast_phase){finish_task, finishes_by_range(job) ? quotient_up(job->channels, FINISH_CHANNELS) : 1};
+    if (bnfast_applies(job)) {
+        job->apply_rows = APPLY_BYTES / (row_stride(job) * job->kernels->itemsize) + 1;
+        job->phases[job->n_phases++] =
+            (bnfast_phase){apply_task, quotient_up(folded_rows(job), job->apply_rows) + (rows_left(job) > 0)};
+    }
+}

@@ -1,0 +1,17 @@
+/* Both dtypes of one instruction set. The file that includes this defines ISA_SUFFIX, ISA, VBYTES and, where it
+ * has them, the instructions that plain C cannot say (MASKED, STREAM); see avx512.c. */
+
+#define PASTE_(a, b, c) a##b##c
+#define PASTE(a, b, c) PASTE_(a, b, c)
+
+#define T float
+#define FN(name) PASTE(name, _f32_, ISA_SUFFIX)
+#include "leaves.inc.h"
+#undef T
+#undef FN
+
+#define T double
+#define FN(name) PASTE(name, _f64_, ISA_SUFFIX)
+#include "leaves.inc.h"
+#undef T
+#undef FN

@@ -1,0 +1,66 @@
+/* A job: one operation on one array, cut into tasks that may run in any order and on any thread.
+ *
+ * Every operation is reduce, finish, apply. What one leaf call reduces is a *segment*; segments depend on the
+ * shape and the layout alone and are merged in index order, as a tree, so the bits of a result depend neither on
+ * the number of threads nor on how the tasks are scheduled. A *block* is a range of channels whose three steps
+ * are done back to back while the data are in cache; where channels are few or too long for that, the whole array
+ * is one block and each step is a phase of its own, split over rows.
+ *
+ * The caller fills the first part, calls bnfast_plan, gives `workspace`, then runs the phases one after another,
+ * the tasks of a phase in parallel. Nothing here allocates, locks or knows of threads. */
+
+#ifndef BNFAST_JOB_H
+#define BNFAST_JOB_H
+
+#include "kernels.h"
+
+typedef enum {
+    BNFAST_MOMENTS,       /* mean, m2 of x */
+    BNFAST_FORWARD,       /* the same, and inv_std; out = gamma * x_hat + beta */
+    BNFAST_EVAL,          /* out likewise, with mean and var as given */
+    BNFAST_BACKWARD,      /* u: dy; sum: dbeta, dot: dgamma; out: dx through mean and inv_std */
+    BNFAST_BACKWARD_EVAL, /* the same with mean and inv_std as constants */
+    BNFAST_JVP            /* u: direction of x; out: derivative of y along it, vgamma and vbeta */
+} bnfast_operation;
+
+typedef struct bnfast_job bnfast_job;
+
+typedef struct {
+    void (*task)(const bnfast_job *job, ptrdiff_t index, int thread);
+    ptrdiff_t n_tasks;
+} bnfast_phase;
+
+struct bnfast_job {
+    const bnfast_kernels *kernels;
+    bnfast_operation operation;
+    ptrdiff_t outer, channels, inner; /* dense, in this order in memory */
+    const void *x, *u;                /* (outer, channels, inner) IN; u: backward and jvp */
+    void *out;                        /* (outer, channels, inner) OUT; not for moments */
+    const double *gamma, *beta;       /* (channels,) IN, NULL: ones, zeros */
+    const double *vgamma, *vbeta;     /* (channels,) IN, NULL: zeros; jvp */
+    const double *var;                /* (channels,) IN; eval */
+    double eps;                       /* forward and eval */
+    double *mean, *inv_std, *m2;      /* (channels,) OUT of forward and moments, IN elsewhere */
+    double *sum, *dot;                /* (channels,) OUT of backward: dbeta, dgamma */
+    int n_threads;                    /* threads that will run the tasks, >= 1 */
+
+    /* set by bnfast_plan */
+    ptrdiff_t n_segments;     /* a channel, or a column */
+    ptrdiff_t segment_rows;   /* interleaved: folded rows; planar: rows of a channel, 1 where a row is cut */
+    ptrdiff_t segment_length; /* planar: elements of a row in a segment */
+    ptrdiff_t fold;           /* interleaved: rows seen as one, so that narrow rows fill vectors */
+    ptrdiff_t block_channels;
+    ptrdiff_t apply_rows; /* rows a task of the apply phase takes */
+    int stream;           /* out does not fit in the last-level cache: write around it */
+    ptrdiff_t scratch_bytes;
+    ptrdiff_t workspace_bytes;
+    int n_phases;
+    bnfast_phase phases[4];
+
+    /* set by the caller after bnfast_plan: workspace_bytes bytes, aligned to 64 */
+    char *workspace;
+};
+
+void bnfast_plan(bnfast_job *job);
+
+#endif

@@ -1,0 +1,100 @@
+/* The contract of the kernels.
+ *
+ * Every array is seen as (outer, channels, inner), dense, in this order in memory. Two layouts follow:
+ *
+ *   planar       runs of `length` neighbouring elements belong to one channel (NCHW)
+ *   interleaved  neighbours belong to different columns, a column to one channel (NHWC, NC)
+ *
+ * A *leaf* is an inner loop over one dtype for one instruction set. Every operation of the package is the
+ * same three steps: reduce (leaf), finish (finish.c), apply (leaf). The leaves see one segment at a time; who
+ * decides what a segment is, and in which order the results are merged, stands in plan.h. A leaf knows no
+ * Python, no NumPy, no OpenMP and no malloc, and gives the same bits for every instruction set: sums run in
+ * fixed virtual lanes (64 bytes of them: 16 float32 or 8 float64), and nothing is contracted into an fma.
+ *
+ * All strides and sizes count elements. `x`, `u` and `out` point to elements of the leaf's dtype and need no
+ * alignment beyond the dtype's own. `out` may be `x` or `u`, the very same elements, and must not overlap them
+ * in any other way. */
+
+#ifndef BNFAST_KERNELS_H
+#define BNFAST_KERNELS_H
+
+#include <stddef.h>
+
+#if defined(__FAST_MATH__) || (defined(__FINITE_MATH_ONLY__) && __FINITE_MATH_ONLY__)
+#error "bnfast must not be built with fast-math (-Ofast, -ffast-math, -ffinite-math-only): check CFLAGS"
+#endif
+
+/* What `apply` does with an element, per column, in the dtype of the data:
+ *   normalize  out = (x - center) * scale + shift
+ *   gradient   out = (u - u_center) * u_scale + ((x - center) * scale + shift)
+ * Each pointer: (columns,) IN. */
+typedef struct {
+    void *center, *scale, *shift, *u_center, *u_scale;
+} bnfast_coefficients;
+
+typedef struct {
+    const char *isa;    /* "baseline", "avx2", "avx512" */
+    ptrdiff_t itemsize; /* bytes an element */
+
+    /* Mean less center, and sum of squared deviations, of one segment. center: some value of the channel, finite
+     * planar: x: (n_rows, length), rows `stride` apart IN; center: scalar IN; mean, m2: scalars OUT
+     * interleaved: x: (n_rows, n_columns), rows `stride` apart IN; center: (n_columns,) IN; mean, m2: the same OUT */
+    void (*moments_planar)(const void *x, ptrdiff_t n_rows, ptrdiff_t stride, ptrdiff_t length, const void *center,
+                           double *mean, double *m2);
+    void (*moments_interleaved)(const void *x, ptrdiff_t n_rows, ptrdiff_t stride, ptrdiff_t n_columns,
+                                const void *center, double *mean, double *m2);
+
+    /* Sum of u, and of u * (x - center), over one segment; shapes as above, center: the mean, rounded */
+    void (*sums_planar)(const void *x, const void *u, ptrdiff_t n_rows, ptrdiff_t stride, ptrdiff_t length,
+                        const void *center, double *sum, double *dot);
+    void (*sums_interleaved)(const void *x, const void *u, ptrdiff_t n_rows, ptrdiff_t stride,
+                             ptrdiff_t n_columns, const void *center, double *sum, double *dot);
+
+    /* The maps of bnfast_coefficients; c points to the first column's coefficients. `stream`: write around
+     * the cache (the caller then issues bnfast_stream_fence). planar: one channel's coefficients for all. */
+    void (*normalize_planar)(const void *x, void *out, ptrdiff_t n_rows, ptrdiff_t stride, ptrdiff_t length,
+                             const bnfast_coefficients *c, int stream);
+    void (*normalize_interleaved)(const void *x, void *out, ptrdiff_t n_rows, ptrdiff_t stride,
+                                  ptrdiff_t n_columns, const bnfast_coefficients *c, int stream);
+    void (*gradient_planar)(const void *x, const void *u, void *out, ptrdiff_t n_rows, ptrdiff_t stride,
+                            ptrdiff_t length, const bnfast_coefficients *c, int stream);
+    void (*gradient_interleaved)(const void *x, const void *u, void *out, ptrdiff_t n_rows, ptrdiff_t stride,
+                                 ptrdiff_t n_columns, const bnfast_coefficients *c, int stream);
+
+    /* a <- a merged with b, for n columns. Moments: Chan, Golub, LeVeque with count_a and count_b values.
+     * Sums: addition. */
+    void (*merge_moments)(ptrdiff_t n, double count_a, double *mean_a, double *m2_a, double count_b,
+                          const double *mean_b, const double *m2_b);
+    void (*merge_sums)(ptrdiff_t n, double *sum_a, double *dot_a, const double *sum_b, const double *dot_b);
+
+    /* float64 coefficients into the dtype's. The centre is taken off in two parts: what its rounding
+     * leaves goes into `shift`, scaled. n: columns; rest: (n,) IN/OUT, what is to be added to the shift. */
+    void (*round_map)(ptrdiff_t n, const double *center, const double *scale, double *rest, void *center_out,
+                      void *scale_out);
+    /* Every step-th value of x, 0 where it is not finite. out: (n,) OUT */
+    void (*first_values)(ptrdiff_t n, ptrdiff_t step, const void *x, void *out);
+    /* float64 to the dtype */
+    void (*round_values)(ptrdiff_t n, const double *values, void *out);
+} bnfast_kernels;
+
+/* One table per dtype for each instruction set that was compiled. */
+extern const bnfast_kernels bnfast_table_f32_baseline, bnfast_table_f64_baseline;
+extern const bnfast_kernels bnfast_table_f32_avx2, bnfast_table_f64_avx2;
+extern const bnfast_kernels bnfast_table_f32_avx512, bnfast_table_f64_avx512;
+
+/* dispatch.c: the active instruction set. bnfast_select(NULL) takes the widest one of this CPU; with a name it
+ * takes that one. 0: done; -1: no such name; -2: not compiled in, or not on this CPU (nothing changed). */
+int bnfast_select(const char *isa);
+const bnfast_kernels *bnfast_active(ptrdiff_t itemsize); /* itemsize 4: float32, 8: float64 */
+const char *bnfast_isa_name(int i);                      /* i-th known name, narrowest first; NULL past the last */
+int bnfast_isa_compiled(int i);
+int bnfast_isa_supported(int i); /* compiled, and this CPU has it */
+
+/* Bytes of the data caches: usual sizes until bnfast_read_caches (at import) has asked the system. */
+void bnfast_read_caches(void);
+ptrdiff_t bnfast_l2_bytes(void);
+ptrdiff_t bnfast_last_level_bytes(void);
+
+void bnfast_stream_fence(void); /* makes streamed stores visible before the task ends */
+
+#endif

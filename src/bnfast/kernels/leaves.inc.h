@@ -1,0 +1,62 @@
+/* Every leaf of one dtype, and its table. Included twice by each instruction set's file, with
+ *   T       float or double
+ *   FN(x)   x_f32_avx2 and the like
+ *   VBYTES  width of a native vector in bytes
+ *   ISA     the instruction set's name */
+
+#include "vec.h"
+
+#include "moments.inc.h"
+
+#include "normalize.inc.h"
+
+#include "backward.inc.h"
+
+/* Chan, Golub, LeVeque (1979): n = a + b, d = mean_b - mean_a, mean = mean_a + d*b/n, m2 = m2_a + m2_b + d*d*a*b/n */
+static void FN(merge_moments)(ptrdiff_t n, double count_a, double *restrict mean_a, double *restrict m2_a, double count_b,
+                              const double *restrict mean_b, const double *restrict m2_b)
+{
+    const double part = count_b / (count_a + count_b), weight = count_a * part;
+    for (ptrdiff_t i = 0; i < n; i++) {
+        const double d = mean_b[i] - mean_a[i];
+        mean_a[i] += d * part;
+        m2_a[i] += m2_b[i] + d * d * weight;
+    }
+}
+
+static void FN(merge_sums)(ptrdiff_t n, double *restrict sum_a, double *restrict dot_a, const double *restrict sum_b,
+                           const double *restrict dot_b)
+{
+    for (ptrdiff_t i = 0; i < n; i++) {
+        sum_a[i] += sum_b[i];
+        dot_a[i] += dot_b[i];
+    }
+}
+
+const bnfast_kernels FN(bnfast_table) = {
+    .isa = ISA,
+    .itemsize = sizeof(T),
+    .moments_planar = FN(moments_planar),
+    .moments_interleaved = FN(moments_interleaved),
+    .sums_planar = FN(sums_planar),
+    .sums_interleaved = FN(sums_interleaved),
+    .normalize_planar = FN(normalize_planar),
+    .normalize_interleaved = FN(normalize_interleaved),
+    .gradient_planar = FN(gradient_planar),
+    .gradient_interleaved = FN(gradient_interleaved),
+    .merge_moments = FN(merge_moments),
+    .merge_sums = FN(merge_sums),
+    .round_map = FN(round_map),
+    .first_values = FN(first_values),
+    .round_values = FN(round_values),
+};
+
+#undef VL
+#undef VN
+#undef VU
+#undef PIVOT_SAMPLES
+#undef COLUMN_SAMPLES
+#undef PIVOT_LOSS
+#undef FLUSH
+#undef COLUMNS
+#undef SMALLEST_MEAN_SQUARE

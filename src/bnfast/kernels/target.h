@@ -1,0 +1,31 @@
+/* Included first by every instruction set's file. */
+
+#ifndef BNFAST_TARGET_H
+#define BNFAST_TARGET_H
+
+#include "kernels.h"
+
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__x86_64__) || defined(_M_X64)
+#define BNFAST_X86_64 1
+#include <immintrin.h>
+#else
+#define BNFAST_X86_64 0
+#endif
+
+/* AVX2 and AVX-512 need GCC's or Clang's vector types and a switch of target inside one file. */
+#if BNFAST_X86_64 && defined(__GNUC__)
+#define BNFAST_X86_VECTORS 1
+#else
+#define BNFAST_X86_VECTORS 0
+#endif
+
+#if defined(__GNUC__)
+#define ALWAYS_INLINE inline __attribute__((always_inline))
+#else
+#define ALWAYS_INLINE inline
+#endif
+
+#endif

@@ -1,0 +1,191 @@
+/* Fork. libgomp keeps a pool a calling thread; after fork the child has the bookkeeping but no workers, and its
+ * next region waits for ever. So the thread that forks gives its pool back first (omp_pause_resource_all, tens of
+ * microseconds; the next region starts a new one, in parent and child). Where that is not possible the child
+ * runs on one thread. Other runtimes start anew in the child by themselves. */
+
+#if !defined(_GNU_SOURCE)
+#define _GNU_SOURCE /* dladdr */
+#endif
+
+#include "openmp.h"
+
+#include <stddef.h>
+#include <string.h>
+
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+#if defined(__unix__) || defined(__APPLE__)
+#define HAVE_FORK 1
+#include <dlfcn.h>
+#include <pthread.h>
+#else
+#define HAVE_FORK 0
+#endif
+#if defined(__x86_64__) || defined(_M_X64)
+#include <xmmintrin.h>
+#endif
+
+#if defined(_MSC_VER)
+#include <intrin.h>
+static volatile long active;
+static long atomic_add(long n) { return _InterlockedExchangeAdd(&active, n) + n; }
+#else
+static long active; /* threads inside a region of ours */
+static long atomic_add(long n) { return __atomic_add_fetch(&active, n, __ATOMIC_RELAXED); }
+#endif
+
+static int forked_serial;
+
+int bnfast_openmp_forked_serial(void) { return forked_serial; }
+
+#if defined(_OPENMP)
+
+long bnfast_openmp_version(void) { return _OPENMP; }
+int bnfast_openmp_max_threads(void) { return omp_get_max_threads(); }
+int bnfast_openmp_in_parallel(void) { return omp_in_parallel(); }
+int bnfast_openmp_thread_limit(void)
+{
+#if _OPENMP >= 200805
+    return omp_get_thread_limit();
+#else
+    return 1 << 30;
+#endif
+}
+
+#if HAVE_FORK
+
+const char *bnfast_openmp_library(void)
+{
+    int (*const function)(void) = omp_get_max_threads;
+    void *address;
+    Dl_info info;
+    memcpy(&address, &function, sizeof address);
+    return dladdr(address, &info) && info.dli_fname ? info.dli_fname : "";
+}
+
+#if defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 9 /* _OPENMP says 4.5 there, the function is there */
+#pragma weak omp_pause_resource_all
+#define PAUSE_IS_DECLARED 1
+extern int omp_pause_resource_all(omp_pause_resource_t);
+#else
+#define PAUSE_IS_DECLARED 0
+#endif
+
+static int is_libgomp(void) { return strstr(bnfast_openmp_library(), "gomp") != NULL; }
+
+static int pause_pool(void)
+{
+#if PAUSE_IS_DECLARED
+    if (omp_pause_resource_all)
+        return omp_pause_resource_all(omp_pause_soft) == 0;
+#endif
+    return 0;
+}
+
+static int has_pause(void)
+{
+#if PAUSE_IS_DECLARED
+    return omp_pause_resource_all != NULL;
+#else
+    return 0;
+#endif
+}
+
+static pthread_key_t used_key; /* not null: the calling thread has run a region */
+static int handlers_installed, handlers_off, pool_survives;
+
+static void before_fork(void)
+{
+    pool_survives = 0;
+    if (handlers_off || pthread_getspecific(used_key) == NULL || !is_libgomp())
+        return;
+    if (pause_pool())
+        pthread_setspecific(used_key, NULL);
+    else
+        pool_survives = 1;
+}
+
+static void after_fork_in_child(void)
+{
+    active = 0; /* this is the only thread */
+    if (pool_survives)
+        forked_serial = 1;
+}
+
+void bnfast_openmp_init(void)
+{
+    if (!handlers_installed && pthread_key_create(&used_key, NULL) == 0)
+        handlers_installed = pthread_atfork(before_fork, NULL, after_fork_in_child) == 0;
+}
+
+int bnfast_openmp_fork_handled(void) { return handlers_installed && !handlers_off && (!is_libgomp() || has_pause()); }
+
+void bnfast_openmp_handle_fork(int on) { handlers_off = !on; }
+
+static void mark_used(void)
+{
+    if (handlers_installed && pthread_getspecific(used_key) == NULL)
+        pthread_setspecific(used_key, &used_key);
+}
+
+#else /* no fork */
+
+const char *bnfast_openmp_library(void) { return ""; }
+void bnfast_openmp_init(void) {}
+int bnfast_openmp_fork_handled(void) { return 1; }
+void bnfast_openmp_handle_fork(int on) { (void)on; }
+static void mark_used(void) {}
+
+#endif
+
+int bnfast_openmp_enter(int budget)
+{
+    const long callers = atomic_add(1);
+    const int team = (int)(budget / callers);
+    if (forked_serial || team <= 1 || omp_in_parallel())
+        return 1;
+    mark_used();
+    return team;
+}
+
+#else /* no OpenMP */
+
+long bnfast_openmp_version(void) { return 0; }
+const char *bnfast_openmp_library(void) { return ""; }
+int bnfast_openmp_max_threads(void) { return 1; }
+int bnfast_openmp_thread_limit(void) { return 1; }
+int bnfast_openmp_in_parallel(void) { return 0; }
+void bnfast_openmp_init(void) {}
+int bnfast_openmp_fork_handled(void) { return 1; }
+void bnfast_openmp_handle_fork(int on) { (void)on; }
+int bnfast_openmp_enter(int budget) { return (void)budget, atomic_add(1), 1; }
+
+#endif
+
+void bnfast_openmp_leave(void) { atomic_add(-1); }
+
+/* Exception flags are left out: only what changes results. */
+unsigned long long bnfast_float_control(void)
+{
+#if defined(__x86_64__) || defined(_M_X64)
+    return _mm_getcsr() & ~0x3fu;
+#elif defined(__aarch64__) && defined(__GNUC__)
+    unsigned long long fpcr;
+    __asm__ volatile("mrs %0, fpcr" : "=r"(fpcr));
+    return fpcr;
+#else
+    return 0;
+#endif
+}
+
+void bnfast_set_float_control(unsigned long long control)
+{
+    if (bnfast_float_control() == control)
+        return;
+#if defined(__x86_64__) || defined(_M_X64)
+    _mm_setcsr((unsigned)control | (_mm_getcsr() & 0x3fu));
+#elif defined(__aarch64__) && defined(__GNUC__)
+    __asm__ volatile("msr fpcr, %0" : : "r"(control));
+#endif
+}

@@ -1,0 +1,223 @@
+"""How many threads a call may use.
+
+The first of these that says something counts:
+
+1. `with num_threads(n)`, for the code inside it
+2. `set_num_threads(n)`, for the process
+3. the environment variable BNFAST_NUM_THREADS, read at import
+4. OMP_NUM_THREADS
+5. the CPUs this process may use: its affinity and its cgroup's quota, read again at most once a second
+
+Below 3, what OpenMP itself would use in the calling thread is a limit too, so that threadpoolctl's limits hold.
+OMP_THREAD_LIMIT always is. A call on little data uses one thread whatever is said here, and when several Python
+threads call at once they share the number. No result depends on it: the bits are the same for every number of
+threads.
+"""
+
+import math
+import operator
+import os
+import time
+import warnings
+from contextvars import ContextVar, Token
+from pathlib import Path
+from types import TracebackType
+from typing import SupportsIndex
+
+from . import _core
+
+__all__ = ["get_num_threads", "num_threads", "set_num_threads", "thread_budget"]
+
+_context: ContextVar[int | None] = ContextVar("bnfast_num_threads", default=None)
+_process: int | None = None
+
+
+def _checked(n: SupportsIndex) -> int:
+    if isinstance(n, bool):
+        raise TypeError(f"n_threads: expected an int, got {n!r}")
+    try:
+        count = operator.index(n)
+    except TypeError:
+        raise TypeError(f"n_threads: expected an int, got {type(n).__name__}") from None
+    if count < 1:
+        raise ValueError(f"n_threads: expected at least 1, got {count}")
+    return count
+
+
+def _from_environment() -> int | None:
+    text = os.environ.get("BNFAST_NUM_THREADS", "").strip()
+    if not text:
+        return None
+    try:
+        return _checked(int(text))
+    except ValueError:
+        warnings.warn(
+            f"BNFAST_NUM_THREADS: expected a positive integer, got {text!r}; ignored", RuntimeWarning, stacklevel=2
+        )
+        return None
+
+
+_environment = _from_environment()
+
+
+def set_num_threads(n: SupportsIndex | None) -> None:
+    """Set how many threads a call may use, for the whole process.
+
+    Parameters
+    ----------
+    n : int or None
+        At least 1. None: forget an earlier call.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If `n` is not an int, or less than 1.
+    """
+    global _process
+    _process = None if n is None else _checked(n)
+
+
+def get_num_threads() -> int:
+    """How many threads a large call from here would use now.
+
+    Returns
+    -------
+    int
+        At least 1.
+    """
+    return thread_budget()[0]
+
+
+class num_threads:
+    """Context manager: calls inside it use at most `n` threads. Affects the current context (thread, task) only.
+
+    Parameters
+    ----------
+    n : int
+        At least 1.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If `n` is not an int, or less than 1.
+
+    Examples
+    --------
+    >>> import bnfast
+    >>> with bnfast.num_threads(1):
+    ...     bnfast.get_num_threads()
+    1
+    """
+
+    def __init__(self, n: SupportsIndex) -> None:
+        self._n = _checked(n)
+        self._tokens: list[Token[int | None]] = []
+
+    def __enter__(self) -> "num_threads":
+        self._tokens.append(_context.set(self._n))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        _context.reset(self._tokens.pop())
+
+
+def thread_budget() -> tuple[int, str]:
+    """The number of threads for a large call from here, and why."""
+    limit = max(1, _core.openmp_thread_limit())
+    for n, why in (
+        (_context.get(), "bnfast.num_threads"),
+        (_process, "bnfast.set_num_threads"),
+        (_environment, "BNFAST_NUM_THREADS"),
+    ):
+        if n is not None:
+            return (n, why) if n <= limit else (limit, "OMP_THREAD_LIMIT")
+    n, why = _core.openmp_max_threads(), "OpenMP's own limit (OMP_NUM_THREADS, threadpoolctl)"
+    if not _core.openmp_version():
+        why = "built without OpenMP"
+    if "OMP_NUM_THREADS" not in os.environ:
+        cpus, cpus_why = _available_cpus()
+        if cpus <= n:
+            n, why = cpus, cpus_why
+    return (max(1, n), why) if n <= limit else (limit, "OMP_THREAD_LIMIT")
+
+
+def _only_the_number() -> int:
+    return thread_budget()[0]
+
+
+_core.set_thread_budget(_only_the_number)
+
+
+# --- what the operating system grants ---------------------------------------------------------------------
+
+_CPUS_LAST_SECONDS = 1.0
+_cpus: tuple[float, int, str] | None = None  # when read, how many, why
+
+
+def _available_cpus() -> tuple[int, str]:
+    global _cpus
+    now = time.monotonic()
+    if _cpus is None or now - _cpus[0] > _CPUS_LAST_SECONDS:
+        _cpus = (now, *_read_available_cpus(Path("/")))
+    return _cpus[1:]
+
+
+def _read_available_cpus(root: Path) -> tuple[int, str]:
+    """CPUs by affinity or by cgroup quota, whichever is less; `root` is where /proc and /sys are."""
+    if hasattr(os, "sched_getaffinity"):
+        cpus, why = len(os.sched_getaffinity(0)), "CPUs this process may run on"
+    else:
+        cpus, why = os.cpu_count() or 1, "CPUs of this machine"
+    quota = _cgroup_quota(root)
+    if quota is not None and math.ceil(quota) < cpus:
+        return max(1, math.ceil(quota)), f"cgroup quota of {quota:g} CPUs"
+    return cpus, why
+
+
+def _cgroup_quota(root: Path) -> float | None:
+    """CPUs' worth of time the process's cgroup (v2 or v1) and those above it grant, None without a limit."""
+    quotas = []
+    for folder in _cgroup_folders(root):
+        v2 = _words(folder / "cpu.max")
+        if len(v2) == 2:
+            quotas.append(_ratio(v2[0], v2[1]))
+        v1 = _words(folder / "cpu.cfs_quota_us") + _words(folder / "cpu.cfs_period_us")
+        if len(v1) == 2:
+            quotas.append(_ratio(v1[0], v1[1]))
+    return min((quota for quota in quotas if quota is not None), default=None)
+
+
+def _cgroup_folders(root: Path) -> list[Path]:
+    mount = root / "sys/fs/cgroup"
+    folders = [mount, mount / "cpu", mount / "cpu,cpuacct"]
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return folders
+    for line in lines:
+        _, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        folder = mount / controllers
+        for part in Path(path.lstrip("/")).parts:
+            folder = folder / part
+            folders.append(folder)
+    return folders
+
+
+def _words(file: Path) -> list[str]:
+    try:
+        return file.read_text().split()
+    except (OSError, UnicodeDecodeError):
+        return []
+
+
+def _ratio(quota: str, period: str) -> float | None:
+    try:
+        ratio = int(quota) / int(period)
+    except (ValueError, ZeroDivisionError):  # "max", or something unknown
+        return None
+    return ratio if ratio > 0 else None  # -1: no limit
