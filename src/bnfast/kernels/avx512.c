@@ -17,16 +17,34 @@
 static inline void store_stream_f32_avx512(float *p, __m512 v) { _mm512_stream_ps(p, v); }
 static inline void store_stream_f64_avx512(double *p, __m512d v) { _mm512_stream_pd(p, v); }
 
-static inline __m512 mask_load_f32_avx512(const float *p, unsigned mask, __m512 fill)
+/* Parts of vectors through masks (see vec.h). */
+#define ISA_HAS_PARTS 1
+
+static inline unsigned lanes_mask(ptrdiff_t n) { return n <= 0 ? 0u : n >= 16 ? 0xffffu : (1u << n) - 1u; }
+
+static inline __m512 load_part_f32_avx512(const float *p, ptrdiff_t n, __m512 fill)
 {
-    return _mm512_mask_loadu_ps(fill, (__mmask16)mask, p);
+    return _mm512_mask_loadu_ps(fill, (__mmask16)lanes_mask(n), p);
 }
-static inline __m512d mask_load_f64_avx512(const double *p, unsigned mask, __m512d fill)
+static inline __m512d load_part_f64_avx512(const double *p, ptrdiff_t n, __m512d fill)
 {
-    return _mm512_mask_loadu_pd(fill, (__mmask8)mask, p);
+    return _mm512_mask_loadu_pd(fill, (__mmask8)lanes_mask(n), p);
 }
-static inline void mask_store_f32_avx512(float *p, unsigned mask, __m512 v) { _mm512_mask_storeu_ps(p, (__mmask16)mask, v); }
-static inline void mask_store_f64_avx512(double *p, unsigned mask, __m512d v) { _mm512_mask_storeu_pd(p, (__mmask8)mask, v); }
+static inline void store_part_f32_avx512(float *p, ptrdiff_t n, __m512 v)
+{
+    _mm512_mask_storeu_ps(p, (__mmask16)lanes_mask(n), v);
+}
+static inline void store_part_f64_avx512(double *p, ptrdiff_t n, __m512d v)
+{
+    _mm512_mask_storeu_pd(p, (__mmask8)lanes_mask(n), v);
+}
+static inline __m512d widen_f32_avx512(__m512 v, int k)
+{
+    const __m256 half = k == 0 ? _mm512_castps512_ps256(v)
+                               : _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(v), 1));
+    return _mm512_cvtps_pd(half);
+}
+static inline __m512d widen_f64_avx512(__m512d v, int k) { return (void)k, v; }
 
 #include "isa.inc.h"
 

@@ -29,7 +29,9 @@ static void FN(sums_planar)(const void *data, const void *data_u, ptrdiff_t n_ro
     const T *x = data, *u = data_u, center_value = *(const T *)center_in;
     const FN(vec) center = FN(set1)(center_value), zero = FN(set1)(0);
     FN(vec) sum[VU], dot[VU];
-    double wide_sum[64 / sizeof(T)] = {0}, wide_dot[64 / sizeof(T)] = {0};
+    FN(wide) wide_sum[VU * WIDE_PER_VEC], wide_dot[VU * WIDE_PER_VEC];
+    memset(wide_sum, 0, sizeof wide_sum);
+    memset(wide_dot, 0, sizeof wide_dot);
     for (ptrdiff_t k = 0; k < VU; k++)
         sum[k] = dot[k] = zero;
     ptrdiff_t room = FLUSH; /* terms a lane may still take */
@@ -69,8 +71,8 @@ static void FN(sums_planar)(const void *data, const void *data_u, ptrdiff_t n_ro
     room = 0;
     FLUSH_LANES
 #undef FLUSH_LANES
-    *sum_out = FN(fold_lanes)(wide_sum);
-    *dot_out = FN(fold_lanes)(wide_dot);
+    *sum_out = FN(fold_wide)(wide_sum);
+    *dot_out = FN(fold_wide)(wide_dot);
     if (FN(overflowed)(*sum_out, *dot_out))
         FN(sums_wide)(x, u, n_rows, stride, length, (double)center_value, sum_out, dot_out);
 }
@@ -94,8 +96,8 @@ static void FN(sums_interleaved)(const void *data, const void *data_u, ptrdiff_t
                 sum += v;
                 dot += v * (FN(load)(rows + t * stride + c) - center);
             }
-            FN(widen_add_native)(sum_out + c, sum, VN);
-            FN(widen_add_native)(dot_out + c, dot, VN);
+            FN(widen_add_columns)(sum_out + c, sum, VN);
+            FN(widen_add_columns)(dot_out + c, dot, VN);
         }
         if (c < n_columns) {
             const ptrdiff_t n = n_columns - c;
@@ -106,8 +108,8 @@ static void FN(sums_interleaved)(const void *data, const void *data_u, ptrdiff_t
                 sum += v;
                 dot += v * (FN(load_part)(rows + t * stride + c, n, center) - center);
             }
-            FN(widen_add_native)(sum_out + c, sum, n);
-            FN(widen_add_native)(dot_out + c, dot, n);
+            FN(widen_add_columns)(sum_out + c, sum, n);
+            FN(widen_add_columns)(dot_out + c, dot, n);
         }
     }
     for (ptrdiff_t c = 0; c < n_columns; c++)

@@ -14,7 +14,49 @@
 #if BNFAST_X86_VECTORS
 static inline void store_stream_f32_baseline(float *p, __m128 v) { _mm_stream_ps(p, v); }
 static inline void store_stream_f64_baseline(double *p, __m128d v) { _mm_stream_pd(p, v); }
+
+/* Parts of vectors (see vec.h). */
+#define ISA_HAS_PARTS 1
+
+static inline __m128 load_part_f32_baseline(const float *p, ptrdiff_t n, __m128 fill)
+{
+    if (n >= 4)
+        return _mm_loadu_ps(p);
+    if (n == 3)
+        return _mm_movelh_ps(_mm_castsi128_ps(_mm_loadl_epi64((const __m128i *)(const void *)p)),
+                             _mm_move_ss(_mm_movehl_ps(fill, fill), _mm_load_ss(p + 2)));
+    if (n == 2)
+        return _mm_loadl_pi(fill, (const __m64 *)(const void *)p);
+    return n == 1 ? _mm_move_ss(fill, _mm_load_ss(p)) : fill;
+}
+static inline __m128d load_part_f64_baseline(const double *p, ptrdiff_t n, __m128d fill)
+{
+    return n >= 2 ? _mm_loadu_pd(p) : n == 1 ? _mm_loadl_pd(fill, p) : fill;
+}
+static inline void store_part_f32_baseline(float *p, ptrdiff_t n, __m128 v)
+{
+    if (n >= 4)
+        _mm_storeu_ps(p, v);
+    else {
+        if (n >= 2)
+            _mm_storel_pi((__m64 *)(void *)p, v);
+        if (n == 3)
+            _mm_store_ss(p + 2, _mm_movehl_ps(v, v));
+        if (n == 1)
+            _mm_store_ss(p, v);
+    }
+}
+static inline void store_part_f64_baseline(double *p, ptrdiff_t n, __m128d v)
+{
+    if (n >= 2)
+        _mm_storeu_pd(p, v);
+    else if (n == 1)
+        _mm_storel_pd(p, v);
+}
+static inline __m128d widen_f32_baseline(__m128 v, int k) { return _mm_cvtps_pd(k == 0 ? v : _mm_movehl_ps(v, v)); }
+static inline __m128d widen_f64_baseline(__m128d v, int k) { return (void)k, v; }
 #else
+#define ISA_HAS_PARTS 0
 #define store_stream_f32_baseline store_f32_baseline
 #define store_stream_f64_baseline store_f64_baseline
 #endif

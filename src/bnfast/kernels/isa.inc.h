@@ -1,5 +1,5 @@
-/* Both dtypes of one instruction set. The file that includes this defines ISA_SUFFIX, ISA, VBYTES and, where it
- * has them, the instructions that plain C cannot say (MASKED, STREAM); see avx512.c. */
+/* Both dtypes of one instruction set. The file that includes this defines ISA_SUFFIX, ISA, VBYTES, the streaming
+ * stores, and with ISA_HAS_PARTS the instructions for parts of vectors that plain C cannot say (see vec.h). */
 
 #define PASTE_(a, b, c) a##b##c
 #define PASTE(a, b, c) PASTE_(a, b, c)

@@ -54,9 +54,12 @@ const bnfast_kernels FN(bnfast_table) = {
 #undef VL
 #undef VN
 #undef VU
+#undef WN
+#undef WIDE_PER_VEC
 #undef PIVOT_SAMPLES
 #undef COLUMN_SAMPLES
 #undef PIVOT_LOSS
 #undef FLUSH
 #undef COLUMNS
+#undef ROWS
 #undef SMALLEST_MEAN_SQUARE

@@ -76,7 +76,9 @@ static void FN(moments_planar)(const void *data, ptrdiff_t n_rows, ptrdiff_t str
 
     const FN(vec) pivot = FN(set1)(pivot_value);
     FN(vec) sum[VU], square[VU];
-    double wide_sum[64 / sizeof(T)] = {0}, wide_square[64 / sizeof(T)] = {0};
+    FN(wide) wide_sum[VU * WIDE_PER_VEC], wide_square[VU * WIDE_PER_VEC];
+    memset(wide_sum, 0, sizeof wide_sum);
+    memset(wide_square, 0, sizeof wide_square);
     for (ptrdiff_t u = 0; u < VU; u++)
         sum[u] = square[u] = FN(set1)(0);
     ptrdiff_t room = FLUSH; /* terms a lane may still take */
@@ -116,7 +118,7 @@ static void FN(moments_planar)(const void *data, ptrdiff_t n_rows, ptrdiff_t str
     room = 0;
     FLUSH_LANES
 #undef FLUSH_LANES
-    const double total = FN(fold_lanes)(wide_sum), total_square = FN(fold_lanes)(wide_square);
+    const double total = FN(fold_wide)(wide_sum), total_square = FN(fold_wide)(wide_square);
     *mean = ((double)pivot_value - center) + total / n;
     *m2 = total_square - total * (total / n);
     if (!FN(trusted)(n, total, total_square, *m2))
@@ -168,7 +170,7 @@ static ALWAYS_INLINE struct FN(pair) FN(column_terms)(const T *x, ptrdiff_t term
     for (; t + 4 <= terms; t += 4)
         for (int k = 0; k < 4; k++) {
             const T *row = x + (t + k) * stride;
-            const FN(vec) d = (n == VN ? FN(load)(row) : FN(load_part)(row, n, pivot)) - pivot;
+            const FN(vec) d = FN(load_up_to)(row, n, pivot) - pivot;
             s[k].sum += d;
             s[k].square += d * d;
         }
@@ -210,15 +212,15 @@ static void FN(moments_interleaved_block)(const T *x, ptrdiff_t n_rows, ptrdiff_
         ptrdiff_t c = 0;
         for (; c + VN <= n_columns; c += VN) {
             const struct FN(pair) s = FN(column_terms)(rows + c, terms, stride, VN, FN(load)(pivots + c));
-            FN(widen_add_native)(mean + c, s.sum, VN);
-            FN(widen_add_native)(m2 + c, s.square, VN);
+            FN(widen_add_columns)(mean + c, s.sum, VN);
+            FN(widen_add_columns)(m2 + c, s.square, VN);
         }
         if (c < n_columns) {
             const ptrdiff_t n = n_columns - c;
             const struct FN(pair) s =
                 FN(column_terms)(rows + c, terms, stride, n, FN(load_part)(pivots + c, n, FN(set1)(0)));
-            FN(widen_add_native)(mean + c, s.sum, n);
-            FN(widen_add_native)(m2 + c, s.square, n);
+            FN(widen_add_columns)(mean + c, s.sum, n);
+            FN(widen_add_columns)(m2 + c, s.square, n);
         }
     }
     int untrusted[COLUMNS], n_untrusted = 0;

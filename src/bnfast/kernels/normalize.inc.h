@@ -6,6 +6,9 @@
  * normalize, float32: four roundings, at most 2.4e-7 * |gamma * x_hat| + 6e-8 * |y|.
  * Memory traffic: read x (and u), write out; with `stream` the written lines are not read first. */
 
+/* Rows that share a load of interleaved coefficients. */
+#define ROWS 4
+
 struct FN(map) {
     FN(vec) center, scale, shift, u_center, u_scale;
 };
@@ -15,12 +18,12 @@ static ALWAYS_INLINE struct FN(map) FN(map_of_columns)(const bnfast_coefficients
 {
     const FN(vec) zero = FN(set1)(0);
     struct FN(map) map = {zero, zero, zero, zero, zero};
-    map.center = FN(load_part)((const T *)c->center + j, n, zero);
-    map.scale = FN(load_part)((const T *)c->scale + j, n, zero);
-    map.shift = FN(load_part)((const T *)c->shift + j, n, zero);
+    map.center = FN(load_up_to)((const T *)c->center + j, n, zero);
+    map.scale = FN(load_up_to)((const T *)c->scale + j, n, zero);
+    map.shift = FN(load_up_to)((const T *)c->shift + j, n, zero);
     if (gradient) {
-        map.u_center = FN(load_part)((const T *)c->u_center + j, n, zero);
-        map.u_scale = FN(load_part)((const T *)c->u_scale + j, n, zero);
+        map.u_center = FN(load_up_to)((const T *)c->u_center + j, n, zero);
+        map.u_scale = FN(load_up_to)((const T *)c->u_scale + j, n, zero);
     }
     return map;
 }
@@ -45,69 +48,96 @@ static ALWAYS_INLINE FN(vec) FN(map_value)(const struct FN(map) * map, FN(vec) x
     return gradient ? (u - map->u_center) * map->u_scale + y : y;
 }
 
-static ALWAYS_INLINE void FN(map_rows)(const T *x, const T *u, T *out, ptrdiff_t n_rows, ptrdiff_t stride,
-                                       ptrdiff_t length, const bnfast_coefficients *c, int gradient, int interleaved,
-                                       int stream)
+/* n <= VN elements of `rows` rows, through one set of coefficients */
+static ALWAYS_INLINE void FN(map_elements)(const struct FN(map) * map, const T *x, const T *u, T *out, ptrdiff_t rows,
+                                           ptrdiff_t stride, ptrdiff_t n, int gradient, int stream)
 {
     const FN(vec) zero = FN(set1)(0);
-    struct FN(map) map = FN(map_of_channel)(c, gradient);
-#define PART(j, n)                                                                                                     \
+    for (ptrdiff_t r = 0; r < rows; r++, x += stride, u += stride, out += stride) {
+        const FN(vec) x_values = FN(load_up_to)(x, n, zero);
+        FN(vec) u_values = zero;
+        if (gradient)
+            u_values = FN(load_up_to)(u, n, zero);
+        const FN(vec) value = FN(map_value)(map, x_values, u_values, gradient);
+        if (n < VN)
+            FN(store_part)(out, n, value);
+        else if (stream)
+            FN(store_stream)(out, value);
+        else
+            FN(store)(out, value);
+    }
+}
+
+/* `rows` rows at once: interleaved coefficients are loaded once for all of them; planar: map has the channel's. */
+static ALWAYS_INLINE void FN(map_rows)(const T *x, const T *u, T *out, ptrdiff_t rows, ptrdiff_t stride,
+                                       ptrdiff_t length, const bnfast_coefficients *c, struct FN(map) map,
+                                       int gradient, int interleaved, int stream)
+{
+    ptrdiff_t j = 0;
+#define ELEMENTS(n, stream)                                                                                            \
     do {                                                                                                               \
         if (interleaved)                                                                                               \
             map = FN(map_of_columns)(c, j, n, gradient);                                                               \
-        FN(store_part)                                                                                                 \
-        (out + (j), n,                                                                                                 \
-         FN(map_value)(&map, FN(load_part)(x + (j), n, zero), gradient ? FN(load_part)(u + (j), n, zero) : zero,       \
-                       gradient));                                                                                     \
+        FN(map_elements)(&map, x + j, u + j, out + j, rows, stride, n, gradient, stream);                              \
+        j += (n);                                                                                                      \
     } while (0)
-#define WHOLE(j, store)                                                                                                \
-    do {                                                                                                               \
-        if (interleaved)                                                                                               \
-            map = FN(map_of_columns)(c, j, VN, gradient);                                                              \
-        store(out + (j),                                                                                               \
-              FN(map_value)(&map, FN(load)(x + (j)), gradient ? FN(load)(u + (j)) : zero, gradient));                  \
-    } while (0)
-    for (ptrdiff_t r = 0; r < n_rows; r++, x += stride, u += stride, out += stride) {
-        ptrdiff_t j = 0;
-        if (stream) {
-            j = FN(to_aligned)(out, length);
-            if (j > 0)
-                PART(0, j);
-            for (; j + VN <= length; j += VN)
-                WHOLE(j, FN(store_stream));
-        }
-        else
-            for (; j + VN <= length; j += VN)
-                WHOLE(j, FN(store));
-        if (j < length)
-            PART(j, length - j);
+    if (stream) {
+        const ptrdiff_t head = FN(to_aligned)(out, length);
+        if (head > 0)
+            ELEMENTS(head, 0);
+        while (j + VN <= length)
+            ELEMENTS(VN, 1);
     }
-#undef PART
-#undef WHOLE
+    else
+        while (j + VN <= length)
+            ELEMENTS(VN, 0);
+    if (j < length)
+        ELEMENTS(length - j, 0);
+#undef ELEMENTS
+}
+
+static ALWAYS_INLINE void FN(map_all)(const T *x, const T *u, T *out, ptrdiff_t n_rows, ptrdiff_t stride,
+                                      ptrdiff_t length, const bnfast_coefficients *c, int gradient, int interleaved,
+                                      int stream)
+{
+    const struct FN(map) map = FN(map_of_channel)(c, gradient);
+    ptrdiff_t r = 0;
+    /* rows in groups only if all of a group are aligned alike, should alignment matter */
+    if (interleaved && (!stream || stride % VN == 0))
+        for (; r + ROWS <= n_rows; r += ROWS, x += ROWS * stride, u += ROWS * stride, out += ROWS * stride)
+            if (stream)
+                FN(map_rows)(x, u, out, ROWS, stride, length, c, map, gradient, interleaved, 1);
+            else
+                FN(map_rows)(x, u, out, ROWS, stride, length, c, map, gradient, interleaved, 0);
+    for (; r < n_rows; r++, x += stride, u += stride, out += stride)
+        if (stream)
+            FN(map_rows)(x, u, out, 1, stride, length, c, map, gradient, interleaved, 1);
+        else
+            FN(map_rows)(x, u, out, 1, stride, length, c, map, gradient, interleaved, 0);
 }
 
 static void FN(normalize_planar)(const void *x, void *out, ptrdiff_t n_rows, ptrdiff_t stride, ptrdiff_t length,
                                  const bnfast_coefficients *c, int stream)
 {
-    FN(map_rows)(x, x, out, n_rows, stride, length, c, 0, 0, stream);
+    FN(map_all)(x, x, out, n_rows, stride, length, c, 0, 0, stream);
 }
 
 static void FN(normalize_interleaved)(const void *x, void *out, ptrdiff_t n_rows, ptrdiff_t stride, ptrdiff_t n_columns,
                                       const bnfast_coefficients *c, int stream)
 {
-    FN(map_rows)(x, x, out, n_rows, stride, n_columns, c, 0, 1, stream);
+    FN(map_all)(x, x, out, n_rows, stride, n_columns, c, 0, 1, stream);
 }
 
 static void FN(gradient_planar)(const void *x, const void *u, void *out, ptrdiff_t n_rows, ptrdiff_t stride,
                                 ptrdiff_t length, const bnfast_coefficients *c, int stream)
 {
-    FN(map_rows)(x, u, out, n_rows, stride, length, c, 1, 0, stream);
+    FN(map_all)(x, u, out, n_rows, stride, length, c, 1, 0, stream);
 }
 
 static void FN(gradient_interleaved)(const void *x, const void *u, void *out, ptrdiff_t n_rows, ptrdiff_t stride,
                                      ptrdiff_t n_columns, const bnfast_coefficients *c, int stream)
 {
-    FN(map_rows)(x, u, out, n_rows, stride, n_columns, c, 1, 1, stream);
+    FN(map_all)(x, u, out, n_rows, stride, n_columns, c, 1, 1, stream);
 }
 
 /* n: columns; center, scale: (n,) IN; rest: (n,) IN OUT; center_out, scale_out: (n,) OUT, dtype of the data */

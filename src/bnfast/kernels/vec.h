@@ -2,63 +2,76 @@
  *
  * Included once per dtype by leaves.inc.h, after T (the dtype), FN (its names) and VBYTES are defined. VL lanes
  * are the fixed virtual width that gives the bits; a virtual vector is VU native vectors of VN lanes. Arithmetic
- * on `vec` is the language's own: + - * elementwise, rounded once each. */
+ * on `vec` is the language's own: + - * elementwise, rounded once each. Sums end in float64: a `vec` widens to
+ * WIDE_PER_VEC vectors `wide` of WN float64 lanes each. An instruction set's file may bring its own load_part,
+ * store_part and widen (ISA_HAS_PARTS); the loops here say what they do. */
 
 #define VL ((ptrdiff_t)(64 / sizeof(T)))
 
 #if defined(__GNUC__) && VBYTES > 8
 typedef T FN(vec) __attribute__((vector_size(VBYTES)));
 typedef T FN(unaligned) __attribute__((vector_size(VBYTES), aligned(sizeof(T)), may_alias));
+typedef double FN(wide) __attribute__((vector_size(VBYTES)));
+typedef double FN(unaligned_wide) __attribute__((vector_size(VBYTES), aligned(8), may_alias));
 #define VN ((ptrdiff_t)(VBYTES / sizeof(T)))
-static inline FN(vec) FN(load)(const T *p) { return *(const FN(unaligned) *)p; }
-static inline void FN(store)(T *p, FN(vec) v) { *(FN(unaligned) *)p = v; }
-static inline FN(vec) FN(set1)(T value)
-{
-    FN(vec) v;
-    for (ptrdiff_t i = 0; i < VN; i++)
-        v[i] = value;
-    return v;
-}
+#define WN ((ptrdiff_t)(VBYTES / sizeof(double)))
+static inline FN(vec) FN(set1)(T value) { return value - (FN(vec)){0}; } /* one broadcast; keeps the sign of zero */
 #else
-typedef T FN(vec);
+typedef T FN(vec), FN(unaligned);
+typedef double FN(wide), FN(unaligned_wide);
 #define VN ((ptrdiff_t)1)
-static inline FN(vec) FN(load)(const T *p) { return *p; }
-static inline void FN(store)(T *p, FN(vec) v) { *p = v; }
+#define WN ((ptrdiff_t)1)
 static inline FN(vec) FN(set1)(T value) { return value; }
 #endif
 
 #define VU (VL / VN)
+#define WIDE_PER_VEC (VN / WN)
+
+static inline FN(vec) FN(load)(const T *p) { return *(const FN(unaligned) *)p; }
+static inline void FN(store)(T *p, FN(vec) v) { *(FN(unaligned) *)p = v; }
+static inline FN(wide) FN(load_wide)(const double *p) { return *(const FN(unaligned_wide) *)p; }
+static inline void FN(store_wide)(double *p, FN(wide) v) { *(FN(unaligned_wide) *)p = v; }
+
+#if !ISA_HAS_PARTS
 
 /* The first n of VN elements, the other lanes from `fill`; n < 0 counts as 0, n > VN as VN. Never reads past n. */
 static inline FN(vec) FN(load_part)(const T *p, ptrdiff_t n, FN(vec) fill)
 {
-#if VBYTES == 64
-    const unsigned mask = n <= 0 ? 0u : n >= VN ? ~0u : (1u << n) - 1u;
-    return FN(mask_load)(p, mask, fill);
-#else
     T lanes[VN];
-    if (n >= VN)
-        return FN(load)(p);
-    if (n <= 0)
-        return fill;
-    memcpy(lanes, &fill, sizeof lanes);
-    for (ptrdiff_t i = 0; i < n; i++)
+    FN(store)(lanes, fill);
+    for (ptrdiff_t i = 0; i < n && i < VN; i++)
         lanes[i] = p[i];
     return FN(load)(lanes);
-#endif
 }
 
+/* The first n of VN lanes. Never writes past n. */
 static inline void FN(store_part)(T *p, ptrdiff_t n, FN(vec) v)
 {
-#if VBYTES == 64
-    const unsigned mask = n <= 0 ? 0u : n >= VN ? ~0u : (1u << n) - 1u;
-    FN(mask_store)(p, mask, v);
-#else
     T lanes[VN];
     FN(store)(lanes, v);
     for (ptrdiff_t i = 0; i < n && i < VN; i++)
         p[i] = lanes[i];
+}
+
+/* The k-th WN lanes of v in float64. */
+static inline FN(wide) FN(widen)(FN(vec) v, int k)
+{
+    T lanes[VN];
+    double wide[WN];
+    FN(store)(lanes, v);
+    for (ptrdiff_t i = 0; i < WN; i++)
+        wide[i] = (double)lanes[k * WN + i];
+    return FN(load_wide)(wide);
+}
+
 #endif
+
+/* The same, where the compiler sees n = VN a plain load. */
+static ALWAYS_INLINE FN(vec) FN(load_up_to)(const T *p, ptrdiff_t n, FN(vec) fill)
+{
+    if (n == VN)
+        return FN(load)(p);
+    return FN(load_part)(p, n, fill);
 }
 
 /* Elements from p to the next address a streaming store may take, at most n. */
@@ -68,34 +81,41 @@ static inline ptrdiff_t FN(to_aligned)(const T *p, ptrdiff_t n)
     return head < n ? head : n;
 }
 
-/* wide[0..VL) += the VL lanes of one virtual vector */
-static inline void FN(widen_add)(double *wide, const FN(vec) *v)
+/* wide: (VU * WIDE_PER_VEC,), VL lanes in float64, plus the VL lanes of a virtual vector */
+static ALWAYS_INLINE void FN(widen_add)(FN(wide) * wide, const FN(vec) *v)
 {
-    T lanes[64 / sizeof(T)];
-    for (ptrdiff_t u = 0; u < VU; u++)
-        FN(store)(lanes + u * VN, v[u]);
-    for (ptrdiff_t i = 0; i < VL; i++)
-        wide[i] += (double)lanes[i];
+    for (int u = 0; u < VU; u++)
+        for (int k = 0; k < WIDE_PER_VEC; k++)
+            wide[u * WIDE_PER_VEC + k] += FN(widen)(v[u], k);
 }
 
-/* wide[0..n) += the first n lanes of one native vector */
-static inline void FN(widen_add_native)(double *wide, FN(vec) v, ptrdiff_t n)
+/* values[0..n) += the first n <= VN lanes of one native vector */
+static ALWAYS_INLINE void FN(widen_add_columns)(double *values, FN(vec) v, ptrdiff_t n)
 {
-    T lanes[VN];
-    FN(store)(lanes, v);
     if (n == VN)
-        for (ptrdiff_t i = 0; i < VN; i++)
-            wide[i] += (double)lanes[i];
-    else
+        for (int k = 0; k < WIDE_PER_VEC; k++)
+            FN(store_wide)(values + k * WN, FN(load_wide)(values + k * WN) + FN(widen)(v, k));
+    else {
+        T lanes[VN];
+        FN(store)(lanes, v);
         for (ptrdiff_t i = 0; i < n; i++)
-            wide[i] += (double)lanes[i];
+            values[i] += (double)lanes[i];
+    }
 }
 
 /* Sum of VL float64 lanes, halves folded onto each other. */
-static inline double FN(fold_lanes)(double *wide)
+static inline double FN(fold_lanes)(double *lanes)
 {
     for (ptrdiff_t half = VL / 2; half > 0; half /= 2)
         for (ptrdiff_t i = 0; i < half; i++)
-            wide[i] += wide[i + half];
-    return wide[0];
+            lanes[i] += lanes[i + half];
+    return lanes[0];
+}
+
+static inline double FN(fold_wide)(const FN(wide) * wide)
+{
+    double lanes[64 / sizeof(T)];
+    for (int i = 0; i < VU * WIDE_PER_VEC; i++)
+        FN(store_wide)(lanes + i * WN, wide[i]);
+    return FN(fold_lanes)(lanes);
 }
