@@ -181,11 +181,13 @@ static void finish_task(const bnfast_job *job, ptrdiff_t index, int thread)
         finish(job, &block, 0, block.n);
 }
 
+/* Backwards: what was reduced last is still in cache. */
 static void apply_task(const bnfast_job *job, ptrdiff_t index, int thread)
 {
     (void)thread;
     const bnfast_block block = whole(job);
-    const ptrdiff_t row = index * job->apply_rows, rows = folded_rows(job);
+    const ptrdiff_t rows = folded_rows(job), last = quotient_up(rows, job->apply_rows) + (rows_left(job) > 0) - 1;
+    const ptrdiff_t row = (last - index) * job->apply_rows;
     if (row < rows)
         apply(job, &block, row, least(job->apply_rows, rows - row), row_stride(job), block.width);
     else

@@ -48,24 +48,27 @@ static ALWAYS_INLINE FN(vec) FN(map_value)(const struct FN(map) * map, FN(vec) x
     return gradient ? (u - map->u_center) * map->u_scale + y : y;
 }
 
-/* n <= VN elements of `rows` rows, through one set of coefficients */
+/* n <= VN elements of `rows` rows, through one set of coefficients. All loads come before the first store: rows that
+ * lie a power of two apart would otherwise wait for stores that only look like theirs (equal low address bits). */
 static ALWAYS_INLINE void FN(map_elements)(const struct FN(map) * map, const T *x, const T *u, T *out, ptrdiff_t rows,
                                            ptrdiff_t stride, ptrdiff_t n, int gradient, int stream)
 {
     const FN(vec) zero = FN(set1)(0);
-    for (ptrdiff_t r = 0; r < rows; r++, x += stride, u += stride, out += stride) {
-        const FN(vec) x_values = FN(load_up_to)(x, n, zero);
+    FN(vec) value[ROWS];
+    for (ptrdiff_t r = 0; r < rows; r++) {
+        const FN(vec) x_values = FN(load_up_to)(x + r * stride, n, zero);
         FN(vec) u_values = zero;
         if (gradient)
-            u_values = FN(load_up_to)(u, n, zero);
-        const FN(vec) value = FN(map_value)(map, x_values, u_values, gradient);
-        if (n < VN)
-            FN(store_part)(out, n, value);
-        else if (stream)
-            FN(store_stream)(out, value);
-        else
-            FN(store)(out, value);
+            u_values = FN(load_up_to)(u + r * stride, n, zero);
+        value[r] = FN(map_value)(map, x_values, u_values, gradient);
     }
+    for (ptrdiff_t r = 0; r < rows; r++)
+        if (n < VN)
+            FN(store_part)(out + r * stride, n, value[r]);
+        else if (stream)
+            FN(store_stream)(out + r * stride, value[r]);
+        else
+            FN(store)(out + r * stride, value[r]);
 }
 
 /* `rows` rows at once: interleaved coefficients are loaded once for all of them; planar: map has the channel's. */
@@ -103,12 +106,13 @@ static ALWAYS_INLINE void FN(map_all)(const T *x, const T *u, T *out, ptrdiff_t 
     const struct FN(map) map = FN(map_of_channel)(c, gradient);
     ptrdiff_t r = 0;
     /* rows in groups only if all of a group are aligned alike, should alignment matter */
-    if (interleaved && (!stream || stride % VN == 0))
+    if (interleaved && (!stream || stride % VN == 0)) {
         for (; r + ROWS <= n_rows; r += ROWS, x += ROWS * stride, u += ROWS * stride, out += ROWS * stride)
             if (stream)
                 FN(map_rows)(x, u, out, ROWS, stride, length, c, map, gradient, interleaved, 1);
             else
                 FN(map_rows)(x, u, out, ROWS, stride, length, c, map, gradient, interleaved, 0);
+    }
     for (; r < n_rows; r++, x += stride, u += stride, out += stride)
         if (stream)
             FN(map_rows)(x, u, out, 1, stride, length, c, map, gradient, interleaved, 1);

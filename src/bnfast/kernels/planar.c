@@ -113,10 +113,12 @@ static void finish_task(const bnfast_job *job, ptrdiff_t index, int thread)
     finish(job, &block, 0, block.n);
 }
 
+/* Backwards: what was reduced last is still in cache. */
 static void apply_task(const bnfast_job *job, ptrdiff_t index, int thread)
 {
     (void)thread;
     const bnfast_block block = whole(job);
+    index = job->n_segments * job->channels - 1 - index;
     const ptrdiff_t s = index / job->channels, i = index % job->channels;
     ptrdiff_t row, begin, n_rows, length;
     segment(job, s, &row, &begin, &n_rows, &length);
