@@ -34,7 +34,8 @@ ptrdiff_t bnfast_block_bytes(const bnfast_job *job, ptrdiff_t n, ptrdiff_t colum
     const ptrdiff_t width = n * columns, size = job->kernels->itemsize;
     const ptrdiff_t rows = bnfast_reduces(job) ? job->n_segments + 1 : 0;
     return round_up(2 * rows * width * (ptrdiff_t)sizeof(double)) + round_up(WORK_ARRAYS * n * (ptrdiff_t)sizeof(double)) +
-           COEFFICIENT_ARRAYS * (round_up(n * size) + (columns > 1 ? round_up(width * size) : 0));
+           COEFFICIENT_ARRAYS *
+               (round_up((n + BNFAST_PAD) * size) + (columns > 1 ? round_up((width + BNFAST_PAD) * size) : 0));
 }
 
 static char *coefficients_in(char *at, bnfast_coefficients *c, ptrdiff_t bytes)
@@ -57,10 +58,10 @@ bnfast_block bnfast_block_in(const bnfast_job *job, char *scratch, ptrdiff_t fir
     scratch += round_up(2 * rows * width * (ptrdiff_t)sizeof(double));
     block.work = (double *)scratch;
     scratch += round_up(WORK_ARRAYS * n * (ptrdiff_t)sizeof(double));
-    scratch = coefficients_in(scratch, &block.channel, n * size);
+    scratch = coefficients_in(scratch, &block.channel, (n + BNFAST_PAD) * size);
     block.column = block.channel;
     if (columns > 1)
-        coefficients_in(scratch, &block.column, width * size);
+        coefficients_in(scratch, &block.column, (width + BNFAST_PAD) * size);
     return block;
 }
 
@@ -199,6 +200,9 @@ void bnfast_plan(bnfast_job *job)
         bnfast_plan_planar(job);
     else
         bnfast_plan_interleaved(job);
+    /* What a call writes first is gone from the last-level cache by its end if the call touches more than that. */
     const ptrdiff_t bytes = job->outer * job->channels * job->inner * job->kernels->itemsize;
-    job->stream = bnfast_applies(job) && job->out != job->x && job->out != job->u && bytes > bnfast_last_level_bytes();
+    const ptrdiff_t arrays = bnfast_needs_gradient(job) ? 3 : 2;
+    job->stream = bnfast_applies(job) && job->out != job->x && job->out != job->u &&
+                  arrays * bytes >= bnfast_last_level_bytes();
 }

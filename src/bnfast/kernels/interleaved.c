@@ -27,17 +27,19 @@ static double segment_count(const bnfast_job *job, ptrdiff_t s)
 static double fold_count(const bnfast_job *job, ptrdiff_t i) { return (void)i, (double)folded_rows(job); }
 static double inner_count(const bnfast_job *job, ptrdiff_t i) { return (void)i, (double)job->outer; }
 
-/* From a coefficient a channel to one a column: (fold, n, inner). */
+/* From a coefficient a channel to one a column, (fold, n, inner), and the first ones again past the end. */
 static void spread(const bnfast_job *job, const bnfast_block *block, const void *channel, void *column)
 {
-    const ptrdiff_t size = job->kernels->itemsize;
+    const ptrdiff_t size = job->kernels->itemsize, width = block->width;
     char *out = column;
-    if (channel == column)
-        return;
-    for (ptrdiff_t f = 0; f < job->fold; f++)
-        for (ptrdiff_t i = 0; i < block->n; i++)
-            for (ptrdiff_t t = 0; t < job->inner; t++, out += size)
-                memcpy(out, (const char *)channel + i * size, (size_t)size);
+    if (channel != column)
+        for (ptrdiff_t f = 0; f < job->fold; f++)
+            for (ptrdiff_t i = 0; i < block->n; i++)
+                for (ptrdiff_t t = 0; t < job->inner; t++, out += size)
+                    memcpy(out, (const char *)channel + i * size, (size_t)size);
+    out = column;
+    for (ptrdiff_t i = 0; i < BNFAST_PAD; i++)
+        memcpy(out + (width + i) * size, out + i % width * size, (size_t)size);
 }
 
 static void prepare(const bnfast_job *job, const bnfast_block *block)
@@ -97,7 +99,7 @@ static void finish(const bnfast_job *job, const bnfast_block *block, ptrdiff_t i
         }
     }
     bnfast_finish(job, block, i, n);
-    if (bnfast_applies(job) && columns_of_channel(job) > 1) {
+    if (bnfast_applies(job) && i == 0) {
         spread(job, block, block->channel.center, block->column.center);
         spread(job, block, block->channel.scale, block->column.scale);
         spread(job, block, block->channel.shift, block->column.shift);

@@ -51,7 +51,7 @@ struct bnfast_job {
     ptrdiff_t fold;           /* interleaved: rows seen as one, so that narrow rows fill vectors */
     ptrdiff_t block_channels;
     ptrdiff_t apply_rows; /* rows a task of the apply phase takes */
-    int stream;           /* out does not fit in the last-level cache: write around it */
+    int stream;           /* write around the caches */
     ptrdiff_t scratch_bytes;
     ptrdiff_t workspace_bytes;
     int n_phases;

@@ -27,7 +27,9 @@
 /* What `apply` does with an element, per column, in the dtype of the data:
  *   normalize  out = (x - center) * scale + shift
  *   gradient   out = (u - u_center) * u_scale + ((x - center) * scale + shift)
- * Each pointer: (columns,) IN. */
+ * Each pointer: (columns,) IN; interleaved: (columns + BNFAST_PAD,), the first ones again past the end. */
+enum { BNFAST_PAD = 16 };
+
 typedef struct {
     void *center, *scale, *shift, *u_center, *u_scale;
 } bnfast_coefficients;

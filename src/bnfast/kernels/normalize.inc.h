@@ -99,12 +99,45 @@ static ALWAYS_INLINE void FN(map_rows)(const T *x, const T *u, T *out, ptrdiff_t
 #undef ELEMENTS
 }
 
+/* n elements of dense interleaved rows, streamed as one run: vectors begin where the memory is aligned, at whatever
+ * column that is, and may go on in the next row, for which the coefficients repeat themselves past their end. */
+static ALWAYS_INLINE void FN(map_run)(const T *x, const T *u, T *out, ptrdiff_t n, ptrdiff_t n_columns,
+                                      const bnfast_coefficients *c, int gradient)
+{
+    const ptrdiff_t head = FN(to_aligned)(out, n), group = ROWS * n_columns;
+    ptrdiff_t j = head, column = head; /* column: j modulo n_columns */
+    struct FN(map) map = FN(map_of_columns)(c, 0, head, gradient);
+    if (head > 0)
+        FN(map_elements)(&map, x, u, out, 1, 0, head, gradient, 0);
+    if (n_columns % VN == 0)
+        for (; j + group <= n; j += group)
+            for (ptrdiff_t i = 0; i < n_columns; i += VN) {
+                map = FN(map_of_columns)(c, head + i, VN, gradient);
+                FN(map_elements)(&map, x + j + i, u + j + i, out + j + i, ROWS, n_columns, VN, gradient, 1);
+            }
+    for (; j + VN <= n; j += VN) {
+        map = FN(map_of_columns)(c, column, VN, gradient);
+        FN(map_elements)(&map, x + j, u + j, out + j, 1, 0, VN, gradient, 1);
+        column += VN;
+        if (column >= n_columns)
+            column -= n_columns;
+    }
+    if (j < n) {
+        map = FN(map_of_columns)(c, column, n - j, gradient);
+        FN(map_elements)(&map, x + j, u + j, out + j, 1, 0, n - j, gradient, 0);
+    }
+}
+
 static ALWAYS_INLINE void FN(map_all)(const T *x, const T *u, T *out, ptrdiff_t n_rows, ptrdiff_t stride,
                                       ptrdiff_t length, const bnfast_coefficients *c, int gradient, int interleaved,
                                       int stream)
 {
     const struct FN(map) map = FN(map_of_channel)(c, gradient);
     ptrdiff_t r = 0;
+    if (interleaved && stream && stride == length && length >= VN) {
+        FN(map_run)(x, u, out, n_rows * length, length, c, gradient);
+        return;
+    }
     /* rows in groups only if all of a group are aligned alike, should alignment matter */
     if (interleaved && (!stream || stride % VN == 0)) {
         for (; r + ROWS <= n_rows; r += ROWS, x += ROWS * stride, u += ROWS * stride, out += ROWS * stride)
