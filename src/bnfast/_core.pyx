@@ -123,6 +123,11 @@ cdef cnp.ndarray as_floating(object value, str name):
     return array
 
 
+def may_share_memory(a, x):
+    """Whether the address ranges of `x` and `a` meet; False if `a` is no ndarray."""
+    return isinstance(a, np.ndarray) and may_overlap(a, x)
+
+
 def as_data(value, str name):
     """`value` as a plain float32 or float64 ndarray (no copy where it is one); TypeError for anything else."""
     return as_floating(value, name)
@@ -139,6 +144,46 @@ cdef tuple shape_of(cnp.ndarray array):
     return (<object>array).shape
 
 
+cdef cnp.ndarray new_statistics(Py_ssize_t channels):
+    cdef cnp.npy_intp shape[1]
+    shape[0] = channels
+    return cnp.PyArray_EMPTY(1, shape, cnp.NPY_FLOAT64, 0)
+
+
+cdef bint same_shape(cnp.ndarray a, cnp.ndarray b) noexcept:
+    cdef int i
+    if cnp.PyArray_NDIM(a) != cnp.PyArray_NDIM(b):
+        return False
+    for i in range(cnp.PyArray_NDIM(a)):
+        if cnp.PyArray_DIM(a, i) != cnp.PyArray_DIM(b, i):
+            return False
+    return True
+
+
+cdef bint may_overlap(cnp.ndarray a, cnp.ndarray b) noexcept:
+    """Whether the address ranges of two arrays meet."""
+    cdef uintptr_t a_begin, a_end, b_begin, b_end
+    extent(a, &a_begin, &a_end)
+    extent(b, &b_begin, &b_end)
+    return a_begin < b_end and b_begin < a_end
+
+
+cdef void extent(cnp.ndarray array, uintptr_t *begin, uintptr_t *end) noexcept:
+    cdef int i
+    cdef Py_ssize_t reach
+    begin[0] = <uintptr_t>cnp.PyArray_DATA(array)
+    end[0] = begin[0] + cnp.PyArray_ITEMSIZE(array)
+    for i in range(cnp.PyArray_NDIM(array)):
+        if cnp.PyArray_DIM(array, i) == 0:
+            end[0] = begin[0]
+            return
+        reach = (cnp.PyArray_DIM(array, i) - 1) * cnp.PyArray_STRIDE(array, i)
+        if reach > 0:
+            end[0] += reach
+        else:
+            begin[0] += reach
+
+
 cdef int as_axis(object axis, cnp.ndarray array) except -1:
     cdef int ndim = cnp.PyArray_NDIM(array)
     try:
@@ -152,6 +197,8 @@ cdef int as_axis(object axis, cnp.ndarray array) except -1:
 
 cdef double as_eps(object eps) except? -1.0:
     cdef double value
+    if type(eps) is float and 0.0 < <double>eps < 1e300:
+        return eps
     try:
         value = float(eps)
     except (TypeError, ValueError):
@@ -163,16 +210,28 @@ cdef double as_eps(object eps) except? -1.0:
 
 cdef cnp.ndarray as_parameter(object value, str name, Py_ssize_t channels, cnp.ndarray out):
     """(channels,) float64, contiguous, not in the memory of `out`; None stays None."""
-    cdef cnp.ndarray array
+    cdef cnp.ndarray array, wide
     if value is None:
         return None
     array = as_floating(value, name)
     if cnp.PyArray_NDIM(array) != 1 or cnp.PyArray_DIM(array, 0) != channels:
         raise ValueError(f"{name}: expected shape ({channels},), one value a channel, got {shape_of(array)}")
-    array = cnp.PyArray_FROMANY(array, cnp.NPY_FLOAT64, 1, 1, cnp.NPY_ARRAY_CARRAY_RO | cnp.NPY_ARRAY_NOTSWAPPED)
-    if out is not None and np.may_share_memory(array, out):
-        array = cnp.PyArray_NewCopy(array, cnp.NPY_CORDER)
-    return array
+    if cnp.PyArray_TYPE(array) == cnp.NPY_FLOAT64 and cnp.PyArray_ISCARRAY_RO(array):
+        if out is None or not may_overlap(array, out):
+            return array
+        return cnp.PyArray_NewCopy(array, cnp.NPY_CORDER)
+    wide = new_statistics(channels)
+    if cnp.PyArray_TYPE(array) == cnp.NPY_FLOAT32 and cnp.PyArray_ISCARRAY_RO(array):
+        widen(<const float *>cnp.PyArray_DATA(array), values(wide), channels)
+    else:
+        cnp.PyArray_CopyInto(wide, array)
+    return wide
+
+
+cdef void widen(const float *narrow, double *wide, Py_ssize_t n) noexcept:
+    cdef Py_ssize_t i
+    for i in range(n):
+        wide[i] = narrow[i]
 
 
 cdef cnp.ndarray required_parameter(object value, str name, Py_ssize_t channels, cnp.ndarray out):
@@ -187,6 +246,8 @@ cdef double *values(cnp.ndarray array) noexcept:
 
 cdef bint overlaps_itself(cnp.ndarray array):
     """Whether two elements of the array share memory."""
+    if cnp.PyArray_IS_C_CONTIGUOUS(array) or cnp.PyArray_IS_F_CONTIGUOUS(array):
+        return False
     extents = sorted((abs(s), n) for s, n in zip((<object>array).strides, shape_of(array)) if n > 1)
     reach = cnp.PyArray_ITEMSIZE(array)
     for stride, n in extents:
@@ -209,11 +270,12 @@ cdef cnp.ndarray as_out(object out, cnp.ndarray x):
     """The user's `out` for a result like x: checked, or None."""
     if out is None:
         return None
-    if not isinstance(out, np.ndarray) or isinstance(out, (np.ma.MaskedArray, np.matrix)):
+    if type(out) is not np.ndarray and (
+            not isinstance(out, np.ndarray) or isinstance(out, (np.ma.MaskedArray, np.matrix))):
         raise TypeError(f"out: expected a numpy.ndarray, got {type(out).__name__}")
-    if shape_of(out) != shape_of(x):
+    if not same_shape(out, x):
         raise ValueError(f"out: expected shape {shape_of(x)}, got {shape_of(out)}")
-    if out.dtype != x.dtype.newbyteorder("="):
+    if cnp.PyArray_TYPE(<cnp.ndarray>out) != cnp.PyArray_TYPE(x) or not cnp.PyArray_ISNOTSWAPPED(<cnp.ndarray>out):
         raise TypeError(f"out: expected dtype {x.dtype.newbyteorder('=')}, got {out.dtype}")
     if not cnp.PyArray_ISWRITEABLE(<cnp.ndarray>out):
         raise ValueError("out: expected a writeable array, got a read-only one")
@@ -296,8 +358,7 @@ cdef cnp.ndarray packed_like(cnp.ndarray array, cnp.ndarray model):
 
 
 cdef bint disjoint_or_same(cnp.ndarray out, cnp.ndarray array):
-    return (array is None or cnp.PyArray_DATA(out) == cnp.PyArray_DATA(array)
-            or not np.may_share_memory(out, array))
+    return array is None or cnp.PyArray_DATA(out) == cnp.PyArray_DATA(array) or not may_overlap(out, array)
 
 
 cdef cnp.ndarray target_of(cnp.ndarray out, cnp.ndarray x, cnp.ndarray u):
@@ -312,12 +373,6 @@ cdef cnp.ndarray delivered(cnp.ndarray target, cnp.ndarray out):
         return target
     cnp.PyArray_CopyInto(out, target)
     return out
-
-
-cdef cnp.ndarray new_statistics(Py_ssize_t channels):
-    cdef cnp.npy_intp shape[1]
-    shape[0] = channels
-    return cnp.PyArray_EMPTY(1, shape, cnp.NPY_FLOAT64, 0)
 
 
 cdef bnfast_job new_job(bnfast_operation operation) noexcept:
@@ -460,7 +515,7 @@ def batch_norm_eval(x, mean, var, gamma, beta, axis, eps, out, str prefix=""):
 cdef cnp.ndarray as_companion(object value, str name, cnp.ndarray x):
     """An array of x's shape and dtype."""
     cdef cnp.ndarray array = as_floating(value, name)
-    if shape_of(array) != shape_of(x):
+    if not same_shape(array, x):
         raise ValueError(f"{name}: expected shape {shape_of(x)}, that of x, got {shape_of(array)}")
     if cnp.PyArray_TYPE(array) != cnp.PyArray_TYPE(x):
         raise TypeError(f"{name}: expected dtype {x.dtype.newbyteorder('=')}, that of x, got {array.dtype}")

@@ -174,7 +174,7 @@ class BatchNorm:
                 f"x: expected {self.num_features} channels along axis {self.axis}, got shape {data.shape}"
             )
         state = self._state
-        overwritten_by = "the forward's out" if out is not None and _may_share(out, data) else None
+        overwritten_by = "the forward's out" if out is not None and _core.may_share_memory(out, data) else None
         if self.training or state.running_mean is None:
             y, mean, inv_std, m2 = _core.batch_norm(data, self.gamma, self.beta, self.axis, self.eps, out)
             self._commit_training(_Forward(data, mean, inv_std, None, overwritten_by), m2)
@@ -261,7 +261,7 @@ class BatchNorm:
         )
         grad_gamma = dgamma.astype(self.dtype, copy=False) if self.affine else None
         grad_beta = dbeta.astype(self.dtype, copy=False) if self.affine else None
-        overwritten = out is not None and _may_share(out, forward.x)
+        overwritten = out is not None and _core.may_share_memory(out, forward.x)
         with self._lock:
             state = self._state._replace(grad_gamma=grad_gamma, grad_beta=grad_beta)
             if overwritten and state.forward is forward:
@@ -534,10 +534,6 @@ def _number(value: float, name: str) -> float:
         return float(value)
     except (TypeError, ValueError):
         raise TypeError(f"{name}: expected a number, got {value!r}") from None
-
-
-def _may_share(out: object, x: Array) -> bool:
-    return isinstance(out, np.ndarray) and np.may_share_memory(out, x)
 
 
 def _converted(
