@@ -8,7 +8,7 @@ import math
 import operator
 
 import numpy as np
-from numpy.exceptions import AxisError
+from numpy.exceptions import AxisError, TooHardError
 
 cimport numpy as cnp
 from cpython.mem cimport PyMem_RawFree, PyMem_RawMalloc
@@ -123,9 +123,14 @@ cdef cnp.ndarray as_floating(object value, str name):
     return array
 
 
-def may_share_memory(a, x):
-    """Whether the address ranges of `x` and `a` meet; False if `a` is no ndarray."""
-    return isinstance(a, np.ndarray) and may_overlap(a, x)
+def shares_memory(a, x):
+    """Whether `a` has an element in the memory of `x` (if that is too hard to say: yes); False if `a` is no ndarray."""
+    if not isinstance(a, np.ndarray) or not may_overlap(a, x):
+        return False
+    try:
+        return np.shares_memory(a, x, max_work=100_000)
+    except TooHardError:
+        return True
 
 
 def as_data(value, str name):
@@ -203,6 +208,8 @@ cdef double as_eps(object eps) except? -1.0:
         value = float(eps)
     except (TypeError, ValueError):
         raise TypeError(f"eps: expected a number, got {eps!r}") from None
+    except OverflowError:  # an int beyond float64
+        value = math.inf
     if not (value > 0.0 and math.isfinite(value)):
         raise ValueError(f"eps: expected a positive finite number, got {eps!r}")
     return value
@@ -334,7 +341,7 @@ cdef bint same_layout(cnp.ndarray a, cnp.ndarray b) noexcept:
 
 cdef cnp.ndarray packed(cnp.ndarray array, int axis, bnfast_job *job):
     """The array, or a dense native copy of it in the same order of axes where the kernels need one."""
-    if collapse(array, axis, job):
+    if cnp.PyArray_SIZE(array) == 0 or collapse(array, axis, job):
         return array
     array = np.array(array, dtype=array.dtype.newbyteorder("="), order="K", copy=True, subok=False)
     if not collapse(array, axis, job):
@@ -425,10 +432,6 @@ cdef int compute(bnfast_job *job, cnp.ndarray x) except -1:
     return 0
 
 
-cdef inline bint is_empty(bnfast_job *job) noexcept:
-    return job.outer == 0 or job.channels == 0 or job.inner == 0
-
-
 cdef int check_count(cnp.ndarray x, int axis) except -1:
     """Training needs two values a channel (PyTorch's wording)."""
     cdef Py_ssize_t channels = cnp.PyArray_DIM(x, axis)
@@ -477,7 +480,7 @@ def batch_norm(x, gamma, beta, axis, eps, out):
     data = packed(data, channel_axis, &job)
     y = target_of(given_out, data, None)
     mean, inv_std, m2 = new_statistics(channels), new_statistics(channels), new_statistics(channels)
-    if not is_empty(&job):
+    if cnp.PyArray_SIZE(data) > 0:
         job.x, job.out = cnp.PyArray_DATA(data), cnp.PyArray_DATA(y)
         job.gamma, job.beta = values(g), values(b)
         job.mean, job.inv_std, job.m2 = values(mean), values(inv_std), values(m2)
@@ -504,7 +507,7 @@ def batch_norm_eval(x, mean, var, gamma, beta, axis, eps, out, str prefix=""):
 
     data = packed(data, channel_axis, &job)
     y = target_of(given_out, data, None)
-    if not is_empty(&job):
+    if cnp.PyArray_SIZE(data) > 0:
         job.x, job.out = cnp.PyArray_DATA(data), cnp.PyArray_DATA(y)
         job.gamma, job.beta = values(g), values(b)
         job.mean, job.var = values(m), values(v)
@@ -551,7 +554,7 @@ def batch_norm_backward(dy, x, mean, inv_std, gamma, axis, training, out):
     data = packed(data, channel_axis, &job)
     u = packed_like(u, data)
     dx = target_of(given_out, data, u)
-    if is_empty(&job):
+    if cnp.PyArray_SIZE(data) == 0:
         dgamma, dbeta = np.zeros(channels), np.zeros(channels)
     else:
         dgamma, dbeta = new_statistics(channels), new_statistics(channels)
@@ -581,7 +584,7 @@ def batch_norm_jvp(v, x, mean, inv_std, gamma, axis, vgamma, vbeta, out):
     data = packed(data, channel_axis, &job)
     u = packed_like(u, data)
     dy = target_of(given_out, data, u)
-    if not is_empty(&job):
+    if cnp.PyArray_SIZE(data) > 0:
         job.x, job.u, job.out = cnp.PyArray_DATA(data), cnp.PyArray_DATA(u), cnp.PyArray_DATA(dy)
         job.gamma, job.vgamma, job.vbeta = values(g), values(vg), values(vb)
         job.mean, job.inv_std = values(m), values(s)
@@ -623,6 +626,31 @@ def commit(list copies, owner, str attribute, value):
     for target, source in copies:
         memcpy(cnp.PyArray_DATA(target), cnp.PyArray_DATA(source), cnp.PyArray_NBYTES(source))
     object.__setattr__(owner, attribute, value)
+
+
+cdef class Calibration:
+    """What `with layer.calibrate():` enters and leaves.
+
+    In C, because no signal handler runs between its steps: a layer is never left in calibration by an interrupt.
+    """
+
+    cdef object layer
+
+    def __init__(self, layer):
+        self.layer = layer
+
+    def __enter__(self):
+        if self.layer._calibration is not None:
+            raise RuntimeError("calibrate: this layer is being calibrated already")
+        object.__setattr__(self.layer, "_calibration", self)
+        return self.layer
+
+    def __exit__(self, kind, error, trace):
+        try:
+            if kind is None:
+                self.layer._finish_calibration(self)
+        finally:
+            object.__setattr__(self.layer, "_calibration", None)
 
 
 # --- what was built, and what is running ----------------------------------------------------------------------

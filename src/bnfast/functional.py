@@ -184,9 +184,9 @@ def batch_norm_backward(
     >>> y, mean, inv_std = F.batch_norm(x)
     >>> dx, dgamma, dbeta = F.batch_norm_backward(np.array([[1.0], [0.0], [0.0]]), x, mean, inv_std)
     >>> dx.round(4)
-    array([[ 0.1323],
-           [-0.1654],
-           [ 0.0331]])
+    array([[ 0.1763],
+           [-0.2204],
+           [ 0.0441]])
     """
     return _core.batch_norm_backward(dy, x, mean, inv_std, gamma, axis, training, out)
 

@@ -6,9 +6,10 @@ can fail. So an exception, Ctrl-C included, finds a layer as it was before the c
 
 import math
 import operator
+import os
 import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, Self, SupportsIndex
 
 import numpy as np
@@ -39,8 +40,28 @@ class _State(NamedTuple):
     forward: _Forward | None = None
     grad_gamma: Array | None = None
     grad_beta: Array | None = None
-    gathered: Moments | None = None  # while calibrating
+    calibration: object = None  # the one that what is gathered belongs to
+    gathered: Moments | None = None
     gathered_batches: int = 0
+
+    def gather(self, calibration: object, batch: Moments) -> "_State":
+        if self.calibration is not calibration or self.gathered is None:
+            return self._replace(calibration=calibration, gathered=batch, gathered_batches=1)
+        return self._replace(gathered=self.gathered + batch, gathered_batches=self.gathered_batches + 1)
+
+
+# Held while a state is replaced by one made from it; for microseconds, so one lock serves all layers. A child made
+# by fork gets a new one, as the old may have been held by a thread that the child does not have.
+_lock = threading.Lock()
+
+
+def _renew_lock() -> None:
+    global _lock
+    _lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_lock)
 
 
 class BatchNorm:
@@ -137,7 +158,7 @@ class BatchNorm:
         self.gamma = np.ones(self.num_features, self.dtype) if affine else None
         self.beta = np.zeros(self.num_features, self.dtype) if affine else None
         self._state = self._fresh_state()
-        self._lock = threading.Lock()
+        self._calibration: object = None
 
     # --- forward and backward -----------------------------------------------------------------------------
 
@@ -174,30 +195,29 @@ class BatchNorm:
                 f"x: expected {self.num_features} channels along axis {self.axis}, got shape {data.shape}"
             )
         state = self._state
-        overwritten_by = "the forward's out" if out is not None and _core.may_share_memory(out, data) else None
+        overwritten_by = "the forward's out" if out is not None and _core.shares_memory(out, data) else None
         if self.training or state.running_mean is None:
             y, mean, inv_std, m2 = _core.batch_norm(data, self.gamma, self.beta, self.axis, self.eps, out)
             self._commit_training(_Forward(data, mean, inv_std, None, overwritten_by), m2)
         else:
             mean, var = state.running_mean, state.running_var
+            calibration = self._calibration
             batch = None
-            if state.gathered is not None and data.size:
-                batch = _core.moments(data, self.axis)
+            if calibration is not None and data.size:
+                batch = Moments(*_core.moments(data, self.axis))
             y = _core.batch_norm_eval(
                 data, mean, var, self.gamma, self.beta, self.axis, self.eps, out, "running_"
             )
-            self._commit_eval(_Forward(data, mean, None, var, overwritten_by), batch)
+            self._commit_eval(_Forward(data, mean, None, var, overwritten_by), calibration, batch)
         return y
 
     def _commit_training(self, forward: _Forward, m2: Statistics) -> None:
         count = forward.x.size // self.num_features
-        with self._lock:
-            state = self._state
-            if state.gathered is not None:
-                gathered = state.gathered + Moments(count, forward.mean, m2)
-                self._state = state._replace(
-                    forward=forward, gathered=gathered, gathered_batches=state.gathered_batches + 1
-                )
+        with _lock:
+            state, calibration = self._state, self._calibration
+            if calibration is not None:
+                batch = Moments(count, forward.mean, m2)
+                self._state = state._replace(forward=forward).gather(calibration, batch)
                 return
             if not self.training or state.running_mean is None:
                 self._state = state._replace(forward=forward)
@@ -215,13 +235,11 @@ class BatchNorm:
             )
             self._state = _State(mean, var, batches, forward, state.grad_gamma, state.grad_beta)
 
-    def _commit_eval(self, forward: _Forward, batch: tuple[int, Statistics, Statistics] | None) -> None:
-        with self._lock:
+    def _commit_eval(self, forward: _Forward, calibration: object, batch: Moments | None) -> None:
+        with _lock:
             state = self._state._replace(forward=forward)
-            if batch is not None and state.gathered is not None:
-                state = state._replace(
-                    gathered=state.gathered + Moments(*batch), gathered_batches=state.gathered_batches + 1
-                )
+            if batch is not None and self._calibration is calibration:
+                state = state.gather(calibration, batch)
             self._state = state
 
     def backward(self, dy: ArrayLike, out: Array | None = None) -> Array:
@@ -261,8 +279,8 @@ class BatchNorm:
         )
         grad_gamma = dgamma.astype(self.dtype, copy=False) if self.affine else None
         grad_beta = dbeta.astype(self.dtype, copy=False) if self.affine else None
-        overwritten = out is not None and _core.may_share_memory(out, forward.x)
-        with self._lock:
+        overwritten = out is not None and _core.shares_memory(out, forward.x)
+        with _lock:
             state = self._state._replace(grad_gamma=grad_gamma, grad_beta=grad_beta)
             if overwritten and state.forward is forward:
                 state = state._replace(forward=forward._replace(overwritten_by="the backward's out"))
@@ -280,8 +298,7 @@ class BatchNorm:
         """Switch to eval mode; returns the layer."""
         return self.train(False)
 
-    @contextmanager
-    def calibrate(self) -> Iterator[Self]:
+    def calibrate(self) -> AbstractContextManager[Self]:
         """Context manager: forwards inside gather exact statistics, which become the running ones at its end.
 
         The statistics of everything that passes, however many batches of whatever sizes: the mean and variance of
@@ -303,30 +320,24 @@ class BatchNorm:
         >>> bn.running_mean, bn.running_var
         (array([2.5]), array([3.5]))
         """
-        with self._lock:
-            if not self.track_running_stats:
-                raise RuntimeError("calibrate: expected a layer with running statistics, got track_running_stats=False")
-            if self._state.gathered is not None:
-                raise RuntimeError("calibrate: this layer is being calibrated already")
-            nothing = np.zeros(self.num_features)
-            self._state = self._state._replace(gathered=Moments(0, nothing, nothing), gathered_batches=0)
-        try:
-            yield self
-        except BaseException:
-            with self._lock:
-                self._state = self._state._replace(gathered=None, gathered_batches=0)
-            raise
-        with self._lock:
+        if not self.track_running_stats:
+            raise RuntimeError("calibrate: expected a layer with running statistics, got track_running_stats=False")
+        return _core.Calibration(self)
+
+    def _finish_calibration(self, calibration: object) -> None:
+        """Called at the end of the block, by a context manager in C that cannot be interrupted half-way."""
+        with _lock:
             state = self._state
-            stopped = state._replace(gathered=None, gathered_batches=0)
-            gathered = state.gathered
+            gathered = state.gathered if state.calibration is calibration else None
             if gathered is None or gathered.count < 2:
-                self._state = stopped
                 raise RuntimeError("calibrate: expected at least 2 values a channel to pass through the layer")
-            self._state = stopped._replace(
+            self._state = state._replace(
                 running_mean=gathered.mean.copy(),
                 running_var=gathered.var(ddof=1 if self.unbiased_running_var else 0),
                 num_batches_tracked=state.gathered_batches,
+                calibration=None,
+                gathered=None,
+                gathered_batches=0,
             )
 
     # --- parameters and statistics ------------------------------------------------------------------------------
@@ -338,7 +349,7 @@ class BatchNorm:
 
     @running_mean.setter
     def running_mean(self, value: ArrayLike) -> None:
-        with self._lock:
+        with _lock:
             self._state = self._state._replace(running_mean=self._statistics(value, "running_mean"))
 
     @property
@@ -348,7 +359,7 @@ class BatchNorm:
 
     @running_var.setter
     def running_var(self, value: ArrayLike) -> None:
-        with self._lock:
+        with _lock:
             self._state = self._state._replace(running_var=self._statistics(value, "running_var"))
 
     @property
@@ -382,7 +393,7 @@ class BatchNorm:
     def reset_running_stats(self) -> None:
         """Forget what the running statistics have seen: mean 0, variance 1, no batches."""
         fresh = self._fresh_state()
-        with self._lock:
+        with _lock:
             self._state = self._state._replace(
                 running_mean=fresh.running_mean, running_var=fresh.running_var, num_batches_tracked=0
             )
@@ -390,7 +401,7 @@ class BatchNorm:
     def reset_parameters(self) -> None:
         """gamma 1, beta 0 (in place), and `reset_running_stats`."""
         ones, zeros = np.ones(self.num_features, self.dtype), np.zeros(self.num_features, self.dtype)
-        with self._lock:
+        with _lock:
             fresh = self._fresh_state()
             self._commit_parameters(ones, zeros, fresh)
 
@@ -459,6 +470,10 @@ class BatchNorm:
         StateError
             If a key is missing or unknown, or a value has a wrong shape, kind or range. The layer is unchanged.
         """
+        self._load(state, nan_allowed=False)
+
+    def _load(self, state: Mapping[str, ArrayLike], nan_allowed: bool) -> None:
+        """nan_allowed: whether running_var may hold NaN, as after data with NaN."""
         expected = self.state_dict()
         if not isinstance(state, Mapping):
             raise StateError(f"state: expected a mapping, got {type(state).__name__}")
@@ -477,20 +492,21 @@ class BatchNorm:
                 _converted(state[name], name, self.num_features, float64, StateError, StateError)
                 for name in ("running_mean", "running_var")
             )
-            if not bool((var >= 0).all()):
+            if not bool(((var >= 0) | (nan_allowed & np.isnan(var))).all()):
                 raise StateError("running_var: expected values of at least 0")
             fresh = _State(mean, var, _batches(state["num_batches_tracked"]))
-        with self._lock:
+        with _lock:
             old = self._state
-            fresh = fresh._replace(
-                gathered=old.gathered, gathered_batches=old.gathered_batches, forward=old.forward,
-                grad_gamma=old.grad_gamma, grad_beta=old.grad_beta,
+            fresh = old._replace(
+                running_mean=fresh.running_mean,
+                running_var=fresh.running_var,
+                num_batches_tracked=fresh.num_batches_tracked,
             )
             nothing = np.empty(0, self.dtype)
             self._commit_parameters(new.get("weight", nothing), new.get("bias", nothing), fresh)
 
     def __getstate__(self) -> dict[str, Any]:
-        attributes = {name: value for name, value in self.__dict__.items() if name not in ("_lock", "_state")}
+        attributes = {name: value for name, value in self.__dict__.items() if name not in ("_state", "_calibration")}
         for name in ("gamma", "beta"):
             attributes[name] = None if attributes[name] is None else np.array(attributes[name])
         return {"attributes": attributes, "state": self.state_dict()}
@@ -502,7 +518,7 @@ class BatchNorm:
                 attributes["num_features"],
                 **{name: attributes[name] for name in _OPTIONS},
             )
-            fresh.load_state_dict(state)
+            fresh._load(state, nan_allowed=True)
         except (TypeError, KeyError, ValueError, AttributeError) as error:
             raise StateError(f"pickle: {error}") from error
         attributes.update(fresh.__dict__, training=bool(attributes.get("training", True)))
@@ -534,6 +550,8 @@ def _number(value: float, name: str) -> float:
         return float(value)
     except (TypeError, ValueError):
         raise TypeError(f"{name}: expected a number, got {value!r}") from None
+    except OverflowError:  # an int beyond float64
+        return math.inf
 
 
 def _converted(
@@ -558,7 +576,10 @@ def _converted(
 
 
 def _batches(value: ArrayLike) -> int:
-    array = np.asarray(value)
-    if array.dtype.kind not in "iu" or array.size != 1 or array.item() < 0:
+    try:
+        array = np.asarray(value)
+    except Exception as error:  # whatever an object's __array__ raises
+        raise StateError(f"num_batches_tracked: expected one integer, got {type(value).__name__} ({error})") from error
+    if array.dtype.kind not in "iu" or array.size != 1 or not 0 <= array.item() <= np.iinfo(np.int64).max:
         raise StateError(f"num_batches_tracked: expected one integer of at least 0, got {value!r}")
     return int(array.item())

@@ -132,8 +132,8 @@ class Moments:
         )
 
     def __hash__(self) -> int:
-        # + 0.0: -0.0 equals 0.0
-        return hash((self.count, (self.mean + 0.0).tobytes()))
+        # equal moments may differ in the bits of NaN and of zero: + 0.0 makes -0.0 0.0
+        return hash((self.count, np.where(np.isnan(self.mean), np.nan, self.mean + 0.0).tobytes()))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Moments, (self.count, self.mean, self.m2)

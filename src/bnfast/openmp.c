@@ -92,18 +92,13 @@ static int has_pause(void)
 #endif
 }
 
-static pthread_key_t used_key; /* not null: the calling thread has run a region */
 static int handlers_installed, handlers_off, pool_survives;
 
+/* The pool is the calling thread's, whoever has used it: another library may share this runtime. Without a pool the
+ * pause does nothing. */
 static void before_fork(void)
 {
-    pool_survives = 0;
-    if (handlers_off || pthread_getspecific(used_key) == NULL || !is_libgomp())
-        return;
-    if (pause_pool())
-        pthread_setspecific(used_key, NULL);
-    else
-        pool_survives = 1;
+    pool_survives = !handlers_off && is_libgomp() && !pause_pool();
 }
 
 static void after_fork_in_child(void)
@@ -115,7 +110,7 @@ static void after_fork_in_child(void)
 
 void bnfast_openmp_init(void)
 {
-    if (!handlers_installed && pthread_key_create(&used_key, NULL) == 0)
+    if (!handlers_installed)
         handlers_installed = pthread_atfork(before_fork, NULL, after_fork_in_child) == 0;
 }
 
@@ -123,19 +118,12 @@ int bnfast_openmp_fork_handled(void) { return handlers_installed && !handlers_of
 
 void bnfast_openmp_handle_fork(int on) { handlers_off = !on; }
 
-static void mark_used(void)
-{
-    if (handlers_installed && pthread_getspecific(used_key) == NULL)
-        pthread_setspecific(used_key, &used_key);
-}
-
 #else /* no fork */
 
 const char *bnfast_openmp_library(void) { return ""; }
 void bnfast_openmp_init(void) {}
 int bnfast_openmp_fork_handled(void) { return 1; }
 void bnfast_openmp_handle_fork(int on) { (void)on; }
-static void mark_used(void) {}
 
 #endif
 
@@ -145,7 +133,6 @@ int bnfast_openmp_enter(int budget)
     const int team = (int)(budget / callers);
     if (forked_serial || team <= 1 || omp_in_parallel())
         return 1;
-    mark_used();
     return team;
 }
 

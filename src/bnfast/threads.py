@@ -19,7 +19,7 @@ import operator
 import os
 import time
 import warnings
-from contextvars import ContextVar, Token
+from contextvars import ContextVar
 from pathlib import Path
 from types import TracebackType
 from typing import SupportsIndex
@@ -28,7 +28,10 @@ from . import _core
 
 __all__ = ["get_num_threads", "num_threads", "set_num_threads", "thread_budget"]
 
-_context: ContextVar[int | None] = ContextVar("bnfast_num_threads", default=None)
+# The innermost `with num_threads`: (its number, the one around it). Nothing of it is in the context manager itself,
+# which may be entered in several threads at once.
+_Nested = tuple[int, "_Nested | None"]
+_context: ContextVar[_Nested | None] = ContextVar("bnfast_num_threads", default=None)
 _process: int | None = None
 
 
@@ -111,23 +114,24 @@ class num_threads:
 
     def __init__(self, n: SupportsIndex) -> None:
         self._n = _checked(n)
-        self._tokens: list[Token[int | None]] = []
 
     def __enter__(self) -> "num_threads":
-        self._tokens.append(_context.set(self._n))
+        _context.set((self._n, _context.get()))
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        _context.reset(self._tokens.pop())
+        innermost = _context.get()
+        _context.set(innermost[1] if innermost is not None else None)
 
 
 def thread_budget() -> tuple[int, str]:
     """The number of threads for a large call from here, and why."""
     limit = max(1, _core.openmp_thread_limit())
+    innermost = _context.get()
     for n, why in (
-        (_context.get(), "bnfast.num_threads"),
+        (None if innermost is None else innermost[0], "bnfast.num_threads"),
         (_process, "bnfast.set_num_threads"),
         (_environment, "BNFAST_NUM_THREADS"),
     ):
@@ -194,7 +198,7 @@ def _cgroup_folders(root: Path) -> list[Path]:
     folders = [mount, mount / "cpu", mount / "cpu,cpuacct"]
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
-    except OSError:
+    except (OSError, UnicodeDecodeError):
         return folders
     for line in lines:
         _, _, rest = line.partition(":")

@@ -7,7 +7,7 @@
 
 /* Scratch of a block: `n` channels from `first` on, which are `width` columns.
  * a, b: (n_segments + 1, width); what the reductions give: mean less center and m2, or sum and dot. Merged, they are row 0.
- * work: (6, n) float64; channel: coefficients a channel; column: coefficients a column (may be the same memory) */
+ * work: (8, n) float64; channel: coefficients a channel; column: coefficients a column (may be the same memory) */
 typedef struct {
     ptrdiff_t first, n, width;
     double *a, *b, *work;

@@ -25,7 +25,7 @@ static int has_sums(const bnfast_job *job) { return bnfast_needs_gradient(job) |
 /* Shorter runs than this do not fill vectors: their elements are taken as columns. */
 enum { PLANAR_INNER = 16 };
 
-enum { WORK_ARRAYS = 6, COEFFICIENT_ARRAYS = 5 };
+enum { WORK_ARRAYS = 8, COEFFICIENT_ARRAYS = 6 };
 
 static ptrdiff_t round_up(ptrdiff_t bytes) { return (bytes + 63) & ~(ptrdiff_t)63; }
 
@@ -40,7 +40,7 @@ ptrdiff_t bnfast_block_bytes(const bnfast_job *job, ptrdiff_t n, ptrdiff_t colum
 
 static char *coefficients_in(char *at, bnfast_coefficients *c, ptrdiff_t bytes)
 {
-    void **const array[COEFFICIENT_ARRAYS] = {&c->center, &c->scale, &c->shift, &c->u_center, &c->u_scale};
+    void **const array[COEFFICIENT_ARRAYS] = {&c->center, &c->scale, &c->shift, &c->u_center, &c->u_scale, &c->hat_scale};
     for (int i = 0; i < COEFFICIENT_ARRAYS; i++) {
         *array[i] = at;
         at += round_up(bytes);
@@ -69,7 +69,7 @@ bnfast_coefficients bnfast_coefficients_at(const bnfast_job *job, const bnfast_c
 {
     const ptrdiff_t bytes = j * job->kernels->itemsize;
     const bnfast_coefficients at = {(char *)c->center + bytes, (char *)c->scale + bytes, (char *)c->shift + bytes,
-                                    (char *)c->u_center + bytes, (char *)c->u_scale + bytes};
+                                    (char *)c->u_center + bytes, (char *)c->u_scale + bytes, (char *)c->hat_scale + bytes};
     return at;
 }
 
@@ -98,10 +98,13 @@ void bnfast_prepare(const bnfast_job *job, const bnfast_block *block)
 {
     if (has_sums(job))
         job->kernels->round_values(block->n, job->mean + block->first, block->channel.center);
-    else /* the channel's first value; 0 where that is no number */
-        job->kernels->first_values(block->n, job->inner,
-                                   (const char *)job->x + block->first * job->inner * job->kernels->itemsize,
-                                   block->channel.center);
+    else { /* of the channel's first, middle and last value the middle one */
+        const ptrdiff_t stride = job->channels * job->inner;
+        job->kernels->typical_values(block->n, job->inner,
+                                     (const char *)job->x + block->first * job->inner * job->kernels->itemsize,
+                                     job->outer / 2 * stride + job->inner / 2, (job->outer - 1) * stride + job->inner - 1,
+                                     block->channel.center);
+    }
 }
 
 static double rounded(const bnfast_job *job, double value)
@@ -120,10 +123,13 @@ void bnfast_finish(const bnfast_job *job, const bnfast_block *block, ptrdiff_t i
     const double *restrict a = block->a + i, *restrict b = block->b + i;
     const double count = (double)job->outer * (double)job->inner;
     double *restrict mean = job->mean + c0;
-    /* the coefficients before they are rounded */
-    double *restrict center = block->work + i, *restrict scale = center + block->n, *restrict rest = scale + block->n,
-                     *restrict u_center = rest + block->n, *restrict u_scale = u_center + block->n,
-                     *restrict gamma = u_scale + block->n;
+    /* the coefficients before they are rounded; slope: derivative of the result by x */
+    double *restrict const work = block->work + i;
+    const ptrdiff_t stride = block->n;
+    double *restrict const gamma = work, *restrict const center = work + stride, *restrict const slope = work + 2 * stride,
+                           *restrict const scale = work + 3 * stride, *restrict const shift = work + 4 * stride,
+                           *restrict const u_center = work + 5 * stride, *restrict const u_scale = work + 6 * stride,
+                           *restrict const hat_scale = work + 7 * stride;
 
     if (job->operation == BNFAST_MOMENTS) {
         for (ptrdiff_t j = 0; j < n; j++)
@@ -142,8 +148,8 @@ void bnfast_finish(const bnfast_job *job, const bnfast_block *block, ptrdiff_t i
             m2[j] = b[j];
             inv_std[j] = 1.0 / sqrt(b[j] / count + job->eps);
             center[j] = mean[j];
-            scale[j] = gamma[j] * inv_std[j];
-            rest[j] = 0.0;
+            scale[j] = slope[j] = gamma[j] * inv_std[j];
+            shift[j] = 0.0;
         }
         break;
     }
@@ -151,8 +157,8 @@ void bnfast_finish(const bnfast_job *job, const bnfast_block *block, ptrdiff_t i
         const double *restrict var = job->var + c0;
         for (ptrdiff_t j = 0; j < n; j++) {
             center[j] = mean[j];
-            scale[j] = gamma[j] * (1.0 / sqrt(var[j] + job->eps));
-            rest[j] = 0.0;
+            scale[j] = slope[j] = gamma[j] * (1.0 / sqrt(var[j] + job->eps));
+            shift[j] = 0.0;
         }
         break;
     }
@@ -169,28 +175,31 @@ void bnfast_finish(const bnfast_job *job, const bnfast_block *block, ptrdiff_t i
             }
             u_center[j] = a[j] / count;
             u_scale[j] = gamma[j] * inv_std[j];
+            hat_scale[j] = -u_scale[j] * (dot / count) + (job->vgamma ? job->vgamma[c0 + j] : 0.0);
             center[j] = constant ? 0.0 : mean[j];
-            scale[j] = constant ? u_scale[j] : -u_scale[j] * inv_std[j] * (dot / count);
-            rest[j] = constant ? -0.0 : 0.0; /* v + -0.0 is v, the sign of a zero included */
+            scale[j] = constant ? u_scale[j] : inv_std[j];
+            slope[j] = constant ? u_scale[j] : inv_std[j] * hat_scale[j];
+            shift[j] = constant ? -0.0 : 0.0; /* v + -0.0 is v, the sign of a zero included */
         }
-        if (job->vgamma)
-            for (ptrdiff_t j = 0; j < n; j++)
-                scale[j] += job->vgamma[c0 + j] * inv_std[j];
         break;
     }
     default:
         return;
     }
-    const double *shift = job->operation == BNFAST_JVP ? job->vbeta : has_sums(job) ? NULL : job->beta;
-    if (shift)
+    const double *added = job->operation == BNFAST_JVP ? job->vbeta : has_sums(job) ? NULL : job->beta;
+    if (added)
         for (ptrdiff_t j = 0; j < n; j++)
-            rest[j] = shift[c0 + j];
+            shift[j] = added[c0 + j];
 
     const bnfast_coefficients c = bnfast_coefficients_at(job, &block->channel, i);
-    job->kernels->round_map(n, center, scale, rest, c.center, c.scale);
-    if (bnfast_needs_gradient(job))
-        job->kernels->round_map(n, u_center, u_scale, rest, c.u_center, c.u_scale);
-    job->kernels->round_values(n, rest, c.shift);
+    job->kernels->round_centers(n, center, slope, shift, c.center);
+    job->kernels->round_values(n, scale, c.scale);
+    if (bnfast_needs_gradient(job)) {
+        job->kernels->round_centers(n, u_center, u_scale, shift, c.u_center);
+        job->kernels->round_values(n, u_scale, c.u_scale);
+        job->kernels->round_values(n, hat_scale, c.hat_scale);
+    }
+    job->kernels->round_values(n, shift, c.shift);
 }
 
 void bnfast_plan(bnfast_job *job)

@@ -106,6 +106,7 @@ static void finish(const bnfast_job *job, const bnfast_block *block, ptrdiff_t i
         if (bnfast_needs_gradient(job)) {
             spread(job, block, block->channel.u_center, block->column.u_center);
             spread(job, block, block->channel.u_scale, block->column.u_scale);
+            spread(job, block, block->channel.hat_scale, block->column.hat_scale);
         }
     }
 }

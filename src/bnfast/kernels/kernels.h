@@ -26,12 +26,13 @@
 
 /* What `apply` does with an element, per column, in the dtype of the data:
  *   normalize  out = (x - center) * scale + shift
- *   gradient   out = (u - u_center) * u_scale + ((x - center) * scale + shift)
+ *   gradient   out = (u - u_center) * u_scale + ((x - center) * scale * hat_scale + shift), scale being inv_std:
+ *              its square would leave the range of float32 for data beyond 1e19 or below 1e-19
  * Each pointer: (columns,) IN; interleaved: (columns + BNFAST_PAD,), the first ones again past the end. */
 enum { BNFAST_PAD = 16 };
 
 typedef struct {
-    void *center, *scale, *shift, *u_center, *u_scale;
+    void *center, *scale, *shift, *u_center, *u_scale, *hat_scale;
 } bnfast_coefficients;
 
 typedef struct {
@@ -69,12 +70,12 @@ typedef struct {
                           const double *mean_b, const double *m2_b);
     void (*merge_sums)(ptrdiff_t n, double *sum_a, double *dot_a, const double *sum_b, const double *dot_b);
 
-    /* float64 coefficients into the dtype's. The centre is taken off in two parts: what its rounding
-     * leaves goes into `shift`, scaled. n: columns; rest: (n,) IN/OUT, what is to be added to the shift. */
-    void (*round_map)(ptrdiff_t n, const double *center, const double *scale, double *rest, void *center_out,
-                      void *scale_out);
-    /* Every step-th value of x, 0 where it is not finite. out: (n,) OUT */
-    void (*first_values)(ptrdiff_t n, ptrdiff_t step, const void *x, void *out);
+    /* Centres in the dtype. A centre is taken off in two parts: what its rounding leaves, times `slope`, goes
+     * into the shift. center, slope: (n,) IN; shift: (n,) IN OUT; center_out: (n,) OUT, dtype of the data */
+    void (*round_centers)(ptrdiff_t n, const double *center, const double *slope, double *shift, void *center_out);
+    /* For each of n channels, `step` apart, the middle one of three values: at x, x + second and x + third. So a
+     * single outlier is never taken; 0 where that is not finite. out: (n,) OUT */
+    void (*typical_values)(ptrdiff_t n, ptrdiff_t step, const void *x, ptrdiff_t second, ptrdiff_t third, void *out);
     /* float64 to the dtype */
     void (*round_values)(ptrdiff_t n, const double *values, void *out);
 } bnfast_kernels;

@@ -46,8 +46,8 @@ const bnfast_kernels FN(bnfast_table) = {
     .gradient_interleaved = FN(gradient_interleaved),
     .merge_moments = FN(merge_moments),
     .merge_sums = FN(merge_sums),
-    .round_map = FN(round_map),
-    .first_values = FN(first_values),
+    .round_centers = FN(round_centers),
+    .typical_values = FN(typical_values),
     .round_values = FN(round_values),
 };
 

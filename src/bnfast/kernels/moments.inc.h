@@ -7,8 +7,8 @@
  * small that d*d may have lost digits to underflow is done again in two passes of float64 while it lies in cache;
  * ordinary data never get there. The pivot is the mean of a few elements spread over the segment (the first ones
  * are often unlike the rest: image borders), summed as a tree so that a constant channel's pivot is exact.
- * The mean is given relative to `center`, some value of the channel (so at most sqrt(n) standard deviations away):
- * merging means far from zero would lose what the pivot has saved.
+ * The mean is given relative to `center`, some value of the channel: merging means far from zero would lose what the
+ * pivot has saved.
  * Relative error of m2 for float32: at most PIVOT_LOSS * FLUSH * 2^-25; measured, the worst of 10^5 channels, 1.3e-7.
  * Memory traffic: one read. */
 

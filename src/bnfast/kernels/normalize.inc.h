@@ -2,7 +2,7 @@
  * constant flags the compiler folds.
  *
  * The mean is subtracted before the scale, never folded into the shift: x*scale + shift loses every digit once
- * |mean| >> std. What rounding the mean to the data's dtype leaves is in the shift (round_map). Error of
+ * |mean| >> std. What rounding the mean to the data's dtype leaves is in the shift (round_centers). Error of
  * normalize, float32: four roundings, at most 2.4e-7 * |gamma * x_hat| + 6e-8 * |y|.
  * Memory traffic: read x (and u), write out; with `stream` the written lines are not read first. */
 
@@ -10,20 +10,21 @@
 #define ROWS 4
 
 struct FN(map) {
-    FN(vec) center, scale, shift, u_center, u_scale;
+    FN(vec) center, scale, shift, u_center, u_scale, hat_scale;
 };
 
 /* Coefficients of columns j .. j + n - 1 */
 static ALWAYS_INLINE struct FN(map) FN(map_of_columns)(const bnfast_coefficients *c, ptrdiff_t j, ptrdiff_t n, int gradient)
 {
     const FN(vec) zero = FN(set1)(0);
-    struct FN(map) map = {zero, zero, zero, zero, zero};
+    struct FN(map) map = {zero, zero, zero, zero, zero, zero};
     map.center = FN(load_up_to)((const T *)c->center + j, n, zero);
     map.scale = FN(load_up_to)((const T *)c->scale + j, n, zero);
     map.shift = FN(load_up_to)((const T *)c->shift + j, n, zero);
     if (gradient) {
         map.u_center = FN(load_up_to)((const T *)c->u_center + j, n, zero);
         map.u_scale = FN(load_up_to)((const T *)c->u_scale + j, n, zero);
+        map.hat_scale = FN(load_up_to)((const T *)c->hat_scale + j, n, zero);
     }
     return map;
 }
@@ -31,21 +32,24 @@ static ALWAYS_INLINE struct FN(map) FN(map_of_columns)(const bnfast_coefficients
 static ALWAYS_INLINE struct FN(map) FN(map_of_channel)(const bnfast_coefficients *c, int gradient)
 {
     const FN(vec) zero = FN(set1)(0);
-    struct FN(map) map = {zero, zero, zero, zero, zero};
+    struct FN(map) map = {zero, zero, zero, zero, zero, zero};
     map.center = FN(set1)(*(const T *)c->center);
     map.scale = FN(set1)(*(const T *)c->scale);
     map.shift = FN(set1)(*(const T *)c->shift);
     if (gradient) {
         map.u_center = FN(set1)(*(const T *)c->u_center);
         map.u_scale = FN(set1)(*(const T *)c->u_scale);
+        map.hat_scale = FN(set1)(*(const T *)c->hat_scale);
     }
     return map;
 }
 
 static ALWAYS_INLINE FN(vec) FN(map_value)(const struct FN(map) * map, FN(vec) x, FN(vec) u, int gradient)
 {
-    const FN(vec) y = (x - map->center) * map->scale + map->shift;
-    return gradient ? (u - map->u_center) * map->u_scale + y : y;
+    const FN(vec) scaled = (x - map->center) * map->scale;
+    if (gradient)
+        return (u - map->u_center) * map->u_scale + (scaled * map->hat_scale + map->shift);
+    return scaled + map->shift;
 }
 
 /* n <= VN elements of `rows` rows, through one set of coefficients. All loads come before the first store: rows that
@@ -177,15 +181,13 @@ static void FN(gradient_interleaved)(const void *x, const void *u, void *out, pt
     FN(map_all)(x, u, out, n_rows, stride, n_columns, c, 1, 1, stream);
 }
 
-/* n: columns; center, scale: (n,) IN; rest: (n,) IN OUT; center_out, scale_out: (n,) OUT, dtype of the data */
-static void FN(round_map)(ptrdiff_t n, const double *center, const double *scale, double *rest, void *center_out,
-                          void *scale_out)
+static void FN(round_centers)(ptrdiff_t n, const double *restrict center, const double *restrict slope,
+                              double *restrict shift, void *center_out)
 {
-    T *restrict c = center_out, *restrict s = scale_out;
+    T *restrict c = center_out;
     for (ptrdiff_t i = 0; i < n; i++) {
         c[i] = (T)center[i];
-        s[i] = (T)scale[i];
-        rest[i] -= (center[i] - (double)c[i]) * scale[i];
+        shift[i] -= (center[i] - (double)c[i]) * slope[i];
     }
 }
 
@@ -195,10 +197,16 @@ static void FN(round_values)(ptrdiff_t n, const double *values, void *out)
         ((T *)out)[i] = (T)values[i];
 }
 
-static void FN(first_values)(ptrdiff_t n, ptrdiff_t step, const void *x, void *out)
+/* Of three values the middle one, as 0 where that is no number. */
+static T FN(middle)(T a, T b, T c)
 {
-    for (ptrdiff_t i = 0; i < n; i++) {
-        const T value = ((const T *)x)[i * step];
-        ((T *)out)[i] = value - value == 0 ? value : 0;
-    }
+    const T low = a < b ? a : b, high = a < b ? b : a, middle = c < low ? low : c > high ? high : c;
+    return middle - middle == 0 ? middle : 0;
+}
+
+static void FN(typical_values)(ptrdiff_t n, ptrdiff_t step, const void *x, ptrdiff_t second, ptrdiff_t third, void *out)
+{
+    const T *a = x, *b = a + second, *c = a + third;
+    for (ptrdiff_t i = 0; i < n; i++)
+        ((T *)out)[i] = FN(middle)(a[i * step], b[i * step], c[i * step]);
 }
