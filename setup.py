@@ -73,13 +73,17 @@ class BuildExt(build_ext):
             return flags
         if wanted == "1":
             sys.exit("bnfast: BNFAST_OPENMP=1, but a program with OpenMP does not compile and link here")
-        print(f"""
+        print(
+            f"""
 {"*" * 78}
 bnfast: this compiler has no working OpenMP. Building WITHOUT threads: every call
 will run on one core. On Debian and Ubuntu OpenMP comes with gcc; with clang
 install libomp-dev; on macOS see the README.
 {"*" * 78}
-""", file=sys.stderr, flush=True)
+""",
+            file=sys.stderr,
+            flush=True,
+        )
         return [], []
 
     def openmp_works(self, compile_args: list[str], link_args: list[str]) -> bool:

@@ -6,6 +6,7 @@ merge. `python -m bnfast` shows what was built.
 
 # isort: off
 from . import _runtime as _runtime  # first: it loads the extension
+
 # isort: on
 from . import functional
 from ._config import __version__, config, show_config

@@ -191,9 +191,7 @@ class BatchNorm:
         """
         data = _core.as_data(x, "x")
         if -data.ndim <= self.axis < data.ndim >= 2 and data.shape[self.axis] != self.num_features:
-            raise ValueError(
-                f"x: expected {self.num_features} channels along axis {self.axis}, got shape {data.shape}"
-            )
+            raise ValueError(f"x: expected {self.num_features} channels along axis {self.axis}, got shape {data.shape}")
         state = self._state
         overwritten_by = "the forward's out" if out is not None and _core.shares_memory(out, data) else None
         if self.training or state.running_mean is None:
@@ -205,9 +203,7 @@ class BatchNorm:
             batch = None
             if calibration is not None and data.size:
                 batch = Moments(*_core.moments(data, self.axis))
-            y = _core.batch_norm_eval(
-                data, mean, var, self.gamma, self.beta, self.axis, self.eps, out, "running_"
-            )
+            y = _core.batch_norm_eval(data, mean, var, self.gamma, self.beta, self.axis, self.eps, out, "running_")
             self._commit_eval(_Forward(data, mean, None, var, overwritten_by), calibration, batch)
         return y
 

@@ -1,0 +1,96 @@
+"""Fixtures for all tests: every instruction set of this CPU, both dtypes, the memory layouts, data."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+from hypothesis import settings
+
+from bnfast import _core
+
+# The same examples in every run, and nothing left on disk.
+settings.register_profile("bnfast", deadline=None, derandomize=True, database=None, max_examples=60)
+settings.load_profile("bnfast")
+
+
+@pytest.fixture(params=list(_core.isas()))
+def isa(request):
+    """Name of an instruction set, which is active while the test runs."""
+    compiled, supported = _core.isas()[request.param]
+    if not compiled:
+        pytest.skip(f"{request.param} is not compiled in")
+    if not supported:
+        pytest.skip(f"this CPU has no {request.param}")
+    before = _core.isa()
+    _core.select_isa(request.param)
+    yield request.param
+    _core.select_isa(before)
+
+
+@pytest.fixture(params=[np.float32, np.float64], ids=["float32", "float64"])
+def dtype(request):
+    return request.param
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(20150211)
+
+
+class Layout(NamedTuple):
+    """How (N, C, ...) is given to bnfast: `place` copies it into this layout, whose channel axis is `axis`."""
+
+    axis: int
+    place: Callable[[np.ndarray], np.ndarray]
+
+
+def channels_last_view(x):
+    """(N, C, ...) over memory of (N, ..., C)."""
+    return np.moveaxis(np.ascontiguousarray(np.moveaxis(x, 1, -1)), -1, 1)
+
+
+LAYOUTS = {
+    "planar": Layout(1, np.ascontiguousarray),
+    "channels_last_view": Layout(1, channels_last_view),
+    "fortran": Layout(1, np.asfortranarray),
+    "axis_first": Layout(0, lambda x: np.ascontiguousarray(np.moveaxis(x, 1, 0))),
+    "axis_last": Layout(-1, lambda x: np.ascontiguousarray(np.moveaxis(x, 1, -1))),
+}
+
+
+@pytest.fixture(params=LAYOUTS.values(), ids=LAYOUTS)
+def layout(request):
+    return request.param
+
+
+class Data(NamedTuple):
+    """Arguments for all functions: x, dy and v are (N, C, ...), the rest (C,)."""
+
+    x: np.ndarray
+    dy: np.ndarray
+    v: np.ndarray
+    gamma: np.ndarray
+    beta: np.ndarray
+    vgamma: np.ndarray
+    vbeta: np.ndarray
+
+    def placed(self, layout):
+        """The same with x, dy and v in a layout."""
+        return self._replace(**{name: layout.place(getattr(self, name)) for name in ("x", "dy", "v")})
+
+
+@pytest.fixture(scope="session")
+def make_data():
+    """(shape, dtype) -> Data with channels of different means (a few std) and scales; the same for the same shape."""
+
+    def make(shape, dtype):
+        rng = np.random.default_rng(shape)
+        channels = (shape[1], *[1] * (len(shape) - 2))
+        x = rng.normal(2 * rng.normal(size=channels), np.exp2(rng.uniform(-2, 2, channels)), shape)
+        parameters = rng.normal(size=(4, shape[1]))
+        parameters[0] += np.copysign(0.1, parameters[0])  # gamma: not 0
+        arrays = x, rng.normal(size=shape), rng.normal(0.5, 1, shape), *parameters
+        return Data(*(array.astype(dtype) for array in arrays))
+
+    return make

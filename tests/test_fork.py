@@ -1,0 +1,374 @@
+"""A forked child computes the same bits, on as many threads as its parent, and never hangs.
+
+libgomp keeps a pool for each thread that has run a parallel region; a child inherits the bookkeeping, not the
+workers, and waits for them for ever. bnfast gives the pool back before a fork (openmp.c). Every case runs in a
+process of its own with a time limit; a child that hangs is killed and makes its case fail.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+
+import pytest
+
+import bnfast
+
+CONFIG = bnfast.config()
+pytestmark = [
+    pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork"),
+    pytest.mark.skipif(CONFIG["openmp"] is None, reason="this build is without OpenMP: there are no pools to lose"),
+]
+needs_libgomp = pytest.mark.skipif(
+    "gomp" not in CONFIG["openmp_library"], reason="the OpenMP library is not libgomp: others start anew in a child"
+)
+needs_proc = pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="this system does not list tasks in /proc")
+
+TIME_LIMIT = 20
+
+# Every script begins with this. `step` is a training step on two threads; its bits are what a child has to find too.
+HEAD = '''
+import faulthandler, os, sys, time, traceback, warnings
+faulthandler.dump_traceback_later(10)
+# CPython 3.12 and later warn when a process with threads forks; that it works is what is tested here
+warnings.filterwarnings("ignore", message=".*fork.*", category=DeprecationWarning)
+import hashlib, threading
+import numpy as np
+import bnfast
+from bnfast import functional as F
+
+def batch(seed=0):
+    return np.random.default_rng(seed).standard_normal((32, 16, 24, 24)).astype(np.float32)
+
+def step(x=batch(), dy=batch(1), team=2):
+    """Hash of the results of forward and backward on two threads."""
+    with bnfast.num_threads(team):
+        y, mean, inv_std = F.batch_norm(x)
+        results = [y, mean, inv_std, *F.batch_norm_backward(dy, x, mean, inv_std)]
+    return hashlib.sha256(b"".join(result.tobytes() for result in results)).hexdigest()
+
+with bnfast.num_threads(1):
+    BITS = step(team=1)
+
+def tasks():
+    return len(os.listdir("/proc/self/task"))
+
+def start_child(work):
+    """Pid of a child that runs work() and exits with 0 if it is true."""
+    pid = os.fork()
+    if pid:
+        return pid
+    status = 3
+    try:
+        status = 0 if work() else 1
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(status)
+
+def end_of(pid, seconds=5.0):
+    """How a child ended: its exit status, or "hangs"."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        found, status = os.waitpid(pid, os.WNOHANG)
+        if found:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.002)
+    os.kill(pid, 9)
+    os.waitpid(pid, 0)
+    return "hangs"
+
+def child_is_fine(work=lambda: step() == BITS):
+    return end_of(start_child(work)) == 0
+
+def warm():
+    assert step() == BITS
+    return True
+'''
+
+
+def run_script(body, tmp_path, *arguments, head=HEAD):
+    """Output of a script; it fails the test if it fails or takes longer than TIME_LIMIT."""
+    script = tmp_path / "script.py"
+    script.write_text(head + body)
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("BNFAST_", "OMP_", "GOMP_"))}
+    try:
+        run = subprocess.run(
+            [sys.executable, "-W", "error", str(script), *map(str, arguments)],
+            env=env, capture_output=True, text=True, timeout=TIME_LIMIT, check=False,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired as expired:
+        pytest.fail(f"hangs: {(expired.stderr or b'').decode()}")
+    assert run.returncode == 0, run.stderr
+    return run.stdout.strip()
+
+
+# --- the usual ways to fork ----------------------------------------------------------------------------------
+
+WARM_PARENT_THEN_FORK = "warm(); print(end_of(start_child(lambda: step() == BITS), 3.0))"
+
+
+def test_the_child_of_a_warm_parent_finds_the_same_bits(tmp_path):
+    assert run_script(WARM_PARENT_THEN_FORK, tmp_path) == "0"
+
+
+@needs_libgomp
+def test_without_the_fork_handler_that_child_hangs(tmp_path):
+    """Negative control: shows that the test above can fail."""
+    body = "bnfast._core.handle_fork(False); assert not bnfast._core.fork_handled()\n" + WARM_PARENT_THEN_FORK
+    assert run_script(body, tmp_path) == "hangs"
+
+
+def test_the_child_of_a_cold_parent_finds_the_same_bits(tmp_path):
+    assert run_script("print(child_is_fine())", tmp_path) == "True"
+
+
+@needs_libgomp
+@needs_proc
+def test_the_parent_goes_on_with_two_threads(tmp_path):
+    """Its pool was given back for the fork; the next region starts a new one."""
+    body = """
+for _ in range(3):
+    warm()
+    assert child_is_fine()
+    between = tasks()
+    warm()
+    print(tasks() - between)
+"""
+    assert run_script(body, tmp_path).split() == ["1", "1", "1"]
+
+
+@needs_libgomp
+@needs_proc
+def test_the_child_uses_two_threads(tmp_path):
+    body = """
+def work():
+    before = tasks()
+    fine = step() == BITS
+    config = bnfast.config()
+    assert config["forked_serial"] is False and config["fork"] == "a child may use threads", config
+    return fine and before == 1 and tasks() == 2
+warm()
+print(child_is_fine(work))
+"""
+    assert run_script(body, tmp_path) == "True"
+
+
+def test_grandchildren_find_the_same_bits(tmp_path):
+    body = """
+def generation(n):
+    if n == 0:
+        return warm()
+    return warm() and child_is_fine(lambda: generation(n - 1)) and warm()
+print(generation(4))
+"""
+    assert run_script(body, tmp_path) == "True"
+
+
+def test_a_child_that_forks_before_it_computes(tmp_path):
+    body = "warm(); print(child_is_fine(lambda: child_is_fine(lambda: child_is_fine())))"
+    assert run_script(body, tmp_path) == "True"
+
+
+@pytest.mark.parametrize("warm_in_the_thread", [True, False])
+@pytest.mark.parametrize("compute_in_the_child", [True, False])
+def test_fork_from_a_thread_that_returns_in_the_child(tmp_path, warm_in_the_thread, compute_in_the_child):
+    """The child is what was a thread; its end runs the destructors of that thread's pool."""
+    body = f"""
+pids = []
+def work():
+    if {warm_in_the_thread}:
+        warm()
+    pid = os.fork()
+    if pid:
+        pids.append(pid)
+    elif {compute_in_the_child} and step() != BITS:
+        os._exit(1)
+warm()
+thread = threading.Thread(target=work)
+thread.start()
+thread.join()
+print(end_of(pids[0]))
+warm()
+"""
+    assert run_script(body, tmp_path) == "0"
+
+
+def test_fork_from_a_thread_that_computes_in_the_child(tmp_path):
+    body = """
+warm()
+results = []
+def work():
+    warm()
+    results.append(child_is_fine())
+thread = threading.Thread(target=work)
+thread.start()
+thread.join()
+print(results, warm())
+"""
+    assert run_script(body, tmp_path) == "[True] True"
+
+
+def test_forks_in_a_row_while_threads_run_kernels(tmp_path):
+    body = """
+stop, wrong, rounds = threading.Event(), [], [0] * 4
+def compute(i):
+    while not stop.is_set():
+        if step() != BITS:
+            wrong.append(i)
+        rounds[i] += 1
+threads = [threading.Thread(target=compute, args=(i,)) for i in range(4)]
+for thread in threads:
+    thread.start()
+warm()
+fine = [child_is_fine() for _ in range(20)]
+stop.set()
+for thread in threads:
+    thread.join()
+print(sum(fine), len(wrong), all(rounds))
+"""
+    assert run_script(body, tmp_path) == "20 0 True"
+
+
+def test_a_layer_trains_on_in_the_child(tmp_path):
+    body = """
+x, dy = batch(), batch(1)
+def train(bn, steps):
+    with bnfast.num_threads(2):
+        for _ in range(steps):
+            bn(x)
+            bn.backward(dy)
+    return hashlib.sha256(bn.running_var.tobytes() + bn.grad_gamma.tobytes()).hexdigest()
+bn = bnfast.BatchNorm(16)
+train(bn, 2)
+expected = train(bnfast.BatchNorm(16), 5)
+print(child_is_fine(lambda: train(bn, 3) == expected), bn.num_batches_tracked)
+"""
+    assert run_script(body, tmp_path) == "True 2"
+
+
+def test_a_layer_works_in_the_child_whatever_another_thread_was_doing_with_it(tmp_path):
+    """Another thread is in the middle of a forward, where the layer's lock is held, when this one forks."""
+    body = """
+bn, x = bnfast.BatchNorm(16), batch()
+inside, leave = threading.Event(), threading.Event()
+right = bnfast.layer._core.updated_running
+class Slow:
+    def __getattr__(self, name):
+        return getattr(core, name)
+    def updated_running(self, *arguments):
+        if threading.current_thread() is thread:
+            inside.set()
+            leave.wait(15)
+        return right(*arguments)
+core, bnfast.layer._core = bnfast.layer._core, Slow()
+thread = threading.Thread(target=lambda: bn(x), daemon=True)
+thread.start()
+inside.wait(5)
+def work():
+    bn(x)
+    return bn.num_batches_tracked == 1
+pid = start_child(work)
+print(end_of(pid, 3.0))
+leave.set()
+thread.join()
+assert bn.num_batches_tracked == 1
+"""
+    assert run_script(body, tmp_path) == "0"
+
+
+def test_subprocess_with_a_function_to_run_before_exec(tmp_path):
+    body = """
+import subprocess
+warm()
+def before_exec():
+    assert step() == BITS
+run = subprocess.run([sys.executable, "-c", "print('fine')"], preexec_fn=before_exec, capture_output=True, timeout=10)
+print(run.stdout.decode().strip(), warm())
+"""
+    assert run_script(body, tmp_path) == "fine True"
+
+
+@pytest.mark.parametrize("method", ["fork", "forkserver", "spawn"])
+def test_multiprocessing_pools(tmp_path, method):
+    body = """
+import multiprocessing
+
+def work(i):
+    return step()
+
+if __name__ == "__main__":
+    warm()
+    with multiprocessing.get_context(sys.argv[1]).Pool(2) as pool:
+        results = pool.map(work, range(4), chunksize=1)
+    print(set(results) == {BITS}, warm())
+"""
+    assert run_script(body, tmp_path, method) == "True True"
+
+
+# --- beside other libraries ----------------------------------------------------------------------------------
+
+
+def use_torch():
+    return """
+import torch
+def use():
+    a = torch.ones(64, 32, 32, 32, requires_grad=True)
+    torch.set_num_threads(2)
+    torch.nn.BatchNorm2d(32)(a).sum().backward()
+"""
+
+
+def use_scikit_learn():
+    return """
+from sklearn.cluster import KMeans
+def use():
+    KMeans(8, n_init=1, max_iter=5, random_state=0).fit(np.random.default_rng(0).random((4000, 8)))
+"""
+
+
+OTHERS = {"torch": ("torch", use_torch()), "scikit-learn": ("sklearn", use_scikit_learn())}
+
+
+@pytest.mark.parametrize("bnfast_used_too", [True, False], ids=["both_used_in_the_parent", "only_the_other_used"])
+@pytest.mark.parametrize(("module", "use"), OTHERS.values(), ids=OTHERS.keys())
+def test_fork_after_another_library_was_imported_first_and_used(tmp_path, module, use, bnfast_used_too):
+    """It may have brought the OpenMP library that bnfast then uses as well: its pool is ours."""
+    pytest.importorskip(module, reason=f"{module} is not installed")
+    body = f"use()\n{'warm()' if bnfast_used_too else ''}\nprint(child_is_fine())\nuse()\nwarm()\n"
+    # what other libraries warn about is not our concern
+    head = "import warnings\nwarnings.simplefilter('ignore')\nimport numpy as np\n" + use + HEAD
+    assert run_script(body, tmp_path, head=head) == "True"
+
+
+SMALL_LIBRARY = """
+int team(void)
+{
+    int n = 0;
+    #pragma omp parallel num_threads(2) reduction(+ : n)
+    n += 1;
+    return n;
+}
+"""
+
+
+@needs_libgomp
+@pytest.mark.parametrize("order", ["library_first", "bnfast_first"])
+def test_fork_after_another_user_of_the_same_libgomp(tmp_path, order):
+    """As in a conda environment, or where everything comes from the system: one libgomp for all."""
+    compiler = shutil.which((sysconfig.get_config_var("CC") or "cc").split()[0]) or shutil.which("gcc")
+    if compiler is None:
+        pytest.skip("there is no C compiler to make the other library with")
+    source, library = tmp_path / "team.c", tmp_path / "team.so"
+    source.write_text(SMALL_LIBRARY)
+    compilation = subprocess.run(
+        [compiler, "-shared", "-fPIC", "-fopenmp", str(source), "-o", str(library)], capture_output=True, check=False
+    )
+    if compilation.returncode:
+        pytest.skip("the C compiler here makes no libraries with OpenMP")
+    load = f"import ctypes\nlibrary = ctypes.CDLL({str(library)!r})\n"
+    head = load + HEAD if order == "library_first" else HEAD + load
+    body = "assert library.team() == 2\nprint(child_is_fine())\nassert library.team() == 2\nwarm()\n"
+    assert run_script(body, tmp_path, head=head) == "True"
