@@ -1101,6 +1101,41 @@ def test_a_storm_of_interrupts_never_tears_the_statistics(script, seconds):
     assert faults == 0, f"{faults} faults in {hits} interrupts and {steps} steps"
 
 
+SIGNAL_HANDLER = """
+import faulthandler, signal, time
+faulthandler.dump_traceback_later(10, exit=True)
+import numpy as np, bnfast
+
+x = np.random.default_rng(0).normal(5, 2, (16, 3))
+bn, other, hits, steps = bnfast.BatchNorm(3), bnfast.BatchNorm(3), 0, 0
+def handle(number, frame):
+    global hits
+    other(x)
+    other.load_state_dict(other.state_dict())
+    bn.state_dict()
+    hits += 1
+    signal.setitimer(signal.ITIMER_REAL, 0.0003)
+signal.signal(signal.SIGALRM, handle)
+signal.setitimer(signal.ITIMER_REAL, 0.0003)
+end = time.monotonic() + 1.0
+while time.monotonic() < end:
+    bn(x)
+    bn.backward(x)
+    steps += 1
+signal.setitimer(signal.ITIMER_REAL, 0)
+print(hits > 50, other.num_batches_tracked == hits, bn.num_batches_tracked == steps)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs POSIX interval timers")
+def test_a_signal_handler_may_use_a_layer_whatever_it_interrupts():
+    """A handler that evaluates or saves runs in the main thread, between any two steps of what that was doing."""
+    run = subprocess.run(
+        [sys.executable, "-c", SIGNAL_HANDLER], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (run.returncode, run.stdout.split()) == (0, ["True"] * 3), run.stderr
+
+
 # --- threads -------------------------------------------------------------------------------------------------
 
 

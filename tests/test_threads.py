@@ -534,7 +534,7 @@ print(most, tasks() - start)
     )
     most, left = map(int, run_python(script)[0].split())
     assert left == 0
-    assert most <= 8 * 4
+    assert most <= 8 * 4  # a caller keeps the workers of its largest team, asleep; usually 8 + 4
 
 
 # Process CPU time while the process sleeps after large calls on 2 threads. libgomp's default lets a worker spin for

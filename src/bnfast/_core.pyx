@@ -263,7 +263,7 @@ cdef bint overlaps_itself(cnp.ndarray array):
         reach += stride * (n - 1)
     else:
         return False
-    if any(stride == 0 for stride, n in extents):
+    if any(stride == 0 for stride, _ in extents):
         return True
     # strides that interlock (as_strided): count the addresses
     offsets = np.zeros(shape_of(array), np.intp)
