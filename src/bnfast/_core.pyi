@@ -49,6 +49,7 @@ def batch_norm_jvp(
     vbeta: object,
     out: object,
 ) -> Array: ...
+def memory_floor(x: Array, u: Array | None, out: Array) -> None: ...
 def updated_running(
     mean: Statistics | None,
     var: Statistics | None,

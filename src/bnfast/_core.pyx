@@ -38,6 +38,7 @@ cdef extern from "kernels/job.h" nogil:
         BNFAST_EVAL
         BNFAST_BACKWARD
         BNFAST_BACKWARD_EVAL
+        BNFAST_FLOOR
         BNFAST_JVP
 
     ctypedef struct bnfast_job
@@ -590,6 +591,24 @@ def batch_norm_jvp(v, x, mean, inv_std, gamma, axis, vgamma, vbeta, out):
         job.mean, job.inv_std = values(m), values(s)
         compute(&job, data)
     return delivered(dy, given_out)
+
+
+def memory_floor(cnp.ndarray x, cnp.ndarray u, cnp.ndarray out):
+    """out = x, or x + u: the least time an operation on such arrays can take. For benchmarks.
+
+    All C-contiguous, of one shape and dtype, float32 or float64; u may be None.
+    """
+    cdef bnfast_job job = new_job(BNFAST_FLOOR)
+    cdef cnp.ndarray array
+    for array in (x, out) if u is None else (x, u, out):
+        if not (cnp.PyArray_ISCARRAY(array) and same_shape(array, x) and cnp.PyArray_TYPE(array) == cnp.PyArray_TYPE(x)):
+            raise ValueError("memory_floor: expected contiguous arrays of one shape and dtype")
+    as_floating(x, "x")
+    job.outer, job.channels, job.inner = 1, 1, cnp.PyArray_SIZE(x)
+    job.x, job.out = cnp.PyArray_DATA(x), cnp.PyArray_DATA(out)
+    if u is not None:
+        job.u = cnp.PyArray_DATA(u)
+    compute(&job, x)
 
 
 # --- state ----------------------------------------------------------------------------------------------------

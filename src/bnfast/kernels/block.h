@@ -44,5 +44,6 @@ void bnfast_finish(const bnfast_job *job, const bnfast_block *block, ptrdiff_t i
 /* What the layouts implement. */
 void bnfast_plan_planar(bnfast_job *job);
 void bnfast_plan_interleaved(bnfast_job *job);
+void bnfast_plan_floor(bnfast_job *job);
 
 #endif

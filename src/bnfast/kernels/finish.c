@@ -205,6 +205,10 @@ void bnfast_finish(const bnfast_job *job, const bnfast_block *block, ptrdiff_t i
 void bnfast_plan(bnfast_job *job)
 {
     job->n_phases = 0;
+    if (job->operation == BNFAST_FLOOR) {
+        bnfast_plan_floor(job);
+        return;
+    }
     if (job->inner >= PLANAR_INNER)
         bnfast_plan_planar(job);
     else

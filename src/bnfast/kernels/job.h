@@ -20,6 +20,7 @@ typedef enum {
     BNFAST_EVAL,          /* out likewise, with mean and var as given */
     BNFAST_BACKWARD,      /* u: dy; sum: dbeta, dot: dgamma; out: dx through mean and inv_std */
     BNFAST_BACKWARD_EVAL, /* the same with mean and inv_std as constants */
+    BNFAST_FLOOR,         /* out = x, or x + u: not an operation, a measure for them */
     BNFAST_JVP            /* u: direction of x; out: derivative of y along it, vgamma and vbeta */
 } bnfast_operation;
 

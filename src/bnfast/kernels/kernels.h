@@ -76,6 +76,8 @@ typedef struct {
     /* For each of n channels, `step` apart, the middle one of three values: at x, x + second and x + third. So a
      * single outlier is never taken; 0 where that is not finite. out: (n,) OUT */
     void (*typical_values)(ptrdiff_t n, ptrdiff_t step, const void *x, ptrdiff_t second, ptrdiff_t third, void *out);
+    /* The memory floor: out = x, or x + u where u is not NULL, streamed. n: elements */
+    void (*floor)(const void *x, const void *u, void *out, ptrdiff_t n);
     /* float64 to the dtype */
     void (*round_values)(ptrdiff_t n, const double *values, void *out);
 } bnfast_kernels;

@@ -33,6 +33,23 @@ static void FN(merge_sums)(ptrdiff_t n, double *restrict sum_a, double *restrict
     }
 }
 
+static void FN(floor)(const void *data, const void *data_u, void *result, ptrdiff_t n)
+{
+    const T *x = data, *u = data_u;
+    T *out = result;
+    ptrdiff_t i = 0;
+    for (const ptrdiff_t head = FN(to_aligned)(out, n); i < head; i++)
+        out[i] = u ? x[i] + u[i] : x[i];
+    if (u)
+        for (; i + VN <= n; i += VN)
+            FN(store_stream)(out + i, FN(load)(x + i) + FN(load)(u + i));
+    else
+        for (; i + VN <= n; i += VN)
+            FN(store_stream)(out + i, FN(load)(x + i));
+    for (; i < n; i++)
+        out[i] = u ? x[i] + u[i] : x[i];
+}
+
 const bnfast_kernels FN(bnfast_table) = {
     .isa = ISA,
     .itemsize = sizeof(T),
@@ -48,6 +65,7 @@ const bnfast_kernels FN(bnfast_table) = {
     .merge_sums = FN(merge_sums),
     .round_centers = FN(round_centers),
     .typical_values = FN(typical_values),
+    .floor = FN(floor),
     .round_values = FN(round_values),
 };
 
