@@ -877,8 +877,8 @@ FAILURES = {
     "backward_kernel": ("batch_norm_backward", lambda bn, x: bn.backward(x)),
     "calibrate_in_training": ("batch_norm", calibration),
     "calibrate_in_eval": ("moments", lambda bn, x: calibration(bn.eval(), x)),
-    "load_state_dict": ("commit", lambda bn, x: bn.load_state_dict(BatchNorm(CHANNELS).state_dict())),
-    "reset_parameters": ("commit", lambda bn, x: bn.reset_parameters()),
+    "load_state_dict": ("exchange", lambda bn, x: bn.load_state_dict(BatchNorm(CHANNELS).state_dict())),
+    "reset_parameters": ("exchange", lambda bn, x: bn.reset_parameters()),
 }
 
 
@@ -937,6 +937,7 @@ def interrupted_at(point, action):
         return trace
 
     previous = sys.gettrace()
+    gc.disable()  # other packages' collection callbacks would swallow the interrupt
     sys.settrace(trace)
     try:
         action()
@@ -944,6 +945,7 @@ def interrupted_at(point, action):
         return True
     finally:
         sys.settrace(previous)
+        gc.enable()
         call_ended.clear()  # frames hold `trace`, and so themselves
     return False
 
@@ -977,9 +979,7 @@ def test_an_interrupt_anywhere_leaves_the_layer_before_or_after(name):
         point += 1
         bn = trained(**options)
         interrupted = interrupted_at(point, lambda bn=bn: action(bn, x))
-        if bnfast.layer._lock.locked():
-            faults.append(f"point {point}: the lock is still held")
-        elif bn._calibration is not None:
+        if bn._calibration is not None:
             faults.append(f"point {point}: the layer thinks it is being calibrated")
         elif (statistics(bn), gradients(bn)) not in allowed:
             faults.append(f"point {point}: between before and after")
@@ -1045,7 +1045,7 @@ while time.monotonic() < end:
             bn.backward(x)
         storm.run(step)
         steps += 1
-        faults += torn(bn, expected) or bnfast.layer._lock.locked()
+        faults += torn(bn, expected)
         if bn.num_batches_tracked >= RESET:
             bn.reset_running_stats()
 signal.setitimer(signal.ITIMER_REAL, 0)
@@ -1069,7 +1069,7 @@ end = time.monotonic() + seconds
 while time.monotonic() < end:
     storm.run(calibrate)
     steps += 1
-    if bnfast.layer._lock.locked() or bn._calibration is not None or state(bn) not in allowed:
+    if bn._calibration is not None or state(bn) not in allowed:
         faults += 1
         bn = bnfast.BatchNorm(3, dtype=np.float64)
     bn.reset_running_stats()

@@ -1,7 +1,7 @@
 # The extension module's Python face. Arguments are checked by the extension itself; `object` means "anything, a
 # clear error if it does not fit".
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any, Generic, TypeVar
 
@@ -59,7 +59,13 @@ def updated_running(
     factor: float,
     unbiased: bool,
 ) -> tuple[Statistics, Statistics]: ...
-def commit(copies: list[tuple[NDArray[Any], NDArray[Any]]], owner: object, attribute: str, value: object) -> None: ...
+def exchange(
+    owner: object,
+    attribute: str,
+    expected: object,
+    value: object,
+    copies: Sequence[tuple[NDArray[Any], NDArray[Any]]] = ...,
+) -> bool: ...
 
 class Calibration(Generic[_Layer]):
     def __init__(self, layer: _Layer) -> None: ...

@@ -10,7 +10,9 @@ import operator
 import numpy as np
 from numpy.exceptions import AxisError, TooHardError
 
+cimport cython
 cimport numpy as cnp
+from cpython.object cimport PyObject_GenericGetAttr, PyObject_GenericSetAttr
 from cpython.mem cimport PyMem_RawFree, PyMem_RawMalloc
 from cython.parallel cimport prange, threadid
 from libc.stdint cimport uintptr_t
@@ -601,7 +603,8 @@ def memory_floor(cnp.ndarray x, cnp.ndarray u, cnp.ndarray out):
     cdef bnfast_job job = new_job(BNFAST_FLOOR)
     cdef cnp.ndarray array
     for array in (x, out) if u is None else (x, u, out):
-        if not (cnp.PyArray_ISCARRAY(array) and same_shape(array, x) and cnp.PyArray_TYPE(array) == cnp.PyArray_TYPE(x)):
+        if not (cnp.PyArray_ISCARRAY(array) and same_shape(array, x)
+                and cnp.PyArray_TYPE(array) == cnp.PyArray_TYPE(x)):
             raise ValueError("memory_floor: expected contiguous arrays of one shape and dtype")
     as_floating(x, "x")
     job.outer, job.channels, job.inner = 1, 1, cnp.PyArray_SIZE(x)
@@ -631,20 +634,24 @@ def updated_running(cnp.ndarray mean, cnp.ndarray var, cnp.ndarray batch_mean, c
     return new_mean, new_var
 
 
-def commit(list copies, owner, str attribute, value):
-    """Copies arrays and sets one attribute with no way to be interrupted in between.
+def exchange(owner, str attribute, expected, value, copies=()):
+    """Copies arrays and sets an attribute, if it is still `expected`; returns whether it was.
 
-    copies: pairs (target, source), each two contiguous arrays of one dtype and shape. The evaluation loop, where
-    signal handlers run, is not entered.
+    copies: pairs (target, source), each two contiguous arrays of one dtype and shape. All of it happens at once: the
+    evaluation loop, where signal handlers run and threads take turns, is not entered between the look and the end.
     """
     cdef cnp.ndarray target, source
     for target, source in copies:
         if not (same_layout(source, target) and cnp.PyArray_NBYTES(source) == cnp.PyArray_NBYTES(target)
                 and cnp.PyArray_ISCARRAY(target)):
-            raise AssertionError("commit: expected pairs of contiguous arrays of one shape and dtype")
-    for target, source in copies:
-        memcpy(cnp.PyArray_DATA(target), cnp.PyArray_DATA(source), cnp.PyArray_NBYTES(source))
-    object.__setattr__(owner, attribute, value)
+            raise AssertionError("exchange: expected pairs of contiguous arrays of one shape and dtype")
+    with cython.critical_section(owner):
+        if PyObject_GenericGetAttr(owner, attribute) is not expected:
+            return False
+        for target, source in copies:
+            memcpy(cnp.PyArray_DATA(target), cnp.PyArray_DATA(source), cnp.PyArray_NBYTES(source))
+        PyObject_GenericSetAttr(owner, attribute, value)
+    return True
 
 
 cdef class Calibration:

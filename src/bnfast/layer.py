@@ -1,14 +1,14 @@
 """The layer: parameters, running statistics and modes around `bnfast.functional`.
 
-Everything that a call changes is in one tuple, `_State`, which is replaced by a single assignment after all that
-can fail. So an exception, Ctrl-C included, finds a layer as it was before the call or as it is after it.
+Everything that a call changes is in one tuple, `_State`. A call computes first, then makes a new tuple from the one it
+finds and exchanges the two, if nobody else has in the meantime (else it looks again). So an exception, Ctrl-C included,
+finds a layer as it was before the call or as it is after it; and threads, signal handlers and forked children need
+no lock.
 """
 
 import math
 import operator
-import os
-import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, Self, SupportsIndex
 
@@ -44,24 +44,16 @@ class _State(NamedTuple):
     gathered: Moments | None = None
     gathered_batches: int = 0
 
+    def with_rest_of(self, state: "_State") -> "_State":
+        """These running statistics, all else from `state`."""
+        return state._replace(
+            running_mean=self.running_mean, running_var=self.running_var, num_batches_tracked=self.num_batches_tracked
+        )
+
     def gather(self, calibration: object, batch: Moments) -> "_State":
         if self.calibration is not calibration or self.gathered is None:
             return self._replace(calibration=calibration, gathered=batch, gathered_batches=1)
         return self._replace(gathered=self.gathered + batch, gathered_batches=self.gathered_batches + 1)
-
-
-# Held while a state is replaced by one made from it; for microseconds, so one lock serves all layers. A child made
-# by fork gets a new one, as the old may have been held by a thread that the child does not have.
-_lock = threading.Lock()
-
-
-def _renew_lock() -> None:
-    global _lock
-    _lock = threading.Lock()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_renew_lock)
 
 
 class BatchNorm:
@@ -196,7 +188,8 @@ class BatchNorm:
         overwritten_by = "the forward's out" if out is not None and _core.shares_memory(out, data) else None
         if self.training or state.running_mean is None:
             y, mean, inv_std, m2 = _core.batch_norm(data, self.gamma, self.beta, self.axis, self.eps, out)
-            self._commit_training(_Forward(data, mean, inv_std, None, overwritten_by), m2)
+            forward = _Forward(data, mean, inv_std, None, overwritten_by)
+            self._exchange(lambda state: self._after_training(state, forward, m2))
         else:
             mean, var = state.running_mean, state.running_var
             calibration = self._calibration
@@ -204,39 +197,36 @@ class BatchNorm:
             if calibration is not None and data.size:
                 batch = Moments(*_core.moments(data, self.axis))
             y = _core.batch_norm_eval(data, mean, var, self.gamma, self.beta, self.axis, self.eps, out, "running_")
-            self._commit_eval(_Forward(data, mean, None, var, overwritten_by), calibration, batch)
+            forward = _Forward(data, mean, None, var, overwritten_by)
+            self._exchange(lambda state: self._after_eval(state, forward, calibration, batch))
         return y
 
-    def _commit_training(self, forward: _Forward, m2: Statistics) -> None:
+    def _after_training(self, state: _State, forward: _Forward, m2: Statistics) -> _State:
+        """The state after a forward that took the statistics of its batch."""
         count = forward.x.size // self.num_features
-        with _lock:
-            state, calibration = self._state, self._calibration
-            if calibration is not None:
-                batch = Moments(count, forward.mean, m2)
-                self._state = state._replace(forward=forward).gather(calibration, batch)
-                return
-            if not self.training or state.running_mean is None:
-                self._state = state._replace(forward=forward)
-                return
-            batches = state.num_batches_tracked + 1
-            factor = 1 / batches if self.momentum is None else self.momentum
-            mean, var = _core.updated_running(
-                state.running_mean,
-                state.running_var,
-                forward.mean,
-                m2,
-                count,
-                factor,
-                self.unbiased_running_var,
-            )
-            self._state = _State(mean, var, batches, forward, state.grad_gamma, state.grad_beta)
+        if self._calibration is not None:
+            batch = Moments(count, forward.mean, m2)
+            return state._replace(forward=forward).gather(self._calibration, batch)
+        if not self.training or state.running_mean is None:
+            return state._replace(forward=forward)
+        batches = state.num_batches_tracked + 1
+        factor = 1 / batches if self.momentum is None else self.momentum
+        mean, var = _core.updated_running(
+            state.running_mean, state.running_var, forward.mean, m2, count, factor, self.unbiased_running_var
+        )
+        return _State(mean, var, batches, forward, state.grad_gamma, state.grad_beta)
 
-    def _commit_eval(self, forward: _Forward, calibration: object, batch: Moments | None) -> None:
-        with _lock:
-            state = self._state._replace(forward=forward)
-            if batch is not None and self._calibration is calibration:
-                state = state.gather(calibration, batch)
-            self._state = state
+    def _after_eval(self, state: _State, forward: _Forward, calibration: object, batch: Moments | None) -> _State:
+        """The state after a forward with the running statistics; `batch`: what the calibration gathers of it."""
+        state = state._replace(forward=forward)
+        return state if batch is None or self._calibration is not calibration else state.gather(calibration, batch)
+
+    def _exchange(self, change: Callable[[_State], _State]) -> None:
+        """Replaces the state by `change` of it, at once; looks again if it was replaced meanwhile."""
+        while True:
+            state = self._state
+            if _core.exchange(self, "_state", state, change(state)):
+                return
 
     def backward(self, dy: ArrayLike, out: Array | None = None) -> Array:
         """Gradient of the loss with respect to the last forward's x; sets `grad_gamma` and `grad_beta`.
@@ -276,11 +266,14 @@ class BatchNorm:
         grad_gamma = dgamma.astype(self.dtype, copy=False) if self.affine else None
         grad_beta = dbeta.astype(self.dtype, copy=False) if self.affine else None
         overwritten = out is not None and _core.shares_memory(out, forward.x)
-        with _lock:
-            state = self._state._replace(grad_gamma=grad_gamma, grad_beta=grad_beta)
-            if overwritten and state.forward is forward:
-                state = state._replace(forward=forward._replace(overwritten_by="the backward's out"))
-            self._state = state
+
+        def after(state: _State) -> _State:
+            kept = state.forward
+            if overwritten and kept is forward:
+                kept = forward._replace(overwritten_by="the backward's out")
+            return state._replace(forward=kept, grad_gamma=grad_gamma, grad_beta=grad_beta)
+
+        self._exchange(after)
         return dx
 
     # --- modes ----------------------------------------------------------------------------------------------
@@ -322,12 +315,12 @@ class BatchNorm:
 
     def _finish_calibration(self, calibration: object) -> None:
         """Called at the end of the block, by a context manager in C that cannot be interrupted half-way."""
-        with _lock:
-            state = self._state
+
+        def after(state: _State) -> _State:
             gathered = state.gathered if state.calibration is calibration else None
             if gathered is None or gathered.count < 2:
                 raise RuntimeError("calibrate: expected at least 2 values a channel to pass through the layer")
-            self._state = state._replace(
+            return state._replace(
                 running_mean=gathered.mean.copy(),
                 running_var=gathered.var(ddof=1 if self.unbiased_running_var else 0),
                 num_batches_tracked=state.gathered_batches,
@@ -335,6 +328,8 @@ class BatchNorm:
                 gathered=None,
                 gathered_batches=0,
             )
+
+        self._exchange(after)
 
     # --- parameters and statistics ------------------------------------------------------------------------------
 
@@ -345,8 +340,8 @@ class BatchNorm:
 
     @running_mean.setter
     def running_mean(self, value: ArrayLike) -> None:
-        with _lock:
-            self._state = self._state._replace(running_mean=self._statistics(value, "running_mean"))
+        mean = self._statistics(value, "running_mean")
+        self._exchange(lambda state: state._replace(running_mean=mean))
 
     @property
     def running_var(self) -> Statistics | None:
@@ -355,8 +350,8 @@ class BatchNorm:
 
     @running_var.setter
     def running_var(self, value: ArrayLike) -> None:
-        with _lock:
-            self._state = self._state._replace(running_var=self._statistics(value, "running_var"))
+        var = self._statistics(value, "running_var")
+        self._exchange(lambda state: state._replace(running_var=var))
 
     @property
     def num_batches_tracked(self) -> int:
@@ -388,18 +383,12 @@ class BatchNorm:
 
     def reset_running_stats(self) -> None:
         """Forget what the running statistics have seen: mean 0, variance 1, no batches."""
-        fresh = self._fresh_state()
-        with _lock:
-            self._state = self._state._replace(
-                running_mean=fresh.running_mean, running_var=fresh.running_var, num_batches_tracked=0
-            )
+        self._exchange(self._fresh_state().with_rest_of)
 
     def reset_parameters(self) -> None:
         """gamma 1, beta 0 (in place), and `reset_running_stats`."""
         ones, zeros = np.ones(self.num_features, self.dtype), np.zeros(self.num_features, self.dtype)
-        with _lock:
-            fresh = self._fresh_state()
-            self._commit_parameters(ones, zeros, fresh)
+        self._exchange_all(ones, zeros, self._fresh_state().with_rest_of)
 
     def _fresh_state(self) -> _State:
         if not self.track_running_stats:
@@ -411,7 +400,7 @@ class BatchNorm:
             raise AttributeError(f"{name}: this layer was made with track_running_stats=False")
         return _converted(value, name, self.num_features, np.dtype(np.float64), TypeError, ValueError)
 
-    def _commit_parameters(self, gamma: Array, beta: Array, state: _State) -> None:
+    def _exchange_all(self, gamma: Array, beta: Array, change: Callable[[_State], _State]) -> None:
         """gamma and beta, in place, and the state, all at once."""
         copies = []
         if self.affine:
@@ -428,7 +417,10 @@ class BatchNorm:
                         f"dtype {value.dtype}, to be written in place; got {target!r}"
                     )
                 copies.append((target, value))
-        _core.commit(copies, self, "_state", state)
+        while True:
+            state = self._state
+            if _core.exchange(self, "_state", state, change(state), copies):
+                return
 
     # --- state --------------------------------------------------------------------------------------------------
 
@@ -491,15 +483,8 @@ class BatchNorm:
             if not bool(((var >= 0) | (nan_allowed & np.isnan(var))).all()):
                 raise StateError("running_var: expected values of at least 0")
             fresh = _State(mean, var, _batches(state["num_batches_tracked"]))
-        with _lock:
-            old = self._state
-            fresh = old._replace(
-                running_mean=fresh.running_mean,
-                running_var=fresh.running_var,
-                num_batches_tracked=fresh.num_batches_tracked,
-            )
-            nothing = np.empty(0, self.dtype)
-            self._commit_parameters(new.get("weight", nothing), new.get("bias", nothing), fresh)
+        nothing = np.empty(0, self.dtype)
+        self._exchange_all(new.get("weight", nothing), new.get("bias", nothing), fresh.with_rest_of)
 
     def __getstate__(self) -> dict[str, Any]:
         attributes = {name: value for name, value in self.__dict__.items() if name not in ("_state", "_calibration")}
