@@ -27,7 +27,7 @@ from bnfast import reference
 # One for every way through the kernels.
 PATHS = {
     "planar_short_rows": (40, 3, 60),
-    "planar_long_rows": (2, 3, 9000),
+    "planar_long_rows": (2, 3, 5000),
     "interleaved": (600, 70),
     "interleaved_folded": (3001, 3),
     "columns": (300, 12, 7),
@@ -126,6 +126,14 @@ def test_first_element_is_an_outlier(isa, dtype, rng, shape, size):
     x = normal(rng, shape, dtype, 1)
     x[0].reshape(shape[1], -1)[:, 0] = size
     check(rng, x)
+
+
+@every_path
+@pytest.mark.parametrize("size", [1e2, -1e4, 1e6], ids=lambda size: f"{size:g}std")
+def test_first_and_last_element_are_outliers(isa, dtype, rng, shape, size):
+    x = normal(rng, shape, dtype, 1)
+    x[0].reshape(shape[1], -1)[:, 0] = x[-1].reshape(shape[1], -1)[:, -1] = size
+    check_forward(rng, x)
 
 
 @every_path

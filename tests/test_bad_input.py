@@ -26,20 +26,21 @@ def sample(seed=0, shape=SHAPE, dtype=np.float32):
     return np.random.default_rng(seed).normal(2.0, 3.0, shape).astype(dtype)
 
 
-def usual_arguments():
+def usual_arguments(shape=SHAPE):
     """Right values for every argument of the functions, new ones each time."""
-    x = sample()
+    x = sample(shape=shape)
+    others = tuple(i for i in range(len(shape)) if i != 1)
     return {
         "x": x,
-        "dy": sample(1),
-        "v": sample(2),
-        "mean": x.mean((0, 2), dtype=np.float64),
-        "var": x.var((0, 2), dtype=np.float64),
-        "inv_std": 1 / x.std((0, 2), dtype=np.float64),
-        "gamma": np.array([0.5, 1.0, 2.0], np.float32),
-        "beta": np.array([-1.0, 0.0, 1.0], np.float32),
-        "vgamma": np.array([0.1, 0.2, 0.3], np.float32),
-        "vbeta": np.array([0.3, 0.2, 0.1], np.float32),
+        "dy": sample(1, shape),
+        "v": sample(2, shape),
+        "mean": x.mean(others, dtype=np.float64),
+        "var": x.var(others, dtype=np.float64),
+        "inv_std": 1 / x.std(others, dtype=np.float64),
+        "gamma": np.linspace(0.5, 2.0, shape[1], dtype=np.float32),
+        "beta": np.linspace(-1.0, 1.0, shape[1], dtype=np.float32),
+        "vgamma": np.linspace(0.1, 0.3, shape[1], dtype=np.float32),
+        "vbeta": np.linspace(0.3, 0.1, shape[1], dtype=np.float32),
     }
 
 
@@ -568,13 +569,15 @@ def test_gamma_may_have_any_stride():
 
 
 def overlapping(array):
-    """The array inside a larger one, and a view shifted by one row that overlaps it in part."""
-    memory = np.zeros((len(array) + 1, *array.shape[1:]), array.dtype)
-    memory[:-1] = array
-    return memory[:-1], memory[1:]
+    """The array inside a larger one, and the views that begin one row after it and one row before."""
+    memory = np.zeros((len(array) + 2, *array.shape[1:]), array.dtype)
+    memory[1:-1] = array
+    return memory[1:-1], memory[2:], memory[:-2]
 
 
 OUT_FUNCTIONS = sorted(FUNCTIONS.keys() - {"moments"})
+# small; and so large that something is written before all is read, in both layouts
+OVERLAPPING_SHAPES = pytest.mark.parametrize("shape", [SHAPE, (64, 8, 49), (5, 8, 4000), (3000, 64)], ids=str)
 
 
 @pytest.mark.parametrize("function", OUT_FUNCTIONS)
@@ -596,36 +599,38 @@ def test_out_is_written_and_returned(function, tmp_path):
             np.testing.assert_array_equal(np.asarray(result), right)
 
 
+@OVERLAPPING_SHAPES
+@pytest.mark.parametrize("case", ["same", "later", "earlier", "reversed"])
 @pytest.mark.parametrize("function", OUT_FUNCTIONS)
-def test_out_may_be_an_input_or_overlap_one(function):
+def test_out_may_be_an_input_or_overlap_one(function, case, shape):
     call, names = FUNCTIONS[function]
-    usual = {name: usual_arguments()[name] for name in names}
+    usual = {name: usual_arguments(shape)[name] for name in names}
     expected = results_of(call(**usual))
-    for name in set(names) & SAMPLES:
-        for case in ("same", "part", "reversed"):
-            given = copy.deepcopy(usual)
-            given[name], out = overlapping(given[name])
-            if case != "part":
-                out = given[name] if case == "same" else given[name][::-1]
-            found = results_of(call(**given, out=out))
-            assert found[0] is out
-            for result, right in zip(found, expected, strict=True):
-                np.testing.assert_array_equal(result, right, err_msg=f"{name}, {case}")
+    for name in sorted(set(names) & SAMPLES):
+        given = copy.deepcopy(usual)
+        given[name], later, earlier = overlapping(given[name])
+        out = {"same": given[name], "later": later, "earlier": earlier, "reversed": given[name][::-1]}[case]
+        found = results_of(call(**given, out=out))
+        assert found[0] is out
+        for result, right in zip(found, expected, strict=True):
+            np.testing.assert_array_equal(result, right, err_msg=name)
 
 
-@pytest.mark.parametrize("function", OUT_FUNCTIONS)
+@OVERLAPPING_SHAPES
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_out_may_hold_the_parameters_too(function, dtype):
+@pytest.mark.parametrize("function", OUT_FUNCTIONS)
+def test_out_may_hold_the_parameters_too(function, dtype, shape):
     """gamma and the like are read before out is written, wherever they lie."""
     call, names = FUNCTIONS[function]
-    usual = {name: usual_arguments()[name].astype(dtype) for name in names}
+    usual = {name: usual_arguments(shape)[name].astype(dtype) for name in names}
     expected = results_of(call(**usual))
-    for name in set(names) - SAMPLES:
-        given, out = copy.deepcopy(usual), np.zeros(SHAPE, dtype)
-        given[name] = out[0, 0, :C]
-        given[name][:] = usual[name]
-        for result, right in zip(results_of(call(**given, out=out)), expected, strict=True):
-            np.testing.assert_array_equal(result, right, err_msg=name)
+    for name in sorted(set(names) - SAMPLES):
+        for where in (0, 1, -shape[1] - 1):
+            given, out = copy.deepcopy(usual), np.zeros(shape, dtype)
+            given[name] = out.reshape(-1)[where:][: shape[1]]
+            given[name][:] = usual[name]
+            for result, right in zip(results_of(call(**given, out=out)), expected, strict=True):
+                np.testing.assert_array_equal(result, right, err_msg=name)
 
 
 # --- accepted: nothing, NaN and Inf --------------------------------------------------------------------------

@@ -537,6 +537,27 @@ print(most, tasks() - start)
     assert most <= 8 * 4  # a caller keeps the workers of its largest team, asleep; usually 8 + 4
 
 
+@needs_openmp
+@needs_proc
+def test_where_no_thread_can_be_started_the_call_goes_on_without():
+    """libgomp would end the process; so it has to be found out before."""
+    script = (
+        LARGE
+        + """
+import resource
+import bnfast
+with bnfast.num_threads(1):
+    expected = bnfast.moments(x)
+with open("/proc/self/statm") as file:
+    size = int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+resource.setrlimit(resource.RLIMIT_AS, (size + 2**22,) * 2)  # too little for another stack
+with bnfast.num_threads(2):
+    print(bnfast.moments(x) == expected)
+"""
+    )
+    assert run_python(script)[0] == "True"
+
+
 # Process CPU time while the process sleeps after large calls on 2 threads. libgomp's default lets a worker spin for
 # some milliseconds a call, so several calls are needed to tell that from sleep.
 IDLE = (
