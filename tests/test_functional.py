@@ -189,6 +189,13 @@ def test_empty_batch_in_eval_gives_empty_results_and_zero_gradients(dtype, shape
         assert_same_bits(gradient, zeros.astype(dtype))
 
 
+def test_an_empty_byte_swapped_batch_gives_native_results(dtype):
+    x = np.empty((0, 3), np.dtype(dtype).newbyteorder())
+    assert F.batch_norm_eval(x, np.zeros(3), np.ones(3)).dtype.isnative
+    for gradient in F.batch_norm_backward(x, x, np.zeros(3), np.ones(3), training=False):
+        assert gradient.dtype.isnative
+
+
 def test_moments_of_nothing_have_count_zero(dtype):
     m = bnfast.moments(np.empty((0, 3), dtype))
     assert m == bnfast.Moments(0, np.zeros(3), np.zeros(3))

@@ -1,0 +1,8 @@
+"""Training loops: the same as `python -m bnfast bench --loop`."""
+
+import sys
+
+from bnfast.bench import main
+
+if __name__ == "__main__":
+    sys.exit(main(["--loop", *sys.argv[1:]]))

@@ -1,0 +1,89 @@
+"""The one table of shapes that all benchmarks share."""
+
+from typing import NamedTuple
+
+__all__ = ["OPERATIONS", "QUICK", "SHAPES", "Shape", "group"]
+
+OPERATIONS = ("forward", "backward", "eval")
+
+
+class Shape(NamedTuple):
+    """An array (N, C, ...) and how it lies in memory."""
+
+    dims: tuple[int, ...]  # (N, C, ...)
+    channels_last: bool = False
+    tiny: bool = False  # what is measured is the cost of a call
+
+    @property
+    def name(self) -> str:
+        """For instance 32x64x56x56, or 32x64x56x56-cl for channels-last."""
+        return "x".join(map(str, self.dims)) + ("-cl" if self.channels_last else "")
+
+    @property
+    def channels(self) -> int:
+        """C."""
+        return self.dims[1]
+
+    @property
+    def interleaved(self) -> bool:
+        """Whether neighbours in memory belong to different channels."""
+        return self.channels_last or len(self.dims) == 2
+
+    @property
+    def memory_dims(self) -> tuple[int, ...]:
+        """The dimensions in the order of memory: (N, C, ...) or (N, ..., C)."""
+        n, c, *rest = self.dims
+        return (n, *rest, c) if self.channels_last else self.dims
+
+    @property
+    def axis(self) -> int:
+        """The channel axis among `memory_dims`."""
+        return len(self.dims) - 1 if self.channels_last else 1
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        size = 1
+        for n in self.dims:
+            size *= n
+        return size
+
+    def bytes_moved(self, operation: str, itemsize: int) -> int:
+        """Least traffic: forward and eval read x and write y, backward reads x and dy and writes dx."""
+        return (3 if operation == "backward" else 2) * self.size * itemsize
+
+
+RESNET50 = (  # at batch 32
+    (32, 64, 112, 112),
+    (32, 64, 56, 56),
+    (32, 256, 56, 56),
+    (32, 128, 28, 28),
+    (32, 512, 28, 28),
+    (32, 256, 14, 14),
+    (32, 1024, 14, 14),
+    (32, 512, 7, 7),
+    (32, 2048, 7, 7),
+)
+
+SHAPES = {
+    shape.name: shape
+    for shape in (
+        *(Shape(dims) for dims in RESNET50),
+        Shape((64, 128, 1000)),
+        Shape((4, 32, 16, 64, 64)),
+        *(Shape(dims, channels_last=True) for dims in RESNET50),
+        *(Shape(dims) for dims in ((128, 256), (1024, 1024), (8192, 512), (65536, 64), (262144, 3))),
+        *(Shape(dims, tiny=True) for dims in ((8, 16), (32, 64))),
+    )
+}
+
+QUICK = ("32x64x56x56", "32x128x28x28", "32x128x28x28-cl", "8192x512", "32x64")
+
+
+def group(shape: Shape, operation: str) -> str:
+    """The group whose geometric mean a measurement enters."""
+    if shape.tiny:
+        return "tiny"
+    if operation == "eval":
+        return "eval"
+    return f"{'channels-last and (N, C)' if shape.interleaved else 'planar'} {operation}"
