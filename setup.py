@@ -78,7 +78,7 @@ class BuildExt(build_ext):
 {"*" * 78}
 bnfast: this compiler has no working OpenMP. Building WITHOUT threads: every call
 will run on one core. On Debian and Ubuntu OpenMP comes with gcc; with clang
-install libomp-dev; on macOS see the README.
+install libomp-dev.
 {"*" * 78}
 """,
             file=sys.stderr,

@@ -1,11 +1,13 @@
 """The extension module: checks arguments, allocates, releases the GIL, runs the parallel loop, calls the kernels.
 
 Every function reads check, allocate, compute, return, in this order: an error leaves nothing half done. The only
-parallel loop of the project is in `run`. Only this module raises; the C below it cannot fail.
+parallel loop of the project is in `run`. The C below this module cannot fail: what can go wrong in the extension is
+found here.
 """
 
 import math
 import operator
+import warnings
 
 import numpy as np
 from numpy.exceptions import AxisError, TooHardError
@@ -89,6 +91,7 @@ cdef extern from "openmp.h" nogil:
     int bnfast_openmp_forked_serial() noexcept
     int bnfast_openmp_enter(int budget) noexcept
     void bnfast_openmp_leave() noexcept
+    int bnfast_openmp_take_shortage() noexcept
     unsigned long long bnfast_float_control() noexcept
     void bnfast_set_float_control(unsigned long long control) noexcept
 
@@ -119,7 +122,11 @@ cdef cnp.ndarray as_floating(object value, str name):
         if hasattr(value, "nnz") and hasattr(value, "toarray"):
             raise TypeError(f"{name}: expected a dense array, got sparse {type(value).__name__}; "
                             f"use {name}.toarray()")
-        value = np.asarray(value)
+        try:
+            value = np.asarray(value)
+        except ValueError as error:  # a ragged list
+            kind = type(value).__name__
+            raise ValueError(f"{name}: expected an array, got a {kind} that makes none ({error})") from None
     array = value
     if cnp.PyArray_TYPE(array) != cnp.NPY_FLOAT32 and cnp.PyArray_TYPE(array) != cnp.NPY_FLOAT64:
         raise TypeError(f"{name}: expected dtype float32 or float64, got {array.dtype}")
@@ -344,12 +351,11 @@ cdef bint same_layout(cnp.ndarray a, cnp.ndarray b) noexcept:
 
 cdef cnp.ndarray packed(cnp.ndarray array, int axis, bnfast_job *job):
     """The array, or a dense native copy of it in the same order of axes where the kernels need one."""
-    if cnp.PyArray_SIZE(array) == 0 or collapse(array, axis, job):
+    if (cnp.PyArray_SIZE(array) == 0 and cnp.PyArray_ISNOTSWAPPED(array)) or collapse(array, axis, job):
         return array
     array = np.array(array, dtype=array.dtype.newbyteorder("="), order="K", copy=True, subok=False)
-    if not collapse(array, axis, job):
-        array = np.ascontiguousarray(array)
-        collapse(array, axis, job)
+    if not collapse(array, axis, job) and cnp.PyArray_SIZE(array) > 0:
+        raise AssertionError("a copy in its own order is dense")
     return array
 
 
@@ -432,6 +438,9 @@ cdef int compute(bnfast_job *job, cnp.ndarray x) except -1:
             run(job, job.n_threads, bnfast_float_control())
         bnfast_openmp_leave()
     PyMem_RawFree(memory)
+    if bnfast_openmp_take_shortage():
+        warnings.warn("bnfast: the system refused to start threads; calls go on with fewer", RuntimeWarning,
+                      stacklevel=3)
     return 0
 
 
@@ -444,7 +453,7 @@ cdef int check_count(cnp.ndarray x, int axis) except -1:
         if i != axis:
             count *= cnp.PyArray_DIM(x, i)
     if count < 2 and channels > 0:
-        raise ValueError(f"Expected more than 1 value per channel when training, got input size {shape_of(x)}")
+        raise ValueError(f"x: Expected more than 1 value per channel when training, got input size {shape_of(x)}")
     return 0
 
 
@@ -672,11 +681,9 @@ cdef class Calibration:
         return self.layer
 
     def __exit__(self, kind, error, trace):
-        try:
-            if kind is None:
-                self.layer._finish_calibration(self)
-        finally:
-            object.__setattr__(self.layer, "_calibration", None)
+        object.__setattr__(self.layer, "_calibration", None)
+        if kind is None:
+            self.layer._finish_calibration(self)
 
 
 # --- what was built, and what is running ----------------------------------------------------------------------

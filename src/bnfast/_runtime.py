@@ -10,8 +10,17 @@ import os
 
 __all__ = ["IDLE_THREADS"]
 
-# Iterations an idle libgomp worker waits before it sleeps: enough for the next phase of one call to find it awake.
+# Iterations an idle libgomp worker waits before it sleeps.
 _SPIN_COUNT = "0"
+
+
+def _mapped_libraries() -> set[str]:
+    """Paths of the files mapped into this process, empty where the system does not say."""
+    try:
+        with open("/proc/self/maps", encoding="utf-8", errors="replace") as maps:
+            return {os.path.realpath(line.split()[-1]) for line in maps if "/" in line}
+    except OSError:
+        return set()
 
 
 def _load_core() -> str:
@@ -21,15 +30,23 @@ def _load_core() -> str:
             from . import _core
 
             return f"as {name}={os.environ[name]} says"
+    before = _mapped_libraries()
     os.environ["GOMP_SPINCOUNT"] = _SPIN_COUNT
     try:
         from . import _core
+    except ImportError as error:
+        raise ImportError(
+            f"bnfast's extension module could not be imported ({error}). In a checkout it is not built in place: "
+            "install with `python -m pip install .` and run Python from another folder."
+        ) from error
     finally:
         del os.environ["GOMP_SPINCOUNT"]
     if not _core.openmp_version():
         return "there are none"
     if "gomp" not in _core.openmp_library():
         return "as the OpenMP runtime decides"
+    if os.path.realpath(_core.openmp_library()) in before:
+        return "as this libgomp was told when another package loaded it"
     return "sleep"
 
 

@@ -134,23 +134,41 @@ class BatchNorm:
         if self.num_features < 1:
             raise ValueError(f"num_features: expected at least 1, got {self.num_features}")
         self.axis = _integer(axis, "axis")
-        self.eps = _number(eps, "eps")
-        if not (self.eps > 0 and math.isfinite(self.eps)):
-            raise ValueError(f"eps: expected a positive finite number, got {eps!r}")
-        self.momentum = None if momentum is None else _number(momentum, "momentum")
-        if self.momentum is not None and not 0 <= self.momentum <= 1:
-            raise ValueError(f"momentum: expected None or a number in [0, 1], got {momentum!r}")
+        self.eps = eps
+        self.momentum = momentum
         self.affine = bool(affine)
         self.track_running_stats = bool(track_running_stats)
         self.unbiased_running_var = bool(unbiased_running_var)
-        self.dtype = np.dtype(dtype)
-        if self.dtype not in (np.dtype(np.float32), np.dtype(np.float64)):
-            raise TypeError(f"dtype: expected float32 or float64, got {self.dtype}")
+        self.dtype = _dtype(dtype)
         self.training = True
         self.gamma = np.ones(self.num_features, self.dtype) if affine else None
         self.beta = np.zeros(self.num_features, self.dtype) if affine else None
         self._state = self._fresh_state()
         self._calibration: object = None
+
+    @property
+    def eps(self) -> float:
+        """Added to the variance, inside the root."""
+        return self._eps
+
+    @eps.setter
+    def eps(self, value: float) -> None:
+        eps = _number(value, "eps")
+        if not (eps > 0 and math.isfinite(eps)):
+            raise ValueError(f"eps: expected a positive finite number, got {value!r}")
+        self._eps = eps
+
+    @property
+    def momentum(self) -> float | None:
+        """Weight of the new batch in the running statistics; None: all batches weigh the same."""
+        return self._momentum
+
+    @momentum.setter
+    def momentum(self, value: float | None) -> None:
+        momentum = None if value is None else _number(value, "momentum")
+        if momentum is not None and not 0 <= momentum <= 1:
+            raise ValueError(f"momentum: expected None or a number in [0, 1], got {value!r}")
+        self._momentum = momentum
 
     # --- forward and backward -----------------------------------------------------------------------------
 
@@ -183,7 +201,11 @@ class BatchNorm:
         """
         data = _core.as_data(x, "x")
         if -data.ndim <= self.axis < data.ndim >= 2 and data.shape[self.axis] != self.num_features:
-            raise ValueError(f"x: expected {self.num_features} channels along axis {self.axis}, got shape {data.shape}")
+            fits = [i for i, n in enumerate(data.shape) if n == self.num_features and i > 0]
+            hint = f"; BatchNorm(..., axis={-1 if fits[-1] == data.ndim - 1 else fits[-1]}) would fit" if fits else ""
+            raise ValueError(
+                f"x: expected {self.num_features} channels along axis {self.axis}, got shape {data.shape}{hint}"
+            )
         state = self._state
         overwritten_by = "the forward's out" if out is not None and _core.shares_memory(out, data) else None
         if self.training or state.running_mean is None:
@@ -263,8 +285,9 @@ class BatchNorm:
         dx, dgamma, dbeta = _core.batch_norm_backward(
             dy, forward.x, forward.mean, inv_std, self.gamma, self.axis, forward.var is None, out
         )
-        grad_gamma = dgamma.astype(self.dtype, copy=False) if self.affine else None
-        grad_beta = dbeta.astype(self.dtype, copy=False) if self.affine else None
+        with np.errstate(over="ignore", under="ignore"):
+            grad_gamma = dgamma.astype(self.dtype, copy=False) if self.affine else None
+            grad_beta = dbeta.astype(self.dtype, copy=False) if self.affine else None
         overwritten = out is not None and _core.shares_memory(out, forward.x)
 
         def after(state: _State) -> _State:
@@ -280,6 +303,8 @@ class BatchNorm:
 
     def train(self, mode: bool = True) -> Self:
         """Switch to training mode (or, with False, to eval mode); returns the layer."""
+        if not isinstance(mode, bool | np.bool_):
+            raise TypeError(f"mode: expected a bool, got {mode!r}")
         self.training = bool(mode)
         return self
 
@@ -487,9 +512,8 @@ class BatchNorm:
         self._exchange_all(new.get("weight", nothing), new.get("bias", nothing), fresh.with_rest_of)
 
     def __getstate__(self) -> dict[str, Any]:
-        attributes = {name: value for name, value in self.__dict__.items() if name not in ("_state", "_calibration")}
-        for name in ("gamma", "beta"):
-            attributes[name] = None if attributes[name] is None else np.array(attributes[name])
+        attributes = {name: value for name, value in self.__dict__.items() if name not in _NOT_PICKLED}
+        attributes.update(eps=self.eps, momentum=self.momentum)
         return {"attributes": attributes, "state": self.state_dict()}
 
     def __setstate__(self, pickled: dict[str, Any]) -> None:
@@ -497,7 +521,7 @@ class BatchNorm:
             attributes, state = dict(pickled["attributes"]), dict(pickled["state"])
             fresh = BatchNorm(
                 attributes["num_features"],
-                **{name: attributes[name] for name in _OPTIONS},
+                **{name: attributes.pop(name) for name in _OPTIONS},
             )
             fresh._load(state, nan_allowed=True)
         except (TypeError, KeyError, ValueError, AttributeError) as error:
@@ -513,6 +537,7 @@ class BatchNorm:
         return f"{type(self).__name__}({', '.join(parts)})"
 
 
+_NOT_PICKLED = ("gamma", "beta", "_eps", "_momentum", "_state", "_calibration")  # or not under these names
 _FLAGS = {"affine": True, "track_running_stats": True, "unbiased_running_var": True}
 _OPTIONS = ("axis", "eps", "momentum", "affine", "track_running_stats", "unbiased_running_var", "dtype")
 
@@ -524,6 +549,16 @@ def _integer(value: SupportsIndex, name: str) -> int:
         return operator.index(value)
     except TypeError:
         raise TypeError(f"{name}: expected an int, got {type(value).__name__}") from None
+
+
+def _dtype(value: DTypeLike) -> np.dtype[Any]:
+    try:
+        dtype = None if value is None else np.dtype(value)
+    except TypeError:
+        raise TypeError(f"dtype: expected float32 or float64, got {value!r}") from None
+    if dtype is None or dtype not in (np.dtype(np.float32), np.dtype(np.float64)):
+        raise TypeError(f"dtype: expected float32 or float64, got {dtype}")
+    return dtype
 
 
 def _number(value: float, name: str) -> float:

@@ -111,7 +111,7 @@ class Moments:
         if self.count == 0 or other.count == 0:
             return other if self.count == 0 else self
         count = self.count + other.count
-        with np.errstate(invalid="ignore", over="ignore"):
+        with np.errstate(all="ignore"):
             d = other.mean - self.mean
             mean = self.mean + d * (other.count / count)
             m2 = self.m2 + other.m2 + d * d * (self.count * (other.count / count))

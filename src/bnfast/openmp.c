@@ -10,6 +10,8 @@
 #include "openmp.h"
 
 #include <stddef.h>
+#include <stdint.h>
+#include <stdlib.h>
 #include <string.h>
 
 #if defined(_OPENMP)
@@ -35,7 +37,7 @@ static long active; /* threads inside a region of ours */
 static long atomic_add(long n) { return __atomic_add_fetch(&active, n, __ATOMIC_RELAXED); }
 #endif
 
-static int forked_serial;
+static int forked_serial, shortage;
 
 int bnfast_openmp_forked_serial(void) { return forked_serial; }
 
@@ -43,7 +45,6 @@ int bnfast_openmp_forked_serial(void) { return forked_serial; }
 
 long bnfast_openmp_version(void) { return _OPENMP; }
 int bnfast_openmp_max_threads(void) { return omp_get_max_threads(); }
-int bnfast_openmp_in_parallel(void) { return omp_in_parallel(); }
 int bnfast_openmp_thread_limit(void)
 {
 #if _OPENMP >= 200805
@@ -94,11 +95,16 @@ static int has_pause(void)
 
 static int handlers_installed, handlers_off, pool_survives;
 
+static pthread_key_t team_key; /* a thread's value: the largest team it has had, as a pointer */
+static int has_team_key;
+
 /* The pool is the calling thread's, whoever has used it: another library may share this runtime. Without a pool the
  * pause does nothing. */
 static void before_fork(void)
 {
     pool_survives = !handlers_off && is_libgomp() && !pause_pool();
+    if (has_team_key)
+        pthread_setspecific(team_key, NULL);
 }
 
 static void after_fork_in_child(void)
@@ -110,6 +116,8 @@ static void after_fork_in_child(void)
 
 void bnfast_openmp_init(void)
 {
+    if (!has_team_key)
+        has_team_key = pthread_key_create(&team_key, NULL) == 0;
     if (!handlers_installed)
         handlers_installed = pthread_atfork(before_fork, NULL, after_fork_in_child) == 0;
 }
@@ -118,7 +126,47 @@ int bnfast_openmp_fork_handled(void) { return handlers_installed && !handlers_of
 
 void bnfast_openmp_handle_fork(int on) { handlers_off = !on; }
 
+static void *wait_for(void *gate)
+{
+    pthread_mutex_lock(gate);
+    pthread_mutex_unlock(gate);
+    return NULL;
+}
+
+/* How many of n threads can be started at once; they are gone afterwards. */
+static int startable(int n)
+{
+    pthread_mutex_t gate = PTHREAD_MUTEX_INITIALIZER;
+    pthread_t *const threads = malloc((size_t)n * sizeof *threads);
+    int started = 0;
+    if (threads == NULL)
+        return 0;
+    pthread_mutex_lock(&gate);
+    while (started < n && pthread_create(&threads[started], NULL, wait_for, &gate) == 0)
+        started++;
+    pthread_mutex_unlock(&gate);
+    for (int i = 0; i < started; i++)
+        pthread_join(threads[i], NULL);
+    free(threads);
+    return started;
+}
+
+/* libgomp ends the process when it cannot start a thread. So before the pool of the calling thread grows, as many
+ * threads are started for a try; a team that cannot be had is made smaller. Between the try and the region others may
+ * still take the room. */
+static int possible_team(int team)
+{
+    if (!has_team_key || team <= (int)(intptr_t)pthread_getspecific(team_key))
+        return team;
+    const int possible = 1 + startable(team - 1);
+    if (possible < team)
+        shortage = 1;
+    pthread_setspecific(team_key, (void *)(intptr_t)possible);
+    return possible;
+}
+
 #else /* no fork */
+static int possible_team(int team) { return team; }
 
 const char *bnfast_openmp_library(void) { return ""; }
 void bnfast_openmp_init(void) {}
@@ -133,7 +181,7 @@ int bnfast_openmp_enter(int budget)
     const int team = (int)(budget / callers);
     if (forked_serial || team <= 1 || omp_in_parallel())
         return 1;
-    return team;
+    return possible_team(team);
 }
 
 #else /* no OpenMP */
@@ -142,13 +190,19 @@ long bnfast_openmp_version(void) { return 0; }
 const char *bnfast_openmp_library(void) { return ""; }
 int bnfast_openmp_max_threads(void) { return 1; }
 int bnfast_openmp_thread_limit(void) { return 1; }
-int bnfast_openmp_in_parallel(void) { return 0; }
 void bnfast_openmp_init(void) {}
 int bnfast_openmp_fork_handled(void) { return 1; }
 void bnfast_openmp_handle_fork(int on) { (void)on; }
 int bnfast_openmp_enter(int budget) { return (void)budget, atomic_add(1), 1; }
 
 #endif
+
+int bnfast_openmp_take_shortage(void)
+{
+    const int taken = shortage;
+    shortage = 0;
+    return taken;
+}
 
 void bnfast_openmp_leave(void) { atomic_add(-1); }
 

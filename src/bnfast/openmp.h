@@ -9,7 +9,6 @@ long bnfast_openmp_version(void);         /* _OPENMP, 0 without */
 const char *bnfast_openmp_library(void);  /* path of the runtime, "" if not known */
 int bnfast_openmp_max_threads(void);      /* of the calling thread, as threadpoolctl and the environment set it */
 int bnfast_openmp_thread_limit(void);
-int bnfast_openmp_in_parallel(void);
 
 /* At import, once: makes fork safe (openmp.c). Starts nothing. */
 void bnfast_openmp_init(void);
@@ -21,6 +20,7 @@ int bnfast_openmp_forked_serial(void);    /* this is a child whose pool could no
  * calling right now, at least 1. */
 int bnfast_openmp_enter(int budget);
 void bnfast_openmp_leave(void);
+int bnfast_openmp_take_shortage(void);    /* whether, since the last time this was asked, threads could not be started */
 
 /* Control bits of the float environment (rounding, flush to zero). Workers start with their own, so each task
  * takes the caller's. */

@@ -128,6 +128,8 @@ class num_threads:
 
 def thread_budget() -> tuple[int, str]:
     """The number of threads for a large call from here, and why."""
+    if _core.forked_serial():
+        return 1, "a forked child whose OpenMP threads could not be paused"
     limit = max(1, _core.openmp_thread_limit())
     innermost = _context.get()
     for n, why in (
@@ -140,7 +142,7 @@ def thread_budget() -> tuple[int, str]:
     n, why = _core.openmp_max_threads(), "OpenMP's own limit (OMP_NUM_THREADS, threadpoolctl)"
     if not _core.openmp_version():
         why = "built without OpenMP"
-    if "OMP_NUM_THREADS" not in os.environ:
+    if not os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip().isdigit():
         cpus, cpus_why = _available_cpus()
         if cpus <= n:
             n, why = cpus, cpus_why

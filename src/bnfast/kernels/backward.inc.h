@@ -2,8 +2,8 @@
  *
  * u is dy (or, for the forward-mode derivative, the direction). The lanes take FLUSH terms in the data's dtype and
  * then go to float64, so no digit is lost with the number of elements: relative to the sum of the absolute terms
- * the error is at most FLUSH * 2^-25 for float32, 1e-8 typically. A product that overflows float32 sends the
- * segment through float64. Memory traffic: one read of x and of u. */
+ * the error is at most FLUSH * 2^-25 for float32, 1e-8 typically. Products beyond the range of float32 send
+ * the segment through float64. Memory traffic: one read of x and of u. */
 
 /* One column in float64. x, u: (n_rows, length), rows `stride` apart IN */
 static void FN(sums_wide)(const T *x, const T *u, ptrdiff_t n_rows, ptrdiff_t stride, ptrdiff_t length, double center,
@@ -21,7 +21,13 @@ static void FN(sums_wide)(const T *x, const T *u, ptrdiff_t n_rows, ptrdiff_t st
     *dot = FN(fold_lanes)(wide_dot);
 }
 
-static int FN(overflowed)(double sum, double dot) { return sizeof(T) == 4 && !(sum - sum == 0.0 && dot - dot == 0.0); }
+/* Whether products of float32 may have overflowed, or lost digits to underflow. */
+static int FN(out_of_range)(double n, double sum, double dot)
+{
+    if (sizeof(T) != 4 || (sum == 0.0 && dot == 0.0))
+        return 0;
+    return !(sum - sum == 0.0 && dot - dot == 0.0) || (dot < n * 1e-30 && dot > n * -1e-30);
+}
 
 static void FN(sums_planar)(const void *data, const void *data_u, ptrdiff_t n_rows, ptrdiff_t stride, ptrdiff_t length,
                             const void *center_in, double *sum_out, double *dot_out)
@@ -73,7 +79,7 @@ static void FN(sums_planar)(const void *data, const void *data_u, ptrdiff_t n_ro
 #undef FLUSH_LANES
     *sum_out = FN(fold_wide)(wide_sum);
     *dot_out = FN(fold_wide)(wide_dot);
-    if (FN(overflowed)(*sum_out, *dot_out))
+    if (FN(out_of_range)((double)n_rows * (double)length, *sum_out, *dot_out))
         FN(sums_wide)(x, u, n_rows, stride, length, (double)center_value, sum_out, dot_out);
 }
 
@@ -113,7 +119,7 @@ static void FN(sums_interleaved)(const void *data, const void *data_u, ptrdiff_t
         }
     }
     for (ptrdiff_t c = 0; c < n_columns; c++)
-        if (FN(overflowed)(sum_out[c], dot_out[c]))
+        if (FN(out_of_range)((double)n_rows, sum_out[c], dot_out[c]))
             FN(sums_wide)((const T *)data + c, (const T *)data_u + c, n_rows, stride, 1, (double)centers[c], sum_out + c,
                           dot_out + c);
 }

@@ -9,6 +9,7 @@
 
 #include "block.h"
 
+#include <float.h>
 #include <math.h>
 #include <string.h>
 
@@ -98,11 +99,15 @@ void bnfast_prepare(const bnfast_job *job, const bnfast_block *block)
 {
     if (has_sums(job))
         job->kernels->round_values(block->n, job->mean + block->first, block->channel.center);
-    else { /* of the channel's first, middle and last value the middle one */
-        const ptrdiff_t stride = job->channels * job->inner;
+    else if (!job->merges)
+        memset(block->channel.center, 0, (size_t)(block->n * job->kernels->itemsize));
+    else {
+        ptrdiff_t offsets[BNFAST_SAMPLES]; /* spread over the channel, its ends included */
+        for (int i = 0; i < BNFAST_SAMPLES; i++)
+            offsets[i] = (job->outer - 1) * i / (BNFAST_SAMPLES - 1) * job->channels * job->inner +
+                         (job->inner - 1) * i / (BNFAST_SAMPLES - 1);
         job->kernels->typical_values(block->n, job->inner,
-                                     (const char *)job->x + block->first * job->inner * job->kernels->itemsize,
-                                     job->outer / 2 * stride + job->inner / 2, (job->outer - 1) * stride + job->inner - 1,
+                                     (const char *)job->x + block->first * job->inner * job->kernels->itemsize, offsets,
                                      block->channel.center);
     }
 }
@@ -110,6 +115,14 @@ void bnfast_prepare(const bnfast_job *job, const bnfast_block *block)
 static double rounded(const bnfast_job *job, double value)
 {
     return job->kernels->itemsize == 4 ? (double)(float)value : value;
+}
+
+/* A scale that float32 cannot hold would make 0 * inf of a constant channel. */
+static void keep_in_range(const bnfast_job *job, ptrdiff_t n, double *scale)
+{
+    if (job->kernels->itemsize == 4)
+        for (ptrdiff_t j = 0; j < n; j++)
+            scale[j] = scale[j] > FLT_MAX ? FLT_MAX : scale[j] < -FLT_MAX ? -FLT_MAX : scale[j];
 }
 
 static double value_at(const bnfast_job *job, const void *values, ptrdiff_t i)
@@ -178,7 +191,7 @@ void bnfast_finish(const bnfast_job *job, const bnfast_block *block, ptrdiff_t i
             hat_scale[j] = -u_scale[j] * (dot / count) + (job->vgamma ? job->vgamma[c0 + j] : 0.0);
             center[j] = constant ? 0.0 : mean[j];
             scale[j] = constant ? u_scale[j] : inv_std[j];
-            slope[j] = constant ? u_scale[j] : inv_std[j] * hat_scale[j];
+            slope[j] = constant ? 0.0 : inv_std[j] * hat_scale[j];
             shift[j] = constant ? -0.0 : 0.0; /* v + -0.0 is v, the sign of a zero included */
         }
         break;
@@ -192,9 +205,11 @@ void bnfast_finish(const bnfast_job *job, const bnfast_block *block, ptrdiff_t i
             shift[j] = added[c0 + j];
 
     const bnfast_coefficients c = bnfast_coefficients_at(job, &block->channel, i);
+    keep_in_range(job, n, scale);
     job->kernels->round_centers(n, center, slope, shift, c.center);
     job->kernels->round_values(n, scale, c.scale);
     if (bnfast_needs_gradient(job)) {
+        keep_in_range(job, n, u_scale);
         job->kernels->round_centers(n, u_center, u_scale, shift, c.u_center);
         job->kernels->round_values(n, u_scale, c.u_scale);
         job->kernels->round_values(n, hat_scale, c.hat_scale);

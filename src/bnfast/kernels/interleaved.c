@@ -218,6 +218,7 @@ void bnfast_plan_interleaved(bnfast_job *job)
     job->segment_rows = SEGMENT_ROWS;
     job->segment_length = 1;
     job->n_segments = quotient_up(folded_rows(job), SEGMENT_ROWS);
+    job->merges = job->n_segments > 1 || columns_of_channel(job) > 1;
 
     job->block_channels = job->channels;
     ptrdiff_t n = job->fold == 1 ? cached_channels(job, bytes_of_element) : 0;

@@ -47,6 +47,7 @@ struct bnfast_job {
 
     /* set by bnfast_plan */
     ptrdiff_t n_segments;     /* a channel, or a column */
+    int merges;               /* a channel has several of them, or several columns */
     ptrdiff_t segment_rows;   /* interleaved: folded rows; planar: rows of a channel, 1 where a row is cut */
     ptrdiff_t segment_length; /* planar: elements of a row in a segment */
     ptrdiff_t fold;           /* interleaved: rows seen as one, so that narrow rows fill vectors */

@@ -7,7 +7,7 @@
  *
  * A *leaf* is an inner loop over one dtype for one instruction set. Every operation of the package is the
  * same three steps: reduce (leaf), finish (finish.c), apply (leaf). The leaves see one segment at a time; who
- * decides what a segment is, and in which order the results are merged, stands in plan.h. A leaf knows no
+ * decides what a segment is, and in which order the results are merged, stands in job.h. A leaf knows no
  * Python, no NumPy, no OpenMP and no malloc, and gives the same bits for every instruction set: sums run in
  * fixed virtual lanes (64 bytes of them: 16 float32 or 8 float64), and nothing is contracted into an fma.
  *
@@ -20,8 +20,10 @@
 
 #include <stddef.h>
 
-#if defined(__FAST_MATH__) || (defined(__FINITE_MATH_ONLY__) && __FINITE_MATH_ONLY__)
-#error "bnfast must not be built with fast-math (-Ofast, -ffast-math, -ffinite-math-only): check CFLAGS"
+#if defined(__FAST_MATH__) || (defined(__FINITE_MATH_ONLY__) && __FINITE_MATH_ONLY__) || \
+    defined(__ASSOCIATIVE_MATH__) || defined(__RECIPROCAL_MATH__) || \
+    (defined(__GCC_IEC_559) && __GCC_IEC_559 == 0)
+#error "bnfast must not be built with fast-math (-Ofast, -ffast-math and what they contain): check CFLAGS"
 #endif
 
 /* What `apply` does with an element, per column, in the dtype of the data:
@@ -29,7 +31,7 @@
  *   gradient   out = (u - u_center) * u_scale + ((x - center) * scale * hat_scale + shift), scale being inv_std:
  *              its square would leave the range of float32 for data beyond 1e19 or below 1e-19
  * Each pointer: (columns,) IN; interleaved: (columns + BNFAST_PAD,), the first ones again past the end. */
-enum { BNFAST_PAD = 16 };
+enum { BNFAST_PAD = 16, BNFAST_SAMPLES = 5 };
 
 typedef struct {
     void *center, *scale, *shift, *u_center, *u_scale, *hat_scale;
@@ -73,9 +75,9 @@ typedef struct {
     /* Centres in the dtype. A centre is taken off in two parts: what its rounding leaves, times `slope`, goes
      * into the shift. center, slope: (n,) IN; shift: (n,) IN OUT; center_out: (n,) OUT, dtype of the data */
     void (*round_centers)(ptrdiff_t n, const double *center, const double *slope, double *shift, void *center_out);
-    /* For each of n channels, `step` apart, the middle one of three values: at x, x + second and x + third. So a
-     * single outlier is never taken; 0 where that is not finite. out: (n,) OUT */
-    void (*typical_values)(ptrdiff_t n, ptrdiff_t step, const void *x, ptrdiff_t second, ptrdiff_t third, void *out);
+    /* For each of n channels, `step` apart, the middle one of the BNFAST_SAMPLES values at x + offsets[i], so that one or
+     * two outliers are never taken; 0 where it is not finite. out: (n,) OUT */
+    void (*typical_values)(ptrdiff_t n, ptrdiff_t step, const void *x, const ptrdiff_t *offsets, void *out);
     /* The memory floor: out = x, or x + u where u is not NULL, streamed. n: elements */
     void (*floor)(const void *x, const void *u, void *out, ptrdiff_t n);
     /* float64 to the dtype */

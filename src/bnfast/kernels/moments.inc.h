@@ -7,7 +7,7 @@
  * small that d*d may have lost digits to underflow is done again in two passes of float64 while it lies in cache;
  * ordinary data never get there. The pivot is the mean of a few elements spread over the segment (the first ones
  * are often unlike the rest: image borders), summed as a tree so that a constant channel's pivot is exact.
- * The mean is given relative to `center`, some value of the channel: merging means far from zero would lose what the
+ * The mean is given relative to `center`, a value typical of the channel: merging means far from zero would lose what the
  * pivot has saved.
  * Relative error of m2 for float32: 1e-8 typically, 1e-7 in small segments, 5e-7 where one outlier is most of it.
  * Memory traffic: one read. */

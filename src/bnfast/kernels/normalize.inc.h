@@ -197,16 +197,18 @@ static void FN(round_values)(ptrdiff_t n, const double *values, void *out)
         ((T *)out)[i] = (T)values[i];
 }
 
-/* Of three values the middle one, as 0 where that is no number. */
-static T FN(middle)(T a, T b, T c)
+static void FN(typical_values)(ptrdiff_t n, ptrdiff_t step, const void *x, const ptrdiff_t *offsets, void *out)
 {
-    const T low = a < b ? a : b, high = a < b ? b : a, middle = c < low ? low : c > high ? high : c;
-    return middle - middle == 0 ? middle : 0;
-}
-
-static void FN(typical_values)(ptrdiff_t n, ptrdiff_t step, const void *x, ptrdiff_t second, ptrdiff_t third, void *out)
-{
-    const T *a = x, *b = a + second, *c = a + third;
-    for (ptrdiff_t i = 0; i < n; i++)
-        ((T *)out)[i] = FN(middle)(a[i * step], b[i * step], c[i * step]);
+    for (ptrdiff_t c = 0; c < n; c++) {
+        T sorted[BNFAST_SAMPLES];
+        for (int i = 0; i < BNFAST_SAMPLES; i++) {
+            const T value = ((const T *)x)[c * step + offsets[i]];
+            int j = i;
+            for (; j > 0 && sorted[j - 1] > value; j--)
+                sorted[j] = sorted[j - 1];
+            sorted[j] = value;
+        }
+        const T middle = sorted[BNFAST_SAMPLES / 2];
+        ((T *)out)[c] = middle - middle == 0 ? middle : 0;
+    }
 }

@@ -136,6 +136,8 @@ void bnfast_plan_planar(bnfast_job *job)
     job->segment_rows = job->inner < SEGMENT ? SEGMENT / job->inner : 1;
     job->n_segments = (job->outer + job->segment_rows - 1) / job->segment_rows * pieces_of_row(job);
 
+    job->merges = job->n_segments > 1;
+
     const int threads = job->n_threads;
     if (threads == 1 || job->channels % threads == 0 || job->channels >= 4 * threads) {
         ptrdiff_t n = bnfast_l2_bytes() / 4 / channel_bytes;
