@@ -313,8 +313,6 @@ PUBLIC = {
     "BatchNorm.gradients": "(self)",
     "BatchNorm.state_dict": "(self)",
     "BatchNorm.load_state_dict": "(self, state)",
-    "BatchNorm.save": "(self, path)",
-    "BatchNorm.load": "(path)",
     "BatchNorm.reset_parameters": "(self)",
     "BatchNorm.reset_running_stats": "(self)",
     "BatchNorm.calibrate": "(self)",
@@ -326,16 +324,9 @@ PUBLIC = {
     "Moments": "(count, mean, m2)",
     "Moments.var": "(self, ddof=0)",
     "Moments.std": "(self, ddof=0)",
-    "StandardScaler": "(*, copy=True, with_mean=True, with_std=True)",
-    "StandardScaler.fit": "(self, X, y=None, sample_weight=None)",
-    "StandardScaler.merge": None,
-    "directional_derivative": "(f, x, u, *, step=None)",
-    "check_gradient": "(f, grad, x, *, directions=8, rtol=1e-06, rng=None)",
-    "check_layer": "(layer, x, *, rng=None)",
     "set_num_threads": "(n)",
     "get_num_threads": "()",
     "num_threads": "(n)",
-    "share_blas_threads": None,
     "show_config": "()",
     "config": "()",
     "__version__": None,
@@ -369,8 +360,7 @@ def signature(function):
 def test_a_public_name_is_exported_and_called_as_designed(name, expected):
     found = looked_up(name)
     top = name.split(".")[0]
-    if found is None and name not in ALWAYS_THERE:
-        pytest.skip(f"bnfast.{name} is not there yet")
+    assert found is not None
     assert top in bnfast.__all__
     if expected is not None:
         assert signature(found) == expected

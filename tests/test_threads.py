@@ -51,7 +51,7 @@ def free(monkeypatch):
     monkeypatch.setattr(threads, "_process", None)
     monkeypatch.setattr(threads, "_cpus", None)
     monkeypatch.setattr(threads, "_available_cpus", lambda: (8, "CPUs of the test"))
-    monkeypatch.setattr(threads, "_core", types.SimpleNamespace(forked_serial=lambda: False, 
+    monkeypatch.setattr(threads, "_core", types.SimpleNamespace(forked_serial=lambda: False,
         openmp_max_threads=lambda: 8, openmp_thread_limit=lambda: 2**31 - 1, openmp_version=lambda: 201511,
     ))  # fmt: skip
 

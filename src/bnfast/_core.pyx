@@ -453,7 +453,7 @@ cdef int check_count(cnp.ndarray x, int axis) except -1:
         if i != axis:
             count *= cnp.PyArray_DIM(x, i)
     if count < 2 and channels > 0:
-        raise ValueError(f"x: Expected more than 1 value per channel when training, got input size {shape_of(x)}")
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {shape_of(x)}")
     return 0
 
 

@@ -325,7 +325,7 @@ def draw(results: list[Result], digits: Digits) -> bytes:
 # --- Command ---
 
 
-def require(modules: list[str]) -> None:
+def require(modules: list[str], extra: str = "demo") -> None:
     """Raise ImportError, with advice, if one of the modules is missing."""
     missing = []
     for module in modules:
@@ -334,7 +334,7 @@ def require(modules: list[str]) -> None:
         except ImportError:
             missing.append(EXTRAS[module])
     if missing:
-        raise ImportError(f'missing: {", ".join(missing)}; to install: pip install "bnfast[demo]"')
+        raise ImportError(f'missing: {", ".join(missing)}; to install: pip install "bnfast[{extra}]"')
 
 
 def check_writable(path: Path) -> None:
@@ -368,7 +368,10 @@ def run(epochs: int, rate: float | None, seed: int, output: Path | None) -> None
                 results.append(fit(name, rate or default, normalise, digits, epochs, seed, tick=bar.update))
     print(table(results))
     if rate is None:
-        print("\nThe rates suit BatchNorm; without it, try --learning-rate 0.05 for the first network.")
+        print(
+            "\nThe rates suit BatchNorm. Without it the first network is close to divergence, and the rounding of this\n"
+            "machine's matrix products decides how it ends (a loss of nan: it diverged); try --learning-rate 0.05."
+        )
     if output:
         output.write_bytes(draw(results, digits))
         print(f"\nFigure: {output}")

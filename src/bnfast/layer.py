@@ -208,19 +208,25 @@ class BatchNorm:
             )
         state = self._state
         overwritten_by = "the forward's out" if out is not None and _core.shares_memory(out, data) else None
-        if self.training or state.running_mean is None:
-            y, mean, inv_std, m2 = _core.batch_norm(data, self.gamma, self.beta, self.axis, self.eps, out)
-            forward = _Forward(data, mean, inv_std, None, overwritten_by)
-            self._exchange(lambda state: self._after_training(state, forward, m2))
-        else:
-            mean, var = state.running_mean, state.running_var
-            calibration = self._calibration
-            batch = None
-            if calibration is not None and data.size:
-                batch = Moments(*_core.moments(data, self.axis))
-            y = _core.batch_norm_eval(data, mean, var, self.gamma, self.beta, self.axis, self.eps, out, "running_")
-            forward = _Forward(data, mean, None, var, overwritten_by)
-            self._exchange(lambda state: self._after_eval(state, forward, calibration, batch))
+        try:
+            if self.training or state.running_mean is None:
+                y, mean, inv_std, m2 = _core.batch_norm(data, self.gamma, self.beta, self.axis, self.eps, out)
+                forward = _Forward(data, mean, inv_std, None, overwritten_by)
+                self._exchange(lambda state: self._after_training(state, forward, m2))
+            else:
+                mean, var = state.running_mean, state.running_var
+                calibration = self._calibration
+                batch = None
+                if calibration is not None and data.size:
+                    batch = Moments(*_core.moments(data, self.axis))
+                y = _core.batch_norm_eval(data, mean, var, self.gamma, self.beta, self.axis, self.eps, out, "running_")
+                forward = _Forward(data, mean, None, var, overwritten_by)
+                self._exchange(lambda state: self._after_eval(state, forward, calibration, batch))
+        except (TypeError, ValueError, MemoryError):
+            raise
+        except BaseException:  # an interrupt, perhaps after the kernel has written
+            self._note_overwritten(out, "an interrupted forward's out")
+            raise
         return y
 
     def _after_training(self, state: _State, forward: _Forward, m2: Statistics) -> _State:
@@ -242,6 +248,17 @@ class BatchNorm:
         """The state after a forward with the running statistics; `batch`: what the calibration gathers of it."""
         state = state._replace(forward=forward)
         return state if batch is None or self._calibration is not calibration else state.gather(calibration, batch)
+
+    def _note_overwritten(self, out: Array | None, what: str) -> None:
+        """After an interrupt: if `out` lies in the memory of the last forward's x, there can be no backward."""
+
+        def after(state: _State) -> _State:
+            forward = state.forward
+            if forward is None or out is None or not _core.shares_memory(out, forward.x):
+                return state
+            return state._replace(forward=forward._replace(overwritten_by=what))
+
+        self._exchange(after)
 
     def _exchange(self, change: Callable[[_State], _State]) -> None:
         """Replaces the state by `change` of it, at once; looks again if it was replaced meanwhile."""
@@ -282,21 +299,27 @@ class BatchNorm:
         if inv_std is None:
             assert forward.var is not None
             inv_std = 1 / np.sqrt(forward.var + self.eps)
-        dx, dgamma, dbeta = _core.batch_norm_backward(
-            dy, forward.x, forward.mean, inv_std, self.gamma, self.axis, forward.var is None, out
-        )
-        with np.errstate(over="ignore", under="ignore"):
-            grad_gamma = dgamma.astype(self.dtype, copy=False) if self.affine else None
-            grad_beta = dbeta.astype(self.dtype, copy=False) if self.affine else None
-        overwritten = out is not None and _core.shares_memory(out, forward.x)
+        try:
+            dx, dgamma, dbeta = _core.batch_norm_backward(
+                dy, forward.x, forward.mean, inv_std, self.gamma, self.axis, forward.var is None, out
+            )
+            with np.errstate(over="ignore", under="ignore"):
+                grad_gamma = dgamma.astype(self.dtype, copy=False) if self.affine else None
+                grad_beta = dbeta.astype(self.dtype, copy=False) if self.affine else None
+            overwritten = out is not None and _core.shares_memory(out, forward.x)
 
-        def after(state: _State) -> _State:
-            kept = state.forward
-            if overwritten and kept is forward:
-                kept = forward._replace(overwritten_by="the backward's out")
-            return state._replace(forward=kept, grad_gamma=grad_gamma, grad_beta=grad_beta)
+            def after(state: _State) -> _State:
+                kept = state.forward
+                if overwritten and kept is forward:
+                    kept = forward._replace(overwritten_by="the backward's out")
+                return state._replace(forward=kept, grad_gamma=grad_gamma, grad_beta=grad_beta)
 
-        self._exchange(after)
+            self._exchange(after)
+        except (TypeError, ValueError, MemoryError):
+            raise
+        except BaseException:
+            self._note_overwritten(out, "an interrupted backward's out")
+            raise
         return dx
 
     # --- modes ----------------------------------------------------------------------------------------------

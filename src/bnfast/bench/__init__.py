@@ -72,7 +72,7 @@ def run_comparison(args: argparse.Namespace, argv: list[str], parser: argparse.A
     shapes = args.shapes.split(",") if args.shapes else list(QUICK if args.quick else SHAPES)
     if unknown := [name for name in shapes if name not in SHAPES]:
         parser.error(f"--shapes: unknown {', '.join(unknown)}; there are {', '.join(SHAPES)}")
-    require(["tqdm", "matplotlib"] if args.figure else ["tqdm"])
+    require(["tqdm", "matplotlib"] if args.figure else ["tqdm"], "bench")
     for path in filter(None, (args.json, args.figure)):
         check_writable(path)
     from tqdm import tqdm
@@ -102,7 +102,7 @@ def run_loop(args: argparse.Namespace, argv: list[str]) -> int:
     from ..demo import check_writable, require
     from .loop import measure_loops, table
 
-    require(["tqdm"])
+    require(["tqdm"], "bench")
     if args.json:
         check_writable(args.json)
     from tqdm import tqdm
