@@ -35,14 +35,15 @@ needs_sources = pytest.mark.skipif(
 # what reports and what counts threads. A module may import those named here and nothing else of bnfast.
 MAY_IMPORT = {
     "_core": set(),
+    "_checks": set(),
     "_runtime": {"_core"},
     "state": set(),
     "reference": set(),
-    "threads": {"_core"},
+    "threads": {"_checks", "_core"},
     "functional": {"_core"},
-    "moments": {"_core"},
+    "moments": {"_checks", "_core"},
     "_config": {"_core", "_runtime", "threads"},
-    "layer": {"_core", "functional", "moments", "state"},
+    "layer": {"_checks", "_core", "functional", "moments", "state"},
     "scaler": {"_core", "functional", "moments", "state"},
     "gradient": {"functional", "moments"},
     "demo": {"layer"},

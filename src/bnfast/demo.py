@@ -369,8 +369,8 @@ def run(epochs: int, rate: float | None, seed: int, output: Path | None) -> None
     print(table(results))
     if rate is None:
         print(
-            "\nThe rates suit BatchNorm. Without it the first network is close to divergence, and the rounding of this\n"
-            "machine's matrix products decides how it ends (a loss of nan: it diverged); try --learning-rate 0.05."
+            "\nThe rates suit BatchNorm. Without it the first network is close to divergence, and how this machine\n"
+            "rounds matrix products decides how it ends (a loss of nan: it diverged); try --learning-rate 0.05."
         )
     if output:
         output.write_bytes(draw(results, digits))

@@ -7,7 +7,6 @@ no lock.
 """
 
 import math
-import operator
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, Self, SupportsIndex
@@ -16,6 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from . import _core
+from ._checks import integer
 from .functional import Array, Statistics
 from .moments import Moments
 from .state import StateError
@@ -130,10 +130,10 @@ class BatchNorm:
         unbiased_running_var: bool = True,
         dtype: DTypeLike = np.float32,
     ) -> None:
-        self.num_features = _integer(num_features, "num_features")
+        self.num_features = integer(num_features, "num_features")
         if self.num_features < 1:
             raise ValueError(f"num_features: expected at least 1, got {self.num_features}")
-        self.axis = _integer(axis, "axis")
+        self.axis = integer(axis, "axis")
         self.eps = eps
         self.momentum = momentum
         self.affine = bool(affine)
@@ -563,15 +563,6 @@ class BatchNorm:
 _NOT_PICKLED = ("gamma", "beta", "_eps", "_momentum", "_state", "_calibration")  # or not under these names
 _FLAGS = {"affine": True, "track_running_stats": True, "unbiased_running_var": True}
 _OPTIONS = ("axis", "eps", "momentum", "affine", "track_running_stats", "unbiased_running_var", "dtype")
-
-
-def _integer(value: SupportsIndex, name: str) -> int:
-    if isinstance(value, bool):
-        raise TypeError(f"{name}: expected an int, got {value!r}")
-    try:
-        return operator.index(value)
-    except TypeError:
-        raise TypeError(f"{name}: expected an int, got {type(value).__name__}") from None
 
 
 def _dtype(value: DTypeLike) -> np.dtype[Any]:

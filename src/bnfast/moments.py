@@ -1,12 +1,12 @@
 """Moments of data, channel by channel: exact statistics that merge."""
 
-import operator
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from . import _core
+from ._checks import integer
 
 __all__ = ["Moments", "moments"]
 
@@ -60,12 +60,7 @@ class Moments:
     m2: NDArray[np.float64]
 
     def __init__(self, count: int, mean: ArrayLike, m2: ArrayLike) -> None:
-        if isinstance(count, bool):
-            raise TypeError(f"count: expected an int, got {count!r}")
-        try:
-            count = operator.index(count)
-        except TypeError:
-            raise TypeError(f"count: expected an int, got {type(count).__name__}") from None
+        count = integer(count, "count")
         if count < 0:
             raise ValueError(f"count: expected at least 0, got {count}")
         mean_array, m2_array = _statistics(mean, "mean"), _statistics(m2, "m2")

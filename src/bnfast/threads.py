@@ -15,7 +15,6 @@ threads.
 """
 
 import math
-import operator
 import os
 import time
 import warnings
@@ -25,6 +24,7 @@ from types import TracebackType
 from typing import SupportsIndex
 
 from . import _core
+from ._checks import integer
 
 __all__ = ["get_num_threads", "num_threads", "set_num_threads", "thread_budget"]
 
@@ -36,12 +36,7 @@ _process: int | None = None
 
 
 def _checked(n: SupportsIndex) -> int:
-    if isinstance(n, bool):
-        raise TypeError(f"n_threads: expected an int, got {n!r}")
-    try:
-        count = operator.index(n)
-    except TypeError:
-        raise TypeError(f"n_threads: expected an int, got {type(n).__name__}") from None
+    count = integer(n, "n_threads")
     if count < 1:
         raise ValueError(f"n_threads: expected at least 1, got {count}")
     return count
