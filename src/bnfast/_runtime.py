@@ -10,8 +10,10 @@ import os
 
 __all__ = ["IDLE_THREADS"]
 
-# Iterations an idle libgomp worker waits before it sleeps.
-_SPIN_COUNT = "0"
+# Iterations (tenths of a millisecond in all) that a libgomp worker waits before it sleeps. None at all is worse: the
+# phases of one call are closer together than it takes to wake a sleeping core. Measured in bursts of calls on 2 threads,
+# training forward of (32, 256, 14, 14): 1.2 ms with 0, 0.5 to 0.7 ms with 5000.
+_SPIN_COUNT = "5000"
 
 
 def _mapped_libraries() -> set[str]:
