@@ -11,8 +11,8 @@ import os
 __all__ = ["IDLE_THREADS"]
 
 # Iterations (tenths of a millisecond in all) that a libgomp worker waits before it sleeps. None at all is worse: the
-# phases of one call are closer together than it takes to wake a sleeping core. Measured in bursts of calls on 2 threads,
-# training forward of (32, 256, 14, 14): 1.2 ms with 0, 0.5 to 0.7 ms with 5000.
+# phases of one call are closer together than it takes to wake a sleeping core. Measured in bursts of calls on 2
+# threads, training forward of (32, 256, 14, 14): 1.2 ms with 0, 0.5 to 0.7 ms with 5000.
 _SPIN_COUNT = "5000"
 
 
