@@ -55,10 +55,14 @@ static void FN(sums_planar)(const void *data, const void *data_u, ptrdiff_t n_ro
         while (left >= VL) {
             const ptrdiff_t steps = left / VL < room ? left / VL : room;
             for (ptrdiff_t s = 0; s < steps; s++, row += VL, row_u += VL)
-                for (ptrdiff_t k = 0; k < VU; k++) {
-                    const FN(vec) v = FN(load)(row_u + k * VN);
-                    sum[k] += v;
-                    dot[k] += v * (FN(load)(row + k * VN) - center);
+                {
+                    PREFETCH(row, AHEAD_BYTES);
+                    PREFETCH(row_u, AHEAD_BYTES);
+                    for (ptrdiff_t k = 0; k < VU; k++) {
+                        const FN(vec) v = FN(load)(row_u + k * VN);
+                        sum[k] += v;
+                        dot[k] += v * (FN(load)(row + k * VN) - center);
+                    }
                 }
             left -= steps * VL;
             room -= steps;
@@ -98,6 +102,8 @@ static void FN(sums_interleaved)(const void *data, const void *data_u, ptrdiff_t
             const FN(vec) center = FN(load)(centers + c);
             FN(vec) sum = zero, dot = zero;
             for (ptrdiff_t t = 0; t < terms; t++) {
+                PREFETCH(rows + t * stride + c, FLUSH * stride * (ptrdiff_t)sizeof(T));
+                PREFETCH(rows_u + t * stride + c, FLUSH * stride * (ptrdiff_t)sizeof(T));
                 const FN(vec) v = FN(load)(rows_u + t * stride + c);
                 sum += v;
                 dot += v * (FN(load)(rows + t * stride + c) - center);

@@ -78,6 +78,7 @@ const bnfast_kernels FN(bnfast_table) = {
 #undef COLUMN_SAMPLES
 #undef PIVOT_LOSS
 #undef FLUSH
+#undef AHEAD_BYTES
 #undef COLUMNS
 #undef ROWS
 #undef SMALLEST_MEAN_SQUARE

@@ -18,6 +18,10 @@
 #define PIVOT_LOSS 3.0
 #define FLUSH 16
 
+/* How far ahead of the sums memory is asked for: the sums of a block are not the simple stream that the hardware
+ * expects. */
+#define AHEAD_BYTES 2048
+
 /* d*d of float32 is normal above 1.2e-38: a mean square below this is not trusted. float64 has nothing wider. */
 #define SMALLEST_MEAN_SQUARE (sizeof(T) == 4 ? 1e-30 : 0.0)
 
@@ -96,10 +100,13 @@ static void FN(moments_planar)(const void *data, ptrdiff_t n_rows, ptrdiff_t str
         while (left >= VL) {
             const ptrdiff_t steps = left / VL < room ? left / VL : room;
             for (ptrdiff_t s = 0; s < steps; s++, row += VL)
-                for (ptrdiff_t u = 0; u < VU; u++) {
-                    const FN(vec) d = FN(load)(row + u * VN) - pivot;
-                    sum[u] += d;
-                    square[u] += d * d;
+                {
+                    PREFETCH(row, AHEAD_BYTES);
+                    for (ptrdiff_t u = 0; u < VU; u++) {
+                        const FN(vec) d = FN(load)(row + u * VN) - pivot;
+                        sum[u] += d;
+                        square[u] += d * d;
+                    }
                 }
             left -= steps * VL;
             room -= steps;
@@ -170,6 +177,7 @@ static ALWAYS_INLINE struct FN(pair) FN(column_terms)(const T *x, ptrdiff_t term
     for (; t + 4 <= terms; t += 4)
         for (int k = 0; k < 4; k++) {
             const T *row = x + (t + k) * stride;
+            PREFETCH(row, FLUSH * stride * (ptrdiff_t)sizeof(T));
             const FN(vec) d = FN(load_up_to)(row, n, pivot) - pivot;
             s[k].sum += d;
             s[k].square += d * d;
