@@ -228,9 +228,10 @@ void bnfast_plan(bnfast_job *job)
         bnfast_plan_planar(job);
     else
         bnfast_plan_interleaved(job);
-    /* What a call writes first is gone from the last-level cache by its end if the call touches more than that. */
+    /* What a call writes first is gone from the last-level cache by its end if the call touches more than that; half of
+     * it, as others use it too. */
     const ptrdiff_t bytes = job->outer * job->channels * job->inner * job->kernels->itemsize;
     const ptrdiff_t arrays = bnfast_needs_gradient(job) ? 3 : 2;
     job->stream = bnfast_applies(job) && job->out != job->x && job->out != job->u &&
-                  arrays * bytes >= bnfast_last_level_bytes();
+                  arrays * bytes >= bnfast_last_level_bytes() / 2;
 }
