@@ -1222,3 +1222,23 @@ def test_a_state_dict_taken_while_others_train_is_one_snapshot():
         n = int(state["num_batches_tracked"])
         if n:
             assert (raw(state["running_mean"]), raw(state["running_var"])) == expected[n]
+
+
+@pytest.mark.parametrize("call", ["forward", "backward"])
+def test_an_interrupt_after_the_kernel_has_written_into_x_leaves_no_wrong_gradient(monkeypatch, call):
+    """x is gone then, although the call did not take effect."""
+    bn, x = BatchNorm(CHANNELS), batch(dtype=np.float32)
+    dy = np.sin(x)
+    bn(x)
+    name = {"forward": "batch_norm", "backward": "batch_norm_backward"}[call]
+    kernel = getattr(bnfast.layer._core, name)
+
+    def interrupted(*arguments):
+        kernel(*arguments)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(bnfast.layer._core, name, interrupted)
+        getattr(bn, call)(x if call == "forward" else dy, out=x)
+    with pytest.raises(RuntimeError, match=f"interrupted {call}"):
+        bn.backward(dy)
