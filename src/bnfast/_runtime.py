@@ -16,11 +16,11 @@ __all__ = ["IDLE_THREADS"]
 _SPIN_COUNT = "5000"
 
 
-def _mapped_libraries() -> set[str]:
-    """Paths of the files mapped into this process, empty where the system does not say."""
+def _mapped_libgomps() -> set[str]:
+    """Paths of the libgomps mapped into this process, empty where the system does not say."""
     try:
         with open("/proc/self/maps", encoding="utf-8", errors="replace") as maps:
-            return {os.path.realpath(line.split()[-1]) for line in maps if "/" in line}
+            return {os.path.realpath(line.split()[-1]) for line in maps if "gomp" in line}
     except OSError:
         return set()
 
@@ -32,7 +32,7 @@ def _load_core() -> str:
             from . import _core
 
             return f"as {name}={os.environ[name]} says"
-    before = _mapped_libraries()
+    before = _mapped_libgomps()
     os.environ["GOMP_SPINCOUNT"] = _SPIN_COUNT
     try:
         from . import _core
