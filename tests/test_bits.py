@@ -56,6 +56,10 @@ CASES = [
     ((2000, 256), -1, "C"),
     ((300, 1000), 1, "C"),
     ((40, 2100), 1, "C"),
+    # interleaved, blocks of columns that are copied together
+    ((300, 1024), 1, "C"),
+    ((5, 7, 9, 512), -1, "C"),
+    ((300, 256, 2), 1, "C"),
     # small: never a team
     ((5, 3), 1, "C"),
     ((4, 3, 5, 6), 1, "C"),
@@ -176,14 +180,18 @@ def test_bits_do_not_depend_on_alignment(isa, dtype, case):
         assert digest([F.batch_norm(x, out=out)[0]]) == digest([F.batch_norm(x)[0]])
 
 
-@pytest.mark.parametrize("shape", [(3, 2, -1), (-1, 3), (-1, 64), (-1, 67), (-1, 20, 7)], ids=str)
+@pytest.mark.parametrize("shape", [(3, 2, -1), (20, -1, 49), (-1, 3), (-1, 64), (-1, 67), (-1, 20, 7), (1000, -16)], ids=str)
 def test_bits_do_not_depend_on_streaming_stores(isa, dtype, shape):
-    """Results that do not fit in the last-level cache are written around it; those written over an input are not."""
+    """Results that do not fit in the last-level cache are written around it; those written over an input are not.
+
+    -1: as many as it takes, -16: in whole sixteens, so that blocks of columns begin where cache lines do.
+    """
     last_level = _core.cache_bytes()[1]
     if last_level > 2**26:
         pytest.skip(f"a last-level cache of {last_level >> 20} MiB would need too much memory")
-    length = last_level // np.dtype(dtype).itemsize // -np.prod(shape) + 17
-    x = np.random.default_rng(0).standard_normal([length if n == -1 else n for n in shape], dtype)
+    step = -min(shape)
+    length = (last_level // np.dtype(dtype).itemsize // -np.prod(shape) + 17) * step
+    x = np.random.default_rng(0).standard_normal([length if n < 0 else n for n in shape], dtype)
     assert x.nbytes > last_level
     y, mean, inv_std = F.batch_norm(x)
     dx = F.batch_norm_backward(y, x, mean, inv_std)[0]

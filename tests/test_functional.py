@@ -29,13 +29,13 @@ from bnfast import functional as F
 RANKS = [(6, 4), (5, 3, 4), (4, 3, 5, 6), (3, 2, 3, 2, 4)]
 VECTOR = [1, 2, 3, 7, 8, 15, 16, 17, 31, 33, 63, 65]  # around the widths of vectors, and the 16 terms of a lane
 SHAPES = {
-    "channels": [(5, n) for n in VECTOR] + [(3, n) for n in (255, 256, 257, 513)],  # 256 columns at once
+    "channels": [(5, n) for n in VECTOR] + [(3, n) for n in (255, 257, 1024, 1025)],  # 1024 columns at once
     "rows": [(1, 6, 2)] + [(n, 6) for n in VECTOR if n > 1],
     "inner": [(3, 4, n) for n in VECTOR],
     "columns": [(9, 4, n) for n in range(2, 16)],  # short runs, taken as columns
     "columns_folded": [(300, 2, 3), (131, 1, 1, 2), (517, 3, 5)],
     "fold": [(n, c) for c in (1, 2, 3, 5) for n in (128, 1024, 1031)],  # 1031 leaves rows over
-    "segments": [(2, 3, n) for n in (4095, 4096, 4097, 8193)] + [(7, 3, 1000), (300, 2, 60)],
+    "segments": [(2, 3, n) for n in (4095, 4096, 4097, 16383, 16384, 16385, 32769)] + [(18, 3, 1000), (300, 2, 60)],
     "segments_of_rows": [(n, 70) for n in (255, 256, 257, 513)] + [(8300, 5), (600, 9, 8)],
 }
 ALL_SHAPES = [

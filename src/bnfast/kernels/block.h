@@ -12,6 +12,7 @@ typedef struct {
     ptrdiff_t first, n, width;
     double *a, *b, *work;
     bnfast_coefficients channel, column;
+    void *packed_x, *packed_u; /* interleaved: (rows, width), what was reduced once more, lying together; or NULL */
 } bnfast_block;
 
 int bnfast_reduces(const bnfast_job *job);        /* has a reduce step */

@@ -3,13 +3,26 @@
  * A row of the array is channels * inner columns; a channel's `inner` columns are reduced apart and merged at the
  * end. Where such a row is narrower than a few vectors, `fold` rows are seen as one row of fold * channels * inner
  * columns (the rows left over are a segment of their own), so that three channels run as fast as sixty-four.
- * A segment is SEGMENT_ROWS such rows of one column. */
+ * A segment is SEGMENT_ROWS such rows of one column.
+ *
+ * A block of columns whose rows fit into L2 is copied together while it is reduced: where it came from, lines a power
+ * of two apart would displace each other. */
 
 #include "block.h"
 
+#include <stdint.h>
 #include <string.h>
 
-enum { SEGMENT_ROWS = 256, FOLD_COLUMNS = 64, TASK_COLUMNS = 2048, FINISH_CHANNELS = 1024, APPLY_BYTES = 1 << 18 };
+enum {
+    SEGMENT_ROWS = 256,
+    FOLD_COLUMNS = 64,
+    BLOCK_BYTES = 256, /* of a row that a block of columns has at least */
+    TASKS = 2,         /* a thread, where there are enough blocks */
+    TASK_COLUMNS = 2048,
+    FINISH_CHANNELS = 1024,
+    REDUCE_BYTES = 1 << 19,
+    APPLY_BYTES = 1 << 18
+};
 
 static ptrdiff_t least(ptrdiff_t a, ptrdiff_t b) { return a < b ? a : b; }
 static ptrdiff_t quotient_up(ptrdiff_t a, ptrdiff_t b) { return (a + b - 1) / b; }
@@ -26,6 +39,13 @@ static double segment_count(const bnfast_job *job, ptrdiff_t s)
 }
 static double fold_count(const bnfast_job *job, ptrdiff_t i) { return (void)i, (double)folded_rows(job); }
 static double inner_count(const bnfast_job *job, ptrdiff_t i) { return (void)i, (double)job->outer; }
+
+static ptrdiff_t packed_bytes(const bnfast_job *job, ptrdiff_t n_channels)
+{
+    return job->pack ? (job->outer * (n_channels + job->lead) * job->inner * job->kernels->itemsize + 63) / 64 * 64 *
+                           (job->u ? 2 : 1)
+                     : 0;
+}
 
 /* From a coefficient a channel to one a column, (fold, n, inner), and the first ones again past the end. */
 static void spread(const bnfast_job *job, const bnfast_block *block, const void *channel, void *column)
@@ -56,11 +76,16 @@ static void reduce_rows(const bnfast_job *job, const bnfast_block *block, ptrdif
     const ptrdiff_t offset = (row * row_stride(job) + block->first * job->inner + j) * job->kernels->itemsize;
     double *a = block->a + s * block->width + j, *b = block->b + s * block->width + j;
     const void *center = (const char *)block->column.center + j * job->kernels->itemsize;
+    char *packed_x = block->packed_x, *packed_u = block->packed_u;
+    if (packed_x)
+        packed_x += row * block->width * job->kernels->itemsize;
+    if (packed_u)
+        packed_u += row * block->width * job->kernels->itemsize;
     if (job->u)
         job->kernels->sums_interleaved((const char *)job->x + offset, (const char *)job->u + offset, n_rows, stride, n,
-                                       center, a, b);
+                                       center, a, b, packed_x, packed_u);
     else
-        job->kernels->moments_interleaved((const char *)job->x + offset, n_rows, stride, n, center, a, b);
+        job->kernels->moments_interleaved((const char *)job->x + offset, n_rows, stride, n, center, a, b, packed_x);
 }
 
 static void reduce(const bnfast_job *job, const bnfast_block *block, ptrdiff_t s, ptrdiff_t j, ptrdiff_t n)
@@ -111,26 +136,39 @@ static void finish(const bnfast_job *job, const bnfast_block *block, ptrdiff_t i
     }
 }
 
-/* n_rows rows of n_columns, `stride` apart, from folded row `row` on */
+/* n_rows rows of n_columns, `stride` apart, from folded row `row` on. next: elements to what is needed next, or 0 */
 static void apply(const bnfast_job *job, const bnfast_block *block, ptrdiff_t row, ptrdiff_t n_rows, ptrdiff_t stride,
-                  ptrdiff_t n_columns)
+                  ptrdiff_t n_columns, ptrdiff_t next)
 {
     const ptrdiff_t offset = (row * row_stride(job) + block->first * job->inner) * job->kernels->itemsize;
-    const char *x = (const char *)(bnfast_maps_u_only(job) ? job->u : job->x) + offset;
+    const char *x = (const char *)job->x + offset, *u = (const char *)job->u + offset;
     char *out = (char *)job->out + offset;
+    bnfast_columns columns = {n_rows, n_columns, stride, stride, NULL, NULL, stride};
+    if (next > 0) {
+        columns.next_x = x + next * job->kernels->itemsize;
+        columns.next_u = job->u ? u + next * job->kernels->itemsize : NULL;
+    }
+    if (block->packed_x) {
+        columns.stride = block->width;
+        x = block->packed_x;
+        u = block->packed_u;
+    }
     if (bnfast_needs_gradient(job))
-        job->kernels->gradient_interleaved(x, (const char *)job->u + offset, out, n_rows, stride, n_columns,
-                                           &block->column, job->stream);
+        job->kernels->gradient_interleaved(x, u, out, &columns, &block->column, job->stream);
     else
-        job->kernels->normalize_interleaved(x, out, n_rows, stride, n_columns, &block->column, job->stream);
+        job->kernels->normalize_interleaved(bnfast_maps_u_only(job) ? u : x, out, &columns, &block->column, job->stream);
 }
 
-static void block_task(const bnfast_job *job, ptrdiff_t index, int thread)
+/* All three steps for channels first .. first+n-1; `next`: whether those behind them come next */
+static void do_block(const bnfast_job *job, ptrdiff_t first, ptrdiff_t n, int next, char *scratch)
 {
-    const ptrdiff_t first = index * job->block_channels;
-    const bnfast_block block =
-        bnfast_block_in(job, job->workspace + thread * job->scratch_bytes, first,
-                        least(job->block_channels, job->channels - first), columns_of_channel(job));
+    bnfast_block block = bnfast_block_in(job, scratch, first, n, columns_of_channel(job));
+    if (job->pack) {
+        const ptrdiff_t bytes = job->outer * block.width * job->kernels->itemsize;
+        block.packed_x = scratch + job->scratch_bytes - packed_bytes(job, job->block_channels);
+        if (job->u)
+            block.packed_u = (char *)block.packed_x + bytes;
+    }
     if (bnfast_reduces(job)) {
         prepare(job, &block);
         for (ptrdiff_t s = 0; s < job->n_segments; s++)
@@ -140,9 +178,23 @@ static void block_task(const bnfast_job *job, ptrdiff_t index, int thread)
     }
     finish(job, &block, 0, block.n);
     if (bnfast_applies(job)) {
-        apply(job, &block, 0, folded_rows(job), row_stride(job), block.width);
+        apply(job, &block, 0, folded_rows(job), row_stride(job), block.width, next ? block.width : 0);
         if (rows_left(job) > 0)
-            apply(job, &block, folded_rows(job), rows_left(job), period(job), period(job));
+            apply(job, &block, folded_rows(job), rows_left(job), period(job), period(job), 0);
+    }
+}
+
+/* Some neighbouring blocks: while one is written, the next is brought into cache. */
+static void blocks_task(const bnfast_job *job, ptrdiff_t index, int thread)
+{
+    char *scratch = job->workspace + thread * job->scratch_bytes;
+    const ptrdiff_t begin = index * job->task_channels, end = least(begin + job->task_channels, job->channels);
+    /* all limits but the first and the last are moved by `lead`, so that blocks begin where lines of `out` do */
+    for (ptrdiff_t first = begin; first < end; first += job->block_channels) {
+        const ptrdiff_t behind = first + job->block_channels, from = first == 0 ? 0 : first + job->lead;
+        const ptrdiff_t to = least(behind + job->lead, job->channels);
+        if (from < to)
+            do_block(job, from, to - from, behind < end, scratch);
     }
     if (job->stream)
         bnfast_stream_fence();
@@ -160,15 +212,31 @@ static void prepare_task(const bnfast_job *job, ptrdiff_t index, int thread)
     prepare(job, &block);
 }
 
+static ptrdiff_t column_parts(const bnfast_job *job)
+{
+    return quotient_up(job->channels * columns_of_channel(job), TASK_COLUMNS);
+}
+
+/* Neighbouring segments that make one task: long enough for the memory's prefetchers, and enough tasks for all threads. */
+static ptrdiff_t segments_of_task(const bnfast_job *job)
+{
+    const ptrdiff_t bytes = job->segment_rows * row_stride(job) * job->kernels->itemsize;
+    const ptrdiff_t n = least(quotient_up(REDUCE_BYTES, bytes), job->n_segments / (4 * job->n_threads));
+    return n < 1 ? 1 : n;
+}
+
 static void reduce_task(const bnfast_job *job, ptrdiff_t index, int thread)
 {
     (void)thread;
     const bnfast_block block = whole(job);
-    const ptrdiff_t parts = quotient_up(block.width, TASK_COLUMNS), s = index / parts, j = index % parts * TASK_COLUMNS;
-    if (s < job->n_segments)
-        reduce(job, &block, s, j, least(TASK_COLUMNS, block.width - j));
-    else
+    const ptrdiff_t parts = column_parts(job), n = segments_of_task(job), begin = index / parts * n;
+    const ptrdiff_t j = index % parts * TASK_COLUMNS;
+    if (begin >= job->n_segments) {
         reduce_left(job, &block);
+        return;
+    }
+    for (ptrdiff_t s = begin; s < least(begin + n, job->n_segments); s++)
+        reduce(job, &block, s, j, least(TASK_COLUMNS, block.width - j));
 }
 
 static int finishes_by_range(const bnfast_job *job) { return columns_of_channel(job) == 1; }
@@ -192,26 +260,27 @@ static void apply_task(const bnfast_job *job, ptrdiff_t index, int thread)
     const ptrdiff_t rows = folded_rows(job), last = quotient_up(rows, job->apply_rows) + (rows_left(job) > 0) - 1;
     const ptrdiff_t row = (last - index) * job->apply_rows;
     if (row < rows)
-        apply(job, &block, row, least(job->apply_rows, rows - row), row_stride(job), block.width);
+        apply(job, &block, row, least(job->apply_rows, rows - row), row_stride(job), block.width, 0);
     else
-        apply(job, &block, rows, rows_left(job), period(job), period(job));
+        apply(job, &block, rows, rows_left(job), period(job), period(job), 0);
     if (job->stream)
         bnfast_stream_fence();
 }
 
-/* Channels a block may have so that its rows stay in L2, whole vectors of them; 0: too few to be worth a block. */
-static ptrdiff_t cached_channels(const bnfast_job *job, ptrdiff_t bytes_of_element)
+/* Channels of a block all rows of which stay in L2 when they lie together; whole cache lines of columns. 0: too few. */
+static ptrdiff_t channels_of_block(const bnfast_job *job)
 {
-    const ptrdiff_t n = bnfast_l2_bytes() / 2 / (job->outer * job->inner * bytes_of_element);
-    const ptrdiff_t vector = 64 / job->kernels->itemsize;
-    return n * job->inner < 2 * vector ? 0 : n / vector * vector;
+    const ptrdiff_t size = job->kernels->itemsize, line = 64 / size;
+    const ptrdiff_t channel_bytes = job->outer * job->inner * size * (job->u ? 2 : 1);
+    ptrdiff_t n = bnfast_l2_bytes() / 2 / channel_bytes / line * line;
+    if (job->fold > 1 || period(job) % line != 0)
+        return 0;
+    n = least(n, job->channels / (TASKS * job->n_threads) / line * line);
+    return n * job->inner * size < BLOCK_BYTES ? 0 : n;
 }
 
 void bnfast_plan_interleaved(bnfast_job *job)
 {
-    const int threads = job->n_threads;
-    const ptrdiff_t bytes_of_element = job->kernels->itemsize * (job->u && bnfast_reduces(job) ? 2 : 1);
-
     job->fold = 1;
     while (job->fold * period(job) < FOLD_COLUMNS && job->outer >= job->fold * FOLD_COLUMNS)
         job->fold *= 2;
@@ -220,26 +289,31 @@ void bnfast_plan_interleaved(bnfast_job *job)
     job->n_segments = quotient_up(folded_rows(job), SEGMENT_ROWS);
     job->merges = job->n_segments > 1 || columns_of_channel(job) > 1;
 
-    job->block_channels = job->channels;
-    ptrdiff_t n = job->fold == 1 ? cached_channels(job, bytes_of_element) : 0;
-    const int fits = job->outer * period(job) * bytes_of_element <= bnfast_l2_bytes() / 2;
-    if (threads == 1 && fits)
-        n = job->channels;
-    else if (threads > 1)
-        n = least(n, job->channels / (2 * threads) / 16 * 16);
-    if (n > 0 && bnfast_reduces(job)) {
-        job->block_channels = least(n, job->channels);
-        job->scratch_bytes = bnfast_block_bytes(job, job->block_channels, columns_of_channel(job));
-        job->workspace_bytes = job->scratch_bytes * threads;
-        job->phases[job->n_phases++] = (bnfast_phase){block_task, quotient_up(job->channels, job->block_channels)};
+    const ptrdiff_t bytes = job->outer * period(job) * job->kernels->itemsize * (job->u ? 2 : 1);
+    ptrdiff_t n = 0;
+    if (bnfast_reduces(job) && job->n_threads == 1 && bytes <= bnfast_l2_bytes() / 2)
+        n = job->task_channels = job->channels;
+    else if (bnfast_reduces(job)) {
+        n = channels_of_block(job);
+        job->pack = n > 0;
+        job->task_channels = n > 0 ? n * quotient_up(job->channels / n, TASKS * job->n_threads) : 0;
+        if (n > 0 && job->inner == 1 && bnfast_applies(job))
+            job->lead = (ptrdiff_t)(-(uintptr_t)job->out % 64) / job->kernels->itemsize;
+    }
+    if (n > 0) {
+        job->block_channels = n;
+        job->scratch_bytes = bnfast_block_bytes(job, job->block_channels + job->lead, columns_of_channel(job)) +
+                             packed_bytes(job, job->block_channels);
+        job->workspace_bytes = job->scratch_bytes * job->n_threads;
+        job->phases[job->n_phases++] = (bnfast_phase){blocks_task, quotient_up(job->channels, job->task_channels)};
         return;
     }
+    job->block_channels = job->channels;
     job->scratch_bytes = job->workspace_bytes = bnfast_block_bytes(job, job->channels, columns_of_channel(job));
     if (bnfast_reduces(job)) {
-        const ptrdiff_t parts = quotient_up(job->channels * columns_of_channel(job), TASK_COLUMNS);
+        const ptrdiff_t tasks = quotient_up(job->n_segments, segments_of_task(job)) * column_parts(job);
         job->phases[job->n_phases++] = (bnfast_phase){prepare_task, 1};
-        job->phases[job->n_phases++] =
-            (bnfast_phase){reduce_task, job->n_segments * parts + (rows_left(job) > 0)};
+        job->phases[job->n_phases++] = (bnfast_phase){reduce_task, tasks + (rows_left(job) > 0)};
     }
     job->phases[job->n_phases++] =
         (bnfast_phase){finish_task, finishes_by_range(job) ? quotient_up(job->channels, FINISH_CHANNELS) : 1};

@@ -5,13 +5,17 @@
 #define PASTE(a, b, c) PASTE_(a, b, c)
 
 #define T float
+#define TI int32_t
 #define FN(name) PASTE(name, _f32_, ISA_SUFFIX)
 #include "leaves.inc.h"
 #undef T
+#undef TI
 #undef FN
 
 #define T double
+#define TI int64_t
 #define FN(name) PASTE(name, _f64_, ISA_SUFFIX)
 #include "leaves.inc.h"
 #undef T
+#undef TI
 #undef FN

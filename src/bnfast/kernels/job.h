@@ -52,6 +52,9 @@ struct bnfast_job {
     ptrdiff_t segment_length; /* planar: elements of a row in a segment */
     ptrdiff_t fold;           /* interleaved: rows seen as one, so that narrow rows fill vectors */
     ptrdiff_t block_channels;
+    ptrdiff_t task_channels; /* of the neighbouring blocks that a task does one after another */
+    ptrdiff_t lead; /* interleaved: columns before the first that begins a cache line of `out` */
+    int pack;       /* interleaved: copy a block's rows together while they are reduced */
     ptrdiff_t apply_rows; /* rows a task of the apply phase takes */
     int stream;           /* write around the caches */
     ptrdiff_t scratch_bytes;

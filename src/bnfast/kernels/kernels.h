@@ -8,8 +8,8 @@
  * A *leaf* is an inner loop over one dtype for one instruction set. Every operation of the package is the
  * same three steps: reduce (leaf), finish (finish.c), apply (leaf). The leaves see one segment at a time; who
  * decides what a segment is, and in which order the results are merged, stands in job.h. A leaf knows no
- * Python, no NumPy, no OpenMP and no malloc, and gives the same bits for every instruction set: sums run in
- * fixed virtual lanes (64 bytes of them: 16 float32 or 8 float64), and nothing is contracted into an fma.
+ * Python, no NumPy, no OpenMP and no malloc, and gives the same bits for every instruction set: sums run in two
+ * chains of fixed virtual lanes (64 bytes each: 16 float32 or 8 float64), and nothing is contracted into an fma.
  *
  * All strides and sizes count elements. `x`, `u` and `out` point to elements of the leaf's dtype and need no
  * alignment beyond the dtype's own. `out` may be `x` or `u`, the very same elements, and must not overlap them
@@ -37,34 +37,50 @@ typedef struct {
     void *center, *scale, *shift, *u_center, *u_scale, *hat_scale;
 } bnfast_coefficients;
 
+/* n_rows rows, `stride` apart, of n_channels neighbouring channels with `length` neighbouring elements each. */
+typedef struct {
+    ptrdiff_t n_rows, stride, n_channels, length;
+} bnfast_runs;
+
+/* n_rows rows of n_columns: of x and u `stride` apart, of out `out_stride`. next_x, next_u: as many elements, rows
+ * next_stride apart, to be brought into cache meanwhile; or NULL */
+typedef struct {
+    ptrdiff_t n_rows, n_columns, stride, out_stride;
+    const void *next_x, *next_u;
+    ptrdiff_t next_stride;
+} bnfast_columns;
+
 typedef struct {
     const char *isa;    /* "baseline", "avx2", "avx512" */
     ptrdiff_t itemsize; /* bytes an element */
 
     /* Mean less center, and sum of squared deviations, of one segment. center: some value of the channel, finite
      * planar: x: (n_rows, length), rows `stride` apart IN; center: scalar IN; mean, m2: scalars OUT
-     * interleaved: x: (n_rows, n_columns), rows `stride` apart IN; center: (n_columns,) IN; mean, m2: the same OUT */
+     * interleaved: x: (n_rows, n_columns), rows `stride` apart IN; center: (n_columns,) IN; mean, m2: the same OUT;
+     * packed: the elements of x once more, dense OUT, or NULL */
     void (*moments_planar)(const void *x, ptrdiff_t n_rows, ptrdiff_t stride, ptrdiff_t length, const void *center,
                            double *mean, double *m2);
     void (*moments_interleaved)(const void *x, ptrdiff_t n_rows, ptrdiff_t stride, ptrdiff_t n_columns,
-                                const void *center, double *mean, double *m2);
+                                const void *center, double *mean, double *m2, void *packed);
 
     /* Sum of u, and of u * (x - center), over one segment; shapes as above, center: the mean, rounded */
     void (*sums_planar)(const void *x, const void *u, ptrdiff_t n_rows, ptrdiff_t stride, ptrdiff_t length,
                         const void *center, double *sum, double *dot);
     void (*sums_interleaved)(const void *x, const void *u, ptrdiff_t n_rows, ptrdiff_t stride,
-                             ptrdiff_t n_columns, const void *center, double *sum, double *dot);
+                             ptrdiff_t n_columns, const void *center, double *sum, double *dot, void *packed_x,
+                             void *packed_u);
 
-    /* The maps of bnfast_coefficients; c points to the first column's coefficients. `stream`: write around
-     * the cache (the caller then issues bnfast_stream_fence). planar: one channel's coefficients for all. */
-    void (*normalize_planar)(const void *x, void *out, ptrdiff_t n_rows, ptrdiff_t stride, ptrdiff_t length,
-                             const bnfast_coefficients *c, int stream);
-    void (*normalize_interleaved)(const void *x, void *out, ptrdiff_t n_rows, ptrdiff_t stride,
-                                  ptrdiff_t n_columns, const bnfast_coefficients *c, int stream);
-    void (*gradient_planar)(const void *x, const void *u, void *out, ptrdiff_t n_rows, ptrdiff_t stride,
-                            ptrdiff_t length, const bnfast_coefficients *c, int stream);
-    void (*gradient_interleaved)(const void *x, const void *u, void *out, ptrdiff_t n_rows, ptrdiff_t stride,
-                                 ptrdiff_t n_columns, const bnfast_coefficients *c, int stream);
+    /* The maps of bnfast_coefficients; c points to the first channel's or column's coefficients. `stream`: write around
+     * the cache (the caller then issues bnfast_stream_fence). `ahead`: where not 0, the elements that lie so far behind
+     * those of x and u are brought into cache meanwhile. */
+    void (*normalize_planar)(const void *x, void *out, const bnfast_runs *runs, const bnfast_coefficients *c, int stream,
+                             ptrdiff_t ahead);
+    void (*normalize_interleaved)(const void *x, void *out, const bnfast_columns *columns, const bnfast_coefficients *c,
+                                  int stream);
+    void (*gradient_planar)(const void *x, const void *u, void *out, const bnfast_runs *runs,
+                            const bnfast_coefficients *c, int stream, ptrdiff_t ahead);
+    void (*gradient_interleaved)(const void *x, const void *u, void *out, const bnfast_columns *columns,
+                                 const bnfast_coefficients *c, int stream);
 
     /* a <- a merged with b, for n columns. Moments: Chan, Golub, LeVeque with count_a and count_b values.
      * Sums: addition. */

@@ -6,6 +6,8 @@
 
 #include "vec.h"
 
+#include "sums.inc.h"
+
 #include "moments.inc.h"
 
 #include "normalize.inc.h"
@@ -77,8 +79,12 @@ const bnfast_kernels FN(bnfast_table) = {
 #undef PIVOT_SAMPLES
 #undef COLUMN_SAMPLES
 #undef PIVOT_LOSS
+#undef CHAIN
 #undef FLUSH
+#undef COLUMN_VECTORS
 #undef AHEAD_BYTES
 #undef COLUMNS
+#undef TILE_ROWS
+#undef PIVOT_COLUMNS
 #undef ROWS
 #undef SMALLEST_MEAN_SQUARE

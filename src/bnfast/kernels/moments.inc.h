@@ -1,7 +1,7 @@
 /* Mean and sum of squared deviations of a segment, in one pass over memory.
  *
  * Textbook Welford divides once an element. Instead a pivot close to the mean is subtracted, d = x - pivot, and
- * d and d*d are summed in lanes; FLUSH terms later the lanes go to float64. Then mean = pivot + sum(d)/n and
+ * d and d*d are summed as sums.inc.h does it. Then mean = pivot + sum(d)/n and
  * m2 = sum(d*d) - sum(d)^2/n. The subtraction loses log2(sum(d*d) / m2) bits, so a pivot far from the mean shows
  * in the sums themselves: PIVOT_LOSS is how much we accept. A segment that exceeds it, is not finite, or is so
  * small that d*d may have lost digits to underflow is done again in two passes of float64 while it lies in cache;
@@ -9,19 +9,14 @@
  * are often unlike the rest: image borders), summed as a tree so that a constant channel's pivot is exact.
  * The mean is given relative to `center`, a value typical of the channel: merging means far from zero would lose what the
  * pivot has saved.
- * Relative error of m2 for float32: 1e-8 typically, 1e-7 in small segments, 5e-7 where one outlier is most of it.
+ * Relative error of m2 for float32: 1e-8 typically, 2e-7 in small segments, 1e-6 where one outlier is most of it.
  * Memory traffic: one read. */
 
 /* spread: elements sampled for the pivot, a power of two */
 #define PIVOT_SAMPLES 16
 #define COLUMN_SAMPLES 8
+#define PIVOT_COLUMNS 256
 #define PIVOT_LOSS 3.0
-#define FLUSH 16
-
-/* How far ahead of the sums memory is asked for: the sums of a block are not the simple stream that the hardware
- * expects. */
-#define AHEAD_BYTES 2048
-
 /* d*d of float32 is normal above 1.2e-38: a mean square below this is not trusted. float64 has nothing wider. */
 #define SMALLEST_MEAN_SQUARE (sizeof(T) == 4 ? 1e-30 : 0.0)
 
@@ -78,62 +73,13 @@ static void FN(moments_planar)(const void *data, ptrdiff_t n_rows, ptrdiff_t str
             sample[i] += sample[i + half];
     const T pivot_value = (T)(sample[0] / (double)samples);
 
-    const FN(vec) pivot = FN(set1)(pivot_value);
-    FN(vec) sum[VU], square[VU];
-    FN(wide) wide_sum[VU * WIDE_PER_VEC], wide_square[VU * WIDE_PER_VEC];
-    memset(wide_sum, 0, sizeof wide_sum);
-    memset(wide_square, 0, sizeof wide_square);
-    for (ptrdiff_t u = 0; u < VU; u++)
-        sum[u] = square[u] = FN(set1)(0);
-    ptrdiff_t room = FLUSH; /* terms a lane may still take */
-#define FLUSH_LANES                                                                                                    \
-    if (room == 0) {                                                                                                   \
-        FN(widen_add)(wide_sum, sum);                                                                                  \
-        FN(widen_add)(wide_square, square);                                                                            \
-        for (ptrdiff_t u = 0; u < VU; u++)                                                                             \
-            sum[u] = square[u] = FN(set1)(0);                                                                          \
-        room = FLUSH;                                                                                                  \
-    }
-    for (ptrdiff_t r = 0; r < n_rows; r++) {
-        const T *row = x + r * stride;
-        ptrdiff_t left = length;
-        while (left >= VL) {
-            const ptrdiff_t steps = left / VL < room ? left / VL : room;
-            for (ptrdiff_t s = 0; s < steps; s++, row += VL)
-                {
-                    PREFETCH(row, AHEAD_BYTES);
-                    for (ptrdiff_t u = 0; u < VU; u++) {
-                        const FN(vec) d = FN(load)(row + u * VN) - pivot;
-                        sum[u] += d;
-                        square[u] += d * d;
-                    }
-                }
-            left -= steps * VL;
-            room -= steps;
-            FLUSH_LANES
-        }
-        if (left > 0) {
-            for (ptrdiff_t u = 0; u < VU; u++) {
-                const FN(vec) d = FN(load_part)(row + u * VN, left - u * VN, pivot) - pivot;
-                sum[u] += d;
-                square[u] += d * d;
-            }
-            room -= 1;
-            FLUSH_LANES
-        }
-    }
-    room = 0;
-    FLUSH_LANES
-#undef FLUSH_LANES
-    const double total = FN(fold_wide)(wide_sum), total_square = FN(fold_wide)(wide_square);
+    double total, total_square;
+    FN(sums_of_rows)(x, x, n_rows, stride, length, pivot_value, 0, &total, &total_square);
     *mean = ((double)pivot_value - center) + total / n;
     *m2 = total_square - total * (total / n);
     if (!FN(trusted)(n, total, total_square, *m2))
         FN(moments_wide)(x, n_rows, stride, length, center, mean, m2);
 }
-
-/* At most this many columns at once: the pivots and the FLUSH rows of a block stay in L1. */
-#define COLUMNS 256
 
 /* The same two passes for a block of columns; writes the columns marked in `wanted` alone, so that what one column
  * holds (a NaN, say) never moves another's bits. wanted: (n_columns,) IN; mean, m2: (n_columns,) OUT where wanted */
@@ -161,44 +107,10 @@ static void FN(moments_interleaved_wide)(const T *x, ptrdiff_t n_rows, ptrdiff_t
         }
 }
 
-struct FN(pair) {
-    FN(vec) sum, square;
-};
-
-/* Sums of d and d*d over `terms` rows of the n <= VN columns at x, in four chains: fewer roundings on the way of each
- * term, and four additions under way at once. */
-static ALWAYS_INLINE struct FN(pair) FN(column_terms)(const T *x, ptrdiff_t terms, ptrdiff_t stride, ptrdiff_t n,
-                                                      FN(vec) pivot)
+/* n_columns <= PIVOT_COLUMNS */
+static void FN(column_pivots)(const T *x, ptrdiff_t n_rows, ptrdiff_t stride, ptrdiff_t n_columns, T *pivots)
 {
-    struct FN(pair) s[4];
-    for (int k = 0; k < 4; k++)
-        s[k].sum = s[k].square = FN(set1)(0);
-    ptrdiff_t t = 0;
-    for (; t + 4 <= terms; t += 4)
-        for (int k = 0; k < 4; k++) {
-            const T *row = x + (t + k) * stride;
-            PREFETCH(row, FLUSH * stride * (ptrdiff_t)sizeof(T));
-            const FN(vec) d = FN(load_up_to)(row, n, pivot) - pivot;
-            s[k].sum += d;
-            s[k].square += d * d;
-        }
-    for (; t < terms; t++) {
-        const FN(vec) d = FN(load_part)(x + t * stride, n, pivot) - pivot;
-        s[0].sum += d;
-        s[0].square += d * d;
-    }
-    s[0].sum = (s[0].sum + s[1].sum) + (s[2].sum + s[3].sum);
-    s[0].square = (s[0].square + s[1].square) + (s[2].square + s[3].square);
-    return s[0];
-}
-
-static void FN(moments_interleaved_block)(const T *x, ptrdiff_t n_rows, ptrdiff_t stride, ptrdiff_t n_columns,
-                                          const T *center, double *mean, double *m2)
-{
-    const double n = (double)n_rows;
-    T pivots[COLUMNS];
-    double sample[COLUMN_SAMPLES][COLUMNS];
-
+    double sample[COLUMN_SAMPLES][PIVOT_COLUMNS];
     ptrdiff_t samples = COLUMN_SAMPLES;
     while (samples > n_rows)
         samples /= 2;
@@ -211,26 +123,17 @@ static void FN(moments_interleaved_block)(const T *x, ptrdiff_t n_rows, ptrdiff_
                 sample[i][c] += sample[i + half][c];
     for (ptrdiff_t c = 0; c < n_columns; c++)
         pivots[c] = (T)(sample[0][c] / (double)samples);
+}
 
-    for (ptrdiff_t c = 0; c < n_columns; c++)
-        mean[c] = m2[c] = 0.0; /* the float64 accumulators of d and d*d until the end */
-    for (ptrdiff_t r = 0; r < n_rows; r += FLUSH) {
-        const ptrdiff_t terms = n_rows - r < FLUSH ? n_rows - r : FLUSH;
-        const T *rows = x + r * stride;
-        ptrdiff_t c = 0;
-        for (; c + VN <= n_columns; c += VN) {
-            const struct FN(pair) s = FN(column_terms)(rows + c, terms, stride, VN, FN(load)(pivots + c));
-            FN(widen_add_columns)(mean + c, s.sum, VN);
-            FN(widen_add_columns)(m2 + c, s.square, VN);
-        }
-        if (c < n_columns) {
-            const ptrdiff_t n = n_columns - c;
-            const struct FN(pair) s =
-                FN(column_terms)(rows + c, terms, stride, n, FN(load_part)(pivots + c, n, FN(set1)(0)));
-            FN(widen_add_columns)(mean + c, s.sum, n);
-            FN(widen_add_columns)(m2 + c, s.square, n);
-        }
-    }
+static void FN(moments_interleaved_block)(const T *x, ptrdiff_t n_rows, ptrdiff_t stride, T *packed,
+                                          ptrdiff_t packed_stride, ptrdiff_t n_columns, const T *center, double *mean,
+                                          double *m2)
+{
+    const double n = (double)n_rows;
+    T pivots[4096 / sizeof(T)];
+    for (ptrdiff_t c = 0; c < n_columns; c += PIVOT_COLUMNS)
+        FN(column_pivots)(x + c, n_rows, stride, n_columns - c < PIVOT_COLUMNS ? n_columns - c : PIVOT_COLUMNS, pivots + c);
+    FN(sums_of_columns)(x, x, n_rows, stride, packed, packed, packed_stride, n_columns, pivots, 0, mean, m2);
     int untrusted[COLUMNS], n_untrusted = 0;
     for (ptrdiff_t c = 0; c < n_columns; c++) {
         const double total = mean[c], total_square = m2[c];
@@ -248,10 +151,11 @@ static void FN(moments_interleaved_block)(const T *x, ptrdiff_t n_rows, ptrdiff_
 }
 
 static void FN(moments_interleaved)(const void *data, ptrdiff_t n_rows, ptrdiff_t stride, ptrdiff_t n_columns,
-                                    const void *center, double *mean, double *m2)
+                                    const void *center, double *mean, double *m2, void *packed)
 {
     const T *x = data;
     for (ptrdiff_t c = 0; c < n_columns; c += COLUMNS)
-        FN(moments_interleaved_block)(x + c, n_rows, stride, n_columns - c < COLUMNS ? n_columns - c : COLUMNS,
-                                      (const T *)center + c, mean + c, m2 + c);
+        FN(moments_interleaved_block)(x + c, n_rows, stride, packed ? (T *)packed + c : NULL, n_columns,
+                                      n_columns - c < COLUMNS ? n_columns - c : COLUMNS, (const T *)center + c, mean + c,
+                                      m2 + c);
 }

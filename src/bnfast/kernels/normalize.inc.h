@@ -29,17 +29,17 @@ static ALWAYS_INLINE struct FN(map) FN(map_of_columns)(const bnfast_coefficients
     return map;
 }
 
-static ALWAYS_INLINE struct FN(map) FN(map_of_channel)(const bnfast_coefficients *c, int gradient)
+static ALWAYS_INLINE struct FN(map) FN(map_of_channel)(const bnfast_coefficients *c, ptrdiff_t i, int gradient)
 {
     const FN(vec) zero = FN(set1)(0);
     struct FN(map) map = {zero, zero, zero, zero, zero, zero};
-    map.center = FN(set1)(*(const T *)c->center);
-    map.scale = FN(set1)(*(const T *)c->scale);
-    map.shift = FN(set1)(*(const T *)c->shift);
+    map.center = FN(set1)(((const T *)c->center)[i]);
+    map.scale = FN(set1)(((const T *)c->scale)[i]);
+    map.shift = FN(set1)(((const T *)c->shift)[i]);
     if (gradient) {
-        map.u_center = FN(set1)(*(const T *)c->u_center);
-        map.u_scale = FN(set1)(*(const T *)c->u_scale);
-        map.hat_scale = FN(set1)(*(const T *)c->hat_scale);
+        map.u_center = FN(set1)(((const T *)c->u_center)[i]);
+        map.u_scale = FN(set1)(((const T *)c->u_scale)[i]);
+        map.hat_scale = FN(set1)(((const T *)c->hat_scale)[i]);
     }
     return map;
 }
@@ -52,10 +52,26 @@ static ALWAYS_INLINE FN(vec) FN(map_value)(const struct FN(map) * map, FN(vec) x
     return scaled + map->shift;
 }
 
+/* Coefficients of a vector whose first k lanes belong to one channel and the others to the next. */
+static ALWAYS_INLINE struct FN(map) FN(map_of_two)(ptrdiff_t k, struct FN(map) first, struct FN(map) next, int gradient)
+{
+    struct FN(map) map = next;
+    map.center = FN(select)(k, first.center, next.center);
+    map.scale = FN(select)(k, first.scale, next.scale);
+    map.shift = FN(select)(k, first.shift, next.shift);
+    if (gradient) {
+        map.u_center = FN(select)(k, first.u_center, next.u_center);
+        map.u_scale = FN(select)(k, first.u_scale, next.u_scale);
+        map.hat_scale = FN(select)(k, first.hat_scale, next.hat_scale);
+    }
+    return map;
+}
+
 /* n <= VN elements of `rows` rows, through one set of coefficients. All loads come before the first store: rows that
  * lie a power of two apart would otherwise wait for stores that only look like theirs (equal low address bits). */
 static ALWAYS_INLINE void FN(map_elements)(const struct FN(map) * map, const T *x, const T *u, T *out, ptrdiff_t rows,
-                                           ptrdiff_t stride, ptrdiff_t n, int gradient, int stream)
+                                           ptrdiff_t stride, ptrdiff_t out_stride, ptrdiff_t n, int gradient,
+                                           int stream)
 {
     const FN(vec) zero = FN(set1)(0);
     FN(vec) value[ROWS];
@@ -68,38 +84,87 @@ static ALWAYS_INLINE void FN(map_elements)(const struct FN(map) * map, const T *
     }
     for (ptrdiff_t r = 0; r < rows; r++)
         if (n < VN)
-            FN(store_part)(out + r * stride, n, value[r]);
+            FN(store_part)(out + r * out_stride, n, value[r]);
         else if (stream)
-            FN(store_stream)(out + r * stride, value[r]);
+            FN(store_stream)(out + r * out_stride, value[r]);
         else
-            FN(store)(out + r * stride, value[r]);
+            FN(store)(out + r * out_stride, value[r]);
 }
 
-/* `rows` rows at once: interleaved coefficients are loaded once for all of them; planar: map has the channel's. */
-static ALWAYS_INLINE void FN(map_rows)(const T *x, const T *u, T *out, ptrdiff_t rows, ptrdiff_t stride,
-                                       ptrdiff_t length, const bnfast_coefficients *c, struct FN(map) map,
-                                       int gradient, int interleaved, int stream)
+/* One row of n_channels runs of `length` >= VN elements, written as one run: a vector may begin in one channel and end
+ * in the next, so that no line of memory is written in two parts. `ahead`: elements ahead of x and u to ask for. */
+static ALWAYS_INLINE void FN(map_channels)(const T *x, const T *u, T *out, ptrdiff_t n_channels, ptrdiff_t length,
+                                           const bnfast_coefficients *c, ptrdiff_t ahead, int gradient, int stream)
 {
+    const ptrdiff_t n = n_channels * length;
+    ptrdiff_t j = 0, i = 0, end = length; /* of channel i */
+    struct FN(map) map = FN(map_of_channel)(c, 0, gradient);
+    if (stream) {
+        j = FN(to_aligned)(out, n);
+        if (j > 0)
+            FN(map_elements)(&map, x, u, out, 1, 0, 0, j, gradient, 0);
+    }
+#define ASK_AHEAD                                                                                                      \
+    if (stream) {                                                                                                      \
+        PREFETCH_L2(x + j, ahead);                                                                                     \
+        if (gradient)                                                                                                  \
+            PREFETCH_L2(u + j, ahead);                                                                                 \
+    }
+    for (;;) {
+        for (ptrdiff_t vectors = (end - j) / VN; vectors > 0; vectors--, j += VN) {
+            ASK_AHEAD
+            FN(map_elements)(&map, x + j, u + j, out + j, 1, 0, 0, VN, gradient, stream);
+        }
+        i++;
+        if (i == n_channels)
+            break;
+        const struct FN(map) next = FN(map_of_channel)(c, i, gradient);
+        if (j < end) {
+            const struct FN(map) both = FN(map_of_two)(end - j, map, next, gradient);
+            ASK_AHEAD
+            FN(map_elements)(&both, x + j, u + j, out + j, 1, 0, 0, VN, gradient, stream);
+            j += VN;
+        }
+        map = next;
+        end += length;
+    }
+#undef ASK_AHEAD
+    if (j < n)
+        FN(map_elements)(&map, x + j, u + j, out + j, 1, 0, 0, n - j, gradient, 0);
+}
+
+/* `rows` rows of interleaved columns at once, whose coefficients are loaded once for all of them. */
+static ALWAYS_INLINE void FN(map_rows)(const T *x, const T *u, T *out, const T *next_x, const T *next_u, ptrdiff_t rows,
+                                       const bnfast_columns *columns, const bnfast_coefficients *c, int gradient,
+                                       int stream)
+{
+    const ptrdiff_t n_columns = columns->n_columns, next_stride = columns->next_stride;
     ptrdiff_t j = 0;
 #define ELEMENTS(n, stream)                                                                                            \
     do {                                                                                                               \
-        if (interleaved)                                                                                               \
-            map = FN(map_of_columns)(c, j, n, gradient);                                                               \
-        FN(map_elements)(&map, x + j, u + j, out + j, rows, stride, n, gradient, stream);                              \
+        const struct FN(map) map = FN(map_of_columns)(c, j, n, gradient);                                              \
+        FN(map_elements)(&map, x + j, u + j, out + j, rows, columns->stride, columns->out_stride, n, gradient, stream);\
         j += (n);                                                                                                      \
     } while (0)
     if (stream) {
-        const ptrdiff_t head = FN(to_aligned)(out, length);
+        const ptrdiff_t head = FN(to_aligned)(out, n_columns);
         if (head > 0)
             ELEMENTS(head, 0);
-        while (j + VN <= length)
+        for (ptrdiff_t vectors = (n_columns - j) / VN; vectors > 0; vectors--) {
+            if (next_x)
+                for (ptrdiff_t r = 0; r < rows; r++) {
+                    PREFETCH_L2(next_x + r * next_stride + j, 0);
+                    if (next_u)
+                        PREFETCH_L2(next_u + r * next_stride + j, 0);
+                }
             ELEMENTS(VN, 1);
+        }
     }
     else
-        while (j + VN <= length)
+        for (ptrdiff_t vectors = n_columns / VN; vectors > 0; vectors--)
             ELEMENTS(VN, 0);
-    if (j < length)
-        ELEMENTS(length - j, 0);
+    if (j < n_columns)
+        ELEMENTS(n_columns - j, 0);
 #undef ELEMENTS
 }
 
@@ -108,77 +173,96 @@ static ALWAYS_INLINE void FN(map_rows)(const T *x, const T *u, T *out, ptrdiff_t
 static ALWAYS_INLINE void FN(map_run)(const T *x, const T *u, T *out, ptrdiff_t n, ptrdiff_t n_columns,
                                       const bnfast_coefficients *c, int gradient)
 {
-    const ptrdiff_t head = FN(to_aligned)(out, n), group = ROWS * n_columns;
+    const ptrdiff_t head = FN(to_aligned)(out, n);
     ptrdiff_t j = head, column = head; /* column: j modulo n_columns */
     struct FN(map) map = FN(map_of_columns)(c, 0, head, gradient);
     if (head > 0)
-        FN(map_elements)(&map, x, u, out, 1, 0, head, gradient, 0);
-    if (n_columns % VN == 0)
-        for (; j + group <= n; j += group)
-            for (ptrdiff_t i = 0; i < n_columns; i += VN) {
-                map = FN(map_of_columns)(c, head + i, VN, gradient);
-                FN(map_elements)(&map, x + j + i, u + j + i, out + j + i, ROWS, n_columns, VN, gradient, 1);
-            }
+        FN(map_elements)(&map, x, u, out, 1, 0, 0, head, gradient, 0);
     for (; j + VN <= n; j += VN) {
         map = FN(map_of_columns)(c, column, VN, gradient);
-        FN(map_elements)(&map, x + j, u + j, out + j, 1, 0, VN, gradient, 1);
+        FN(map_elements)(&map, x + j, u + j, out + j, 1, 0, 0, VN, gradient, 1);
         column += VN;
         if (column >= n_columns)
             column -= n_columns;
     }
     if (j < n) {
         map = FN(map_of_columns)(c, column, n - j, gradient);
-        FN(map_elements)(&map, x + j, u + j, out + j, 1, 0, n - j, gradient, 0);
+        FN(map_elements)(&map, x + j, u + j, out + j, 1, 0, 0, n - j, gradient, 0);
     }
 }
 
-static ALWAYS_INLINE void FN(map_all)(const T *x, const T *u, T *out, ptrdiff_t n_rows, ptrdiff_t stride,
-                                      ptrdiff_t length, const bnfast_coefficients *c, int gradient, int interleaved,
-                                      int stream)
+static ALWAYS_INLINE void FN(map_columns)(const T *x, const T *u, T *out, const bnfast_columns *columns,
+                                          const bnfast_coefficients *c, int gradient, int stream)
 {
-    const struct FN(map) map = FN(map_of_channel)(c, gradient);
+    const ptrdiff_t n_rows = columns->n_rows, stride = columns->stride, out_stride = columns->out_stride;
+    const T *next_x = columns->next_x, *next_u = columns->next_u;
     ptrdiff_t r = 0;
-    if (interleaved && stream && stride == length && length >= VN) {
-        FN(map_run)(x, u, out, n_rows * length, length, c, gradient);
+    if (stream && stride == columns->n_columns && out_stride == stride && stride >= VN) {
+        FN(map_run)(x, u, out, n_rows * stride, stride, c, gradient);
         return;
     }
-    /* rows in groups only if all of a group are aligned alike, should alignment matter */
-    if (interleaved && (!stream || stride % VN == 0)) {
-        for (; r + ROWS <= n_rows; r += ROWS, x += ROWS * stride, u += ROWS * stride, out += ROWS * stride)
-            if (stream)
-                FN(map_rows)(x, u, out, ROWS, stride, length, c, map, gradient, interleaved, 1);
-            else
-                FN(map_rows)(x, u, out, ROWS, stride, length, c, map, gradient, interleaved, 0);
-    }
-    for (; r < n_rows; r++, x += stride, u += stride, out += stride)
-        if (stream)
-            FN(map_rows)(x, u, out, 1, stride, length, c, map, gradient, interleaved, 1);
-        else
-            FN(map_rows)(x, u, out, 1, stride, length, c, map, gradient, interleaved, 0);
+#define DO_ROWS(rows)                                                                                                  \
+    do {                                                                                                               \
+        FN(map_rows)(x, u, out, next_x, next_u, rows, columns, c, gradient, stream);                                   \
+        x += (rows)*stride;                                                                                            \
+        u += (rows)*stride;                                                                                            \
+        out += (rows)*out_stride;                                                                                      \
+        if (next_x)                                                                                                    \
+            next_x += (rows)*columns->next_stride;                                                                     \
+        if (next_u)                                                                                                    \
+            next_u += (rows)*columns->next_stride;                                                                     \
+        r += (rows);                                                                                                   \
+    } while (0)
+    /* What comes from cache waits for instructions; what comes from memory is best read as one stream. */
+    if (!stream)
+        while (r + ROWS <= n_rows)
+            DO_ROWS(ROWS);
+    while (r < n_rows)
+        DO_ROWS(1);
+#undef DO_ROWS
 }
 
-static void FN(normalize_planar)(const void *x, void *out, ptrdiff_t n_rows, ptrdiff_t stride, ptrdiff_t length,
-                                 const bnfast_coefficients *c, int stream)
+static ALWAYS_INLINE void FN(map_planar)(const T *x, const T *u, T *out, const bnfast_runs *runs,
+                                         const bnfast_coefficients *c, ptrdiff_t ahead, int gradient, int stream)
 {
-    FN(map_all)(x, x, out, n_rows, stride, length, c, 0, 0, stream);
+    for (ptrdiff_t r = 0; r < runs->n_rows; r++, x += runs->stride, u += runs->stride, out += runs->stride)
+        FN(map_channels)(x, u, out, runs->n_channels, runs->length, c, ahead * (ptrdiff_t)sizeof(T), gradient, stream);
 }
 
-static void FN(normalize_interleaved)(const void *x, void *out, ptrdiff_t n_rows, ptrdiff_t stride, ptrdiff_t n_columns,
+static void FN(normalize_planar)(const void *x, void *out, const bnfast_runs *runs, const bnfast_coefficients *c,
+                                 int stream, ptrdiff_t ahead)
+{
+    if (stream)
+        FN(map_planar)(x, x, out, runs, c, ahead, 0, 1);
+    else
+        FN(map_planar)(x, x, out, runs, c, ahead, 0, 0);
+}
+
+static void FN(gradient_planar)(const void *x, const void *u, void *out, const bnfast_runs *runs,
+                                const bnfast_coefficients *c, int stream, ptrdiff_t ahead)
+{
+    if (stream)
+        FN(map_planar)(x, u, out, runs, c, ahead, 1, 1);
+    else
+        FN(map_planar)(x, u, out, runs, c, ahead, 1, 0);
+}
+
+static void FN(normalize_interleaved)(const void *x, void *out, const bnfast_columns *columns,
                                       const bnfast_coefficients *c, int stream)
 {
-    FN(map_all)(x, x, out, n_rows, stride, n_columns, c, 0, 1, stream);
+    if (stream)
+        FN(map_columns)(x, x, out, columns, c, 0, 1);
+    else
+        FN(map_columns)(x, x, out, columns, c, 0, 0);
 }
 
-static void FN(gradient_planar)(const void *x, const void *u, void *out, ptrdiff_t n_rows, ptrdiff_t stride,
-                                ptrdiff_t length, const bnfast_coefficients *c, int stream)
+static void FN(gradient_interleaved)(const void *x, const void *u, void *out, const bnfast_columns *columns,
+                                     const bnfast_coefficients *c, int stream)
 {
-    FN(map_all)(x, u, out, n_rows, stride, length, c, 1, 0, stream);
-}
-
-static void FN(gradient_interleaved)(const void *x, const void *u, void *out, ptrdiff_t n_rows, ptrdiff_t stride,
-                                     ptrdiff_t n_columns, const bnfast_coefficients *c, int stream)
-{
-    FN(map_all)(x, u, out, n_rows, stride, n_columns, c, 1, 1, stream);
+    if (stream)
+        FN(map_columns)(x, u, out, columns, c, 1, 1);
+    else
+        FN(map_columns)(x, u, out, columns, c, 1, 0);
 }
 
 static void FN(round_centers)(ptrdiff_t n, const double *restrict center, const double *restrict slope,

@@ -1,11 +1,16 @@
 /* The planar layout: (outer, channels, inner) with inner runs long enough for vectors.
  *
  * A channel is `outer` rows of `inner` elements, channels * inner apart. A segment is about SEGMENT elements of one
- * channel: a part of one row where rows are long, several rows where they are short. */
+ * channel: a part of one row where rows are long, several rows where they are short.
+ *
+ * What bounds the speed is memory, which reads and writes at the same time if it is asked to: so while a block of
+ * channels is written, the next is brought into cache. */
 
 #include "block.h"
 
-enum { SEGMENT = 4096 };
+/* Elements of a segment: many, as each costs a division or two; fewer for float64, whose sums have nothing wider to go to.
+ * TASKS: a thread, where there are enough channels. SWEEP: elements of a task where the channels do not matter. */
+enum { SEGMENT = 16384, SEGMENT_F64 = 4096, TASKS = 4, SWEEP = 1 << 16 };
 
 static ptrdiff_t least(ptrdiff_t a, ptrdiff_t b) { return a < b ? a : b; }
 
@@ -46,19 +51,21 @@ static void reduce(const bnfast_job *job, const bnfast_block *block, ptrdiff_t s
         job->kernels->moments_planar((const char *)job->x + offset, n_rows, row_stride(job), length, center, a, b);
 }
 
-static void apply(const bnfast_job *job, const bnfast_block *block, ptrdiff_t i, ptrdiff_t row, ptrdiff_t begin,
-                  ptrdiff_t n_rows, ptrdiff_t length)
+/* n_rows rows from `row` on, of n_channels channels from the block's i-th on; of one channel perhaps only `length`
+ * elements from `begin` on */
+static void apply(const bnfast_job *job, const bnfast_block *block, ptrdiff_t i, ptrdiff_t n_channels, ptrdiff_t row,
+                  ptrdiff_t n_rows, ptrdiff_t begin, ptrdiff_t length, ptrdiff_t ahead)
 {
     const ptrdiff_t offset =
         (row * row_stride(job) + (block->first + i) * job->inner + begin) * job->kernels->itemsize;
     const bnfast_coefficients c = bnfast_coefficients_at(job, &block->channel, i);
     const char *x = (const char *)(bnfast_maps_u_only(job) ? job->u : job->x) + offset;
     char *out = (char *)job->out + offset;
+    const bnfast_runs runs = {n_rows, row_stride(job), n_channels, length};
     if (bnfast_needs_gradient(job))
-        job->kernels->gradient_planar(x, (const char *)job->u + offset, out, n_rows, row_stride(job), length, &c,
-                                      job->stream);
+        job->kernels->gradient_planar(x, (const char *)job->u + offset, out, &runs, &c, job->stream, ahead);
     else
-        job->kernels->normalize_planar(x, out, n_rows, row_stride(job), length, &c, job->stream);
+        job->kernels->normalize_planar(x, out, &runs, &c, job->stream, ahead);
 }
 
 static void finish(const bnfast_job *job, const bnfast_block *block, ptrdiff_t i, ptrdiff_t n)
@@ -68,25 +75,51 @@ static void finish(const bnfast_job *job, const bnfast_block *block, ptrdiff_t i
     bnfast_finish(job, block, i, n);
 }
 
-/* All three steps for the index-th block of channels. */
-static void block_task(const bnfast_job *job, ptrdiff_t index, int thread)
+/* All three steps for channels first .. first+n-1; `ahead`: elements to those that come next, or 0 */
+static void do_block(const bnfast_job *job, ptrdiff_t first, ptrdiff_t n, ptrdiff_t ahead, char *scratch)
 {
-    const ptrdiff_t first = index * job->block_channels;
-    const bnfast_block block =
-        bnfast_block_in(job, job->workspace + thread * job->scratch_bytes, first,
-                        least(job->block_channels, job->channels - first), 1);
+    const bnfast_block block = bnfast_block_in(job, scratch, first, n, 1);
     if (bnfast_reduces(job)) {
         bnfast_prepare(job, &block);
-        for (ptrdiff_t i = 0; i < block.n; i++)
+        for (ptrdiff_t i = 0; i < n; i++)
             for (ptrdiff_t s = 0; s < job->n_segments; s++)
                 reduce(job, &block, s, i);
     }
-    finish(job, &block, 0, block.n);
+    finish(job, &block, 0, n);
     if (bnfast_applies(job))
-        for (ptrdiff_t i = 0; i < block.n; i++)
-            apply(job, &block, i, 0, 0, job->outer, job->inner);
+        apply(job, &block, 0, n, 0, job->outer, 0, job->inner, ahead);
+}
+
+/* Some neighbouring blocks, one after another. */
+static void blocks_task(const bnfast_job *job, ptrdiff_t index, int thread)
+{
+    const ptrdiff_t begin = index * job->task_channels, end = least(begin + job->task_channels, job->channels);
+    for (ptrdiff_t first = begin; first < end; first += job->block_channels) {
+        const ptrdiff_t n = least(job->block_channels, end - first);
+        do_block(job, first, n, first + n < end ? n * job->inner : 0, job->workspace + thread * job->scratch_bytes);
+    }
     if (job->stream)
         bnfast_stream_fence();
+}
+
+/* The array cut into about SWEEP neighbouring elements each: several rows; several channels of one row; or a piece of
+ * one channel's row. */
+typedef struct {
+    ptrdiff_t n_rows, n_channels, length; /* of a task */
+    ptrdiff_t parts, pieces;              /* of channels in a row, of a channel's row */
+} sweep;
+
+static ptrdiff_t at_least_one(ptrdiff_t n) { return n < 1 ? 1 : n; }
+
+static sweep sweep_of(const bnfast_job *job)
+{
+    sweep s;
+    s.length = least(job->inner, SWEEP);
+    s.n_channels = least(job->channels, at_least_one(SWEEP / job->inner));
+    s.n_rows = s.n_channels < job->channels || s.length < job->inner ? 1 : at_least_one(SWEEP / row_stride(job));
+    s.parts = (job->channels + s.n_channels - 1) / s.n_channels;
+    s.pieces = (job->inner + s.length - 1) / s.length;
+    return s;
 }
 
 static bnfast_block whole(const bnfast_job *job) { return bnfast_block_in(job, job->workspace, 0, job->channels, 1); }
@@ -113,42 +146,37 @@ static void finish_task(const bnfast_job *job, ptrdiff_t index, int thread)
     finish(job, &block, 0, block.n);
 }
 
-/* Backwards: what was reduced last is still in cache. */
+/* In the order of memory, whatever the channels. */
 static void apply_task(const bnfast_job *job, ptrdiff_t index, int thread)
 {
     (void)thread;
     const bnfast_block block = whole(job);
-    index = job->n_segments * job->channels - 1 - index;
-    const ptrdiff_t s = index / job->channels, i = index % job->channels;
-    ptrdiff_t row, begin, n_rows, length;
-    segment(job, s, &row, &begin, &n_rows, &length);
-    apply(job, &block, i, row, begin, n_rows, length);
+    const sweep s = sweep_of(job);
+    const ptrdiff_t begin = index % s.pieces * s.length, i = index / s.pieces % s.parts * s.n_channels,
+                    row = index / s.pieces / s.parts * s.n_rows;
+    apply(job, &block, i, least(s.n_channels, job->channels - i), row, least(s.n_rows, job->outer - row), begin,
+          least(s.length, job->inner - begin), 0);
     if (job->stream)
         bnfast_stream_fence();
 }
 
-void bnfast_plan_planar(bnfast_job *job)
+/* Blocks keep their channels in L2, what comes next included. */
+static void plan_blocks(bnfast_job *job, ptrdiff_t channel_bytes)
 {
-    const ptrdiff_t channel_bytes =
-        job->outer * job->inner * job->kernels->itemsize * (job->u && bnfast_reduces(job) ? 2 : 1);
-    job->fold = 1;
-    job->segment_length = least(job->inner, SEGMENT);
-    job->segment_rows = job->inner < SEGMENT ? SEGMENT / job->inner : 1;
-    job->n_segments = (job->outer + job->segment_rows - 1) / job->segment_rows * pieces_of_row(job);
-
-    job->merges = job->n_segments > 1;
-
     const int threads = job->n_threads;
-    if (threads == 1 || job->channels % threads == 0 || job->channels >= 4 * threads) {
-        ptrdiff_t n = bnfast_l2_bytes() / 4 / channel_bytes;
-        n = least(n, threads == 1 ? job->channels : (job->channels + 4 * threads - 1) / (4 * threads));
-        job->block_channels = n < 1 ? 1 : n;
-        job->scratch_bytes = bnfast_block_bytes(job, job->block_channels, 1);
-        job->workspace_bytes = job->scratch_bytes * threads;
-        job->phases[job->n_phases++] =
-            (bnfast_phase){block_task, (job->channels + job->block_channels - 1) / job->block_channels};
-        return;
-    }
+    const ptrdiff_t share = threads == 1 ? job->channels : (job->channels + TASKS * threads - 1) / (TASKS * threads);
+    const ptrdiff_t n = least(bnfast_l2_bytes() / 2 / channel_bytes, share);
+    job->block_channels = n < 1 ? 1 : n;
+    job->task_channels = share / job->block_channels * job->block_channels;
+    job->scratch_bytes = bnfast_block_bytes(job, job->block_channels, 1);
+    job->workspace_bytes = job->scratch_bytes * threads;
+    job->phases[job->n_phases++] =
+        (bnfast_phase){blocks_task, (job->channels + job->task_channels - 1) / job->task_channels};
+}
+
+/* Few channels, or nothing to reduce: each step for the whole array. */
+static void plan_phases(bnfast_job *job)
+{
     job->block_channels = job->channels;
     job->scratch_bytes = job->workspace_bytes = bnfast_block_bytes(job, job->channels, 1);
     if (bnfast_reduces(job)) {
@@ -156,6 +184,25 @@ void bnfast_plan_planar(bnfast_job *job)
         job->phases[job->n_phases++] = (bnfast_phase){reduce_task, job->n_segments * job->channels};
     }
     job->phases[job->n_phases++] = (bnfast_phase){finish_task, 1};
-    if (bnfast_applies(job))
-        job->phases[job->n_phases++] = (bnfast_phase){apply_task, job->n_segments * job->channels};
+    if (bnfast_applies(job)) {
+        const sweep s = sweep_of(job);
+        job->phases[job->n_phases++] =
+            (bnfast_phase){apply_task, s.pieces * s.parts * ((job->outer + s.n_rows - 1) / s.n_rows)};
+    }
+}
+
+void bnfast_plan_planar(bnfast_job *job)
+{
+    job->fold = 1;
+    const ptrdiff_t elements = job->kernels->itemsize == 4 ? SEGMENT : SEGMENT_F64;
+    job->segment_length = least(job->inner, elements);
+    job->segment_rows = job->inner < elements ? elements / job->inner : 1;
+    job->n_segments = (job->outer + job->segment_rows - 1) / job->segment_rows * pieces_of_row(job);
+    job->merges = job->n_segments > 1;
+
+    const int threads = job->n_threads;
+    if (bnfast_reduces(job) && (threads == 1 || job->channels % threads == 0 || job->channels >= 4 * threads))
+        plan_blocks(job, job->outer * job->inner * job->kernels->itemsize * (job->u ? 2 : 1));
+    else
+        plan_phases(job);
 }

@@ -26,8 +26,10 @@
 #define ALWAYS_INLINE inline __attribute__((always_inline))
 /* Asks for the cache line `bytes` past p; any address will do. */
 #define PREFETCH(p, bytes) __builtin_prefetch((const void *)((uintptr_t)(p) + (uintptr_t)(bytes)))
+#define PREFETCH_L2(p, bytes) __builtin_prefetch((const void *)((uintptr_t)(p) + (uintptr_t)(bytes)), 0, 2)
 #else
 #define ALWAYS_INLINE inline
+#define PREFETCH_L2(p, bytes) ((void)0)
 #define PREFETCH(p, bytes) ((void)0)
 #endif
 

@@ -16,16 +16,31 @@ typedef double FN(unaligned_wide) __attribute__((vector_size(VBYTES), aligned(8)
 #define VN ((ptrdiff_t)(VBYTES / sizeof(T)))
 #define WN ((ptrdiff_t)(VBYTES / sizeof(double)))
 static inline FN(vec) FN(set1)(T value) { return value - (FN(vec)){0}; } /* one broadcast; keeps the sign of zero */
+
+/* The first k lanes of a, the others of b. */
+static ALWAYS_INLINE FN(vec) FN(select)(ptrdiff_t k, FN(vec) a, FN(vec) b)
+{
+    typedef TI lanes __attribute__((vector_size(VBYTES)));
+    static const TI number[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    lanes index;
+    memcpy(&index, number, sizeof index);
+    const lanes from_a = index < (TI)k;
+    return (FN(vec))((from_a & (lanes)a) | (~from_a & (lanes)b));
+}
 #else
 typedef T FN(vec), FN(unaligned);
 typedef double FN(wide), FN(unaligned_wide);
 #define VN ((ptrdiff_t)1)
 #define WN ((ptrdiff_t)1)
 static inline FN(vec) FN(set1)(T value) { return value; }
+static inline FN(vec) FN(select)(ptrdiff_t k, FN(vec) a, FN(vec) b) { return k > 0 ? a : b; }
 #endif
 
 #define VU (VL / VN)
 #define WIDE_PER_VEC (VN / WN)
+
+/* Vectors of columns that are summed at once: as many as there are registers for. */
+#define COLUMN_VECTORS (VBYTES >= 64 ? 4 : VBYTES >= 32 ? 2 : 1)
 
 static inline FN(vec) FN(load)(const T *p) { return *(const FN(unaligned) *)p; }
 static inline void FN(store)(T *p, FN(vec) v) { *(FN(unaligned) *)p = v; }
@@ -74,6 +89,14 @@ static ALWAYS_INLINE FN(vec) FN(load_up_to)(const T *p, ptrdiff_t n, FN(vec) fil
     return FN(load_part)(p, n, fill);
 }
 
+static ALWAYS_INLINE void FN(store_up_to)(T *p, ptrdiff_t n, FN(vec) v)
+{
+    if (n == VN)
+        FN(store)(p, v);
+    else
+        FN(store_part)(p, n, v);
+}
+
 /* Elements from p to the next address a streaming store may take, at most n. */
 static inline ptrdiff_t FN(to_aligned)(const T *p, ptrdiff_t n)
 {
@@ -81,12 +104,11 @@ static inline ptrdiff_t FN(to_aligned)(const T *p, ptrdiff_t n)
     return head < n ? head : n;
 }
 
-/* wide: (VU * WIDE_PER_VEC,), VL lanes in float64, plus the VL lanes of a virtual vector */
-static ALWAYS_INLINE void FN(widen_add)(FN(wide) * wide, const FN(vec) *v)
+/* wide: (WIDE_PER_VEC,), the lanes of one vector in float64, plus those of v */
+static ALWAYS_INLINE void FN(widen_add)(FN(wide) * wide, FN(vec) v)
 {
-    for (int u = 0; u < VU; u++)
-        for (int k = 0; k < WIDE_PER_VEC; k++)
-            wide[u * WIDE_PER_VEC + k] += FN(widen)(v[u], k);
+    for (int k = 0; k < WIDE_PER_VEC; k++)
+        wide[k] += FN(widen)(v, k);
 }
 
 /* values[0..n) += the first n <= VN lanes of one native vector */
@@ -112,10 +134,15 @@ static inline double FN(fold_lanes)(double *lanes)
     return lanes[0];
 }
 
-static inline double FN(fold_wide)(const FN(wide) * wide)
+static inline double FN(fold_wide)(FN(wide) * wide)
 {
-    double lanes[64 / sizeof(T)];
-    for (int i = 0; i < VU * WIDE_PER_VEC; i++)
-        FN(store_wide)(lanes + i * WN, wide[i]);
-    return FN(fold_lanes)(lanes);
+    double lanes[WN];
+    for (ptrdiff_t half = VU * WIDE_PER_VEC / 2; half > 0; half /= 2)
+        for (ptrdiff_t i = 0; i < half; i++)
+            wide[i] += wide[i + half];
+    FN(store_wide)(lanes, wide[0]);
+    for (ptrdiff_t half = WN / 2; half > 0; half /= 2)
+        for (ptrdiff_t i = 0; i < half; i++)
+            lanes[i] += lanes[i + half];
+    return lanes[0];
 }

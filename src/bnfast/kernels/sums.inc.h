@@ -1,0 +1,208 @@
+/* The sums that all statistics are made of: of v and of v * (x - center), over rows of one channel (planar) or over the
+ * rows of some columns (interleaved). v is u in the backward pass, and x - center itself in the forward pass.
+ *
+ * A lane takes CHAIN terms in the data's dtype, in each of two chains so that additions need not wait for each other;
+ * then the chains are added and go to float64. Relative to the sum of the absolute terms the error of a sum is at most
+ * (CHAIN + 2) * 2^-24 for float32, 1e-8 typically, however many terms there are. */
+
+#define CHAIN 16
+#define FLUSH (2 * CHAIN)
+
+/* At most this many columns at once, so that what is gathered for them stays in cache; and this many rows, streams of
+ * memory that the hardware follows. */
+#define COLUMNS ((ptrdiff_t)(4096 / sizeof(T)))
+#define TILE_ROWS 8
+
+/* How far ahead of the sums memory is asked for: the sums of a block are not the simple stream that the hardware
+ * expects. */
+#define AHEAD_BYTES 2048
+
+struct FN(pair) {
+    FN(vec) sum, dot;
+};
+
+static ALWAYS_INLINE void FN(take)(struct FN(pair) * s, FN(vec) x, FN(vec) u, FN(vec) center, int with_u)
+{
+    const FN(vec) d = x - center, v = with_u ? u : d;
+    s->sum += v;
+    s->dot += v * d;
+}
+
+/* x, u: (n_rows, length), rows `stride` apart IN; u where with_u; sum, dot: scalars OUT */
+static ALWAYS_INLINE void FN(sums_of_rows)(const T *x, const T *u, ptrdiff_t n_rows, ptrdiff_t stride, ptrdiff_t length,
+                                           T center_value, int with_u, double *sum, double *dot)
+{
+    const FN(vec) center = FN(set1)(center_value), zero = FN(set1)(0);
+    struct FN(pair) chain[2][VU];
+    FN(wide) wide_sum[VU * WIDE_PER_VEC], wide_dot[VU * WIDE_PER_VEC];
+    memset(wide_sum, 0, sizeof wide_sum);
+    memset(wide_dot, 0, sizeof wide_dot);
+    memset(chain, 0, sizeof chain);
+    ptrdiff_t room = CHAIN; /* terms a chain may still take */
+#define FLUSH_CHAINS                                                                                                   \
+    if (room == 0) {                                                                                                   \
+        for (int k = 0; k < VU; k++) {                                                                                 \
+            FN(widen_add)(wide_sum + k * WIDE_PER_VEC, chain[0][k].sum + chain[1][k].sum);                             \
+            FN(widen_add)(wide_dot + k * WIDE_PER_VEC, chain[0][k].dot + chain[1][k].dot);                             \
+        }                                                                                                              \
+        memset(chain, 0, sizeof chain);                                                                                \
+        room = CHAIN;                                                                                                  \
+    }
+    for (ptrdiff_t r = 0; r < n_rows; r++) {
+        const T *row = x + r * stride, *row_u = u + r * stride;
+        ptrdiff_t left = length;
+        while (left >= 2 * VL) {
+            const ptrdiff_t steps = left / (2 * VL) < room ? left / (2 * VL) : room;
+            for (ptrdiff_t s = 0; s < steps; s++, row += 2 * VL, row_u += 2 * VL)
+                for (int i = 0; i < 2; i++) {
+                    PREFETCH(row + i * VL, AHEAD_BYTES);
+                    if (with_u)
+                        PREFETCH(row_u + i * VL, AHEAD_BYTES);
+                    for (int k = 0; k < VU; k++)
+                        FN(take)(&chain[i][k], FN(load)(row + i * VL + k * VN),
+                                 with_u ? FN(load)(row_u + i * VL + k * VN) : zero, center, with_u);
+                }
+            left -= steps * 2 * VL;
+            room -= steps;
+            FLUSH_CHAINS
+        }
+        if (left > 0) {
+            for (int i = 0; i < 2 && left > i * VL; i++)
+                for (int k = 0; k < VU; k++) {
+                    const ptrdiff_t j = i * VL + k * VN;
+                    FN(vec) u_values = zero;
+                    if (with_u)
+                        u_values = FN(load_part)(row_u + j, left - j, zero);
+                    FN(take)(&chain[i][k], FN(load_part)(row + j, left - j, center), u_values, center, with_u);
+                }
+            room -= 1;
+            FLUSH_CHAINS
+        }
+    }
+    room = 0;
+    FLUSH_CHAINS
+#undef FLUSH_CHAINS
+    *sum = FN(fold_wide)(wide_sum);
+    *dot = FN(fold_wide)(wide_dot);
+}
+
+/* Chains of many columns: 0 and 1, of sums and of dots. They are in memory between tiles. */
+struct FN(chains) {
+    T sum[2][COLUMNS], dot[2][COLUMNS];
+};
+
+/* Adds a tile of at most TILE_ROWS rows to the chains of `vectors` vectors of columns from c on, or of n < VN columns.
+ * packed_x, packed_u: (n_rows, .) OUT, rows `packed_stride` apart, the same elements again; or NULL */
+static ALWAYS_INLINE void FN(sums_of_tile)(const T *x, const T *u, ptrdiff_t n_rows, ptrdiff_t stride, T *packed_x,
+                                           T *packed_u, ptrdiff_t packed_stride, const T *centers, ptrdiff_t c,
+                                           int vectors, ptrdiff_t n, int with_u, struct FN(chains) * chains)
+{
+    const FN(vec) zero = FN(set1)(0);
+    FN(vec) center[COLUMN_VECTORS];
+    struct FN(pair) chain[2][COLUMN_VECTORS];
+    for (int k = 0; k < vectors; k++) {
+        center[k] = FN(load_up_to)(centers + c + k * VN, n, zero);
+        for (int i = 0; i < 2; i++) {
+            chain[i][k].sum = FN(load)(chains->sum[i] + c + k * VN);
+            chain[i][k].dot = FN(load)(chains->dot[i] + c + k * VN);
+        }
+    }
+    x += c;
+    u += c;
+    if (packed_x) {
+        packed_x += c;
+        packed_u += c;
+    }
+#define TAKE_ROW(i)                                                                                                    \
+    for (int k = 0; k < vectors; k++) {                                                                                \
+        PREFETCH_L2(x + k * VN, 2 * TILE_ROWS * stride * (ptrdiff_t)sizeof(T));                                            \
+        const FN(vec) x_values = FN(load_up_to)(x + k * VN, n, center[k]);                                             \
+        FN(vec) u_values = zero;                                                                                       \
+        if (packed_x)                                                                                                  \
+            FN(store_up_to)(packed_x + k * VN, n, x_values);                                                           \
+        if (with_u) {                                                                                                  \
+            PREFETCH_L2(u + k * VN, 2 * TILE_ROWS * stride * (ptrdiff_t)sizeof(T));                                        \
+            u_values = FN(load_up_to)(u + k * VN, n, zero);                                                            \
+            if (packed_x)                                                                                              \
+                FN(store_up_to)(packed_u + k * VN, n, u_values);                                                       \
+        }                                                                                                              \
+        FN(take)(&chain[i][k], x_values, u_values, center[k], with_u);                                                 \
+    }                                                                                                                  \
+    x += stride;                                                                                                       \
+    u += stride;                                                                                                       \
+    if (packed_x) {                                                                                                    \
+        packed_x += packed_stride;                                                                                     \
+        packed_u += packed_stride;                                                                                     \
+    }
+    ptrdiff_t t = 0;
+    for (; t + 2 <= n_rows; t += 2) {
+        TAKE_ROW(0)
+        TAKE_ROW(1)
+    }
+    if (t < n_rows) {
+        TAKE_ROW(0)
+    }
+#undef TAKE_ROW
+    for (int k = 0; k < vectors; k++)
+        for (int i = 0; i < 2; i++) {
+            FN(store)(chains->sum[i] + c + k * VN, chain[i][k].sum);
+            FN(store)(chains->dot[i] + c + k * VN, chain[i][k].dot);
+        }
+}
+
+/* The chains go to float64, and begin again. */
+static void FN(flush_chains)(struct FN(chains) * chains, ptrdiff_t n_columns, double *sum, double *dot)
+{
+    const FN(vec) zero = FN(set1)(0);
+    for (ptrdiff_t c = 0; c < n_columns; c += VN) {
+        const ptrdiff_t n = n_columns - c < VN ? n_columns - c : VN;
+        FN(widen_add_columns)(sum + c, FN(load)(chains->sum[0] + c) + FN(load)(chains->sum[1] + c), n);
+        FN(widen_add_columns)(dot + c, FN(load)(chains->dot[0] + c) + FN(load)(chains->dot[1] + c), n);
+        for (int i = 0; i < 2; i++) {
+            FN(store)(chains->sum[i] + c, zero);
+            FN(store)(chains->dot[i] + c, zero);
+        }
+    }
+}
+
+static ALWAYS_INLINE void FN(sums_of_columns_as)(const T *x, const T *u, ptrdiff_t n_rows, ptrdiff_t stride, T *packed_x,
+                                                 T *packed_u, ptrdiff_t packed_stride, ptrdiff_t n_columns,
+                                                 const T *centers, int with_u, double *sum, double *dot)
+{
+    struct FN(chains) chains;
+    for (ptrdiff_t c = 0; c < n_columns; c++)
+        sum[c] = dot[c] = 0.0;
+    for (int i = 0; i < 2; i++) {
+        memset(chains.sum[i], 0, (size_t)(n_columns + VN - 1) / VN * VN * sizeof(T));
+        memset(chains.dot[i], 0, (size_t)(n_columns + VN - 1) / VN * VN * sizeof(T));
+    }
+    for (ptrdiff_t r = 0; r < n_rows; r += TILE_ROWS) {
+        const ptrdiff_t rows = n_rows - r < TILE_ROWS ? n_rows - r : TILE_ROWS;
+        ptrdiff_t c = 0;
+#define TILE(vectors, n)                                                                                               \
+    FN(sums_of_tile)(x + r * stride, u + r * stride, rows, stride, packed_x ? packed_x + r * packed_stride : NULL,     \
+                     packed_x ? packed_u + r * packed_stride : NULL, packed_stride, centers, c, vectors, n, with_u,    \
+                     &chains)
+        for (; c + COLUMN_VECTORS * VN <= n_columns; c += COLUMN_VECTORS * VN)
+            TILE(COLUMN_VECTORS, VN);
+        for (; c + VN <= n_columns; c += VN)
+            TILE(1, VN);
+        if (c < n_columns)
+            TILE(1, n_columns - c);
+#undef TILE
+        if ((r + TILE_ROWS) % FLUSH == 0 || r + TILE_ROWS >= n_rows)
+            FN(flush_chains)(&chains, n_columns, sum, dot);
+    }
+}
+
+/* x, u: (n_rows, n_columns <= COLUMNS), rows `stride` apart IN; centers: (n_columns,) IN; sum, dot: (n_columns,) OUT;
+ * packed_x, packed_u: NULL, or (n_rows, n_columns) with rows packed_stride apart OUT */
+static ALWAYS_INLINE void FN(sums_of_columns)(const T *x, const T *u, ptrdiff_t n_rows, ptrdiff_t stride, T *packed_x,
+                                              T *packed_u, ptrdiff_t packed_stride, ptrdiff_t n_columns, const T *centers,
+                                              int with_u, double *sum, double *dot)
+{
+    if (packed_x)
+        FN(sums_of_columns_as)(x, u, n_rows, stride, packed_x, packed_u, packed_stride, n_columns, centers, with_u, sum, dot);
+    else
+        FN(sums_of_columns_as)(x, u, n_rows, stride, NULL, NULL, 0, n_columns, centers, with_u, sum, dot);
+}
