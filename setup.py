@@ -101,7 +101,10 @@ install libomp-dev.
 
 extension = Extension(
     "bnfast._core",
-    sources=["src/bnfast/_core.pyx", "src/bnfast/openmp.c", *(f"src/bnfast/kernels/{name}.c" for name in KERNELS)],
+    sources=[
+        *("src/bnfast/_core.pyx", "src/bnfast/openmp.c", "src/bnfast/blas.c"),
+        *(f"src/bnfast/kernels/{name}.c" for name in KERNELS),
+    ],
     depends=[str(path) for path in sorted(Path("src/bnfast").rglob("*.h"))],
     include_dirs=["src/bnfast", numpy.get_include()],
     define_macros=[("NPY_NO_DEPRECATED_API", "NPY_2_0_API_VERSION"), ("NPY_TARGET_VERSION", "NPY_2_0_API_VERSION")],

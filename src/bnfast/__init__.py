@@ -10,6 +10,7 @@ from . import _runtime as _runtime  # first: it loads the extension
 # isort: on
 from . import functional
 from ._config import __version__, config, show_config
+from .blas import share_blas_threads
 from .layer import BatchNorm
 from .moments import Moments, moments
 from .state import StateError
@@ -26,5 +27,6 @@ __all__ = [
     "moments",
     "num_threads",
     "set_num_threads",
+    "share_blas_threads",
     "show_config",
 ]

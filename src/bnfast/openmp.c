@@ -184,6 +184,22 @@ int bnfast_openmp_enter(int budget)
     return possible_team(team);
 }
 
+int bnfast_openmp_run_together(int n, void (*job)(int i, void *context), void *context)
+{
+    int together = 0;
+    if (forked_serial || omp_in_parallel() || possible_team(n) < n)
+        return 0;
+    atomic_add(1);
+#pragma omp parallel num_threads(n)
+    if (omp_get_num_threads() == n) { /* less: OMP_THREAD_LIMIT, OMP_DYNAMIC; the same for all that are here */
+        if (omp_get_thread_num() == 0)
+            together = 1;
+        job(omp_get_thread_num(), context);
+    }
+    atomic_add(-1);
+    return together;
+}
+
 #else /* no OpenMP */
 
 long bnfast_openmp_version(void) { return 0; }
@@ -194,6 +210,10 @@ void bnfast_openmp_init(void) {}
 int bnfast_openmp_fork_handled(void) { return 1; }
 void bnfast_openmp_handle_fork(int on) { (void)on; }
 int bnfast_openmp_enter(int budget) { return (void)budget, atomic_add(1), 1; }
+int bnfast_openmp_run_together(int n, void (*job)(int i, void *context), void *context)
+{
+    return (void)n, (void)job, (void)context, 0;
+}
 
 #endif
 

@@ -22,6 +22,10 @@ int bnfast_openmp_enter(int budget);
 void bnfast_openmp_leave(void);
 int bnfast_openmp_take_shortage(void);    /* whether, since the last time this was asked, threads could not be started */
 
+/* Runs job(i, context) for i = 0 .. n - 1, each on a thread of its own and all at the same time. Returns whether it
+ * did; if a team of n cannot be had it returns 0 and has run nothing. */
+int bnfast_openmp_run_together(int n, void (*job)(int i, void *context), void *context);
+
 /* Control bits of the float environment (rounding, flush to zero). Workers start with their own, so each task
  * takes the caller's. */
 unsigned long long bnfast_float_control(void);
