@@ -102,7 +102,7 @@ install libomp-dev.
 extension = Extension(
     "bnfast._core",
     sources=[
-        *("src/bnfast/_core.pyx", "src/bnfast/openmp.c", "src/bnfast/blas.c"),
+        *(f"src/bnfast/{name}" for name in ("_core.pyx", "openmp.c", "rivals.c", "blas.c")),
         *(f"src/bnfast/kernels/{name}.c" for name in KERNELS),
     ],
     depends=[str(path) for path in sorted(Path("src/bnfast").rglob("*.h"))],

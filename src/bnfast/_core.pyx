@@ -95,6 +95,11 @@ cdef extern from "openmp.h" nogil:
     unsigned long long bnfast_float_control() noexcept
     void bnfast_set_float_control(unsigned long long control) noexcept
 
+cdef extern from "rivals.h" nogil:
+    void bnfast_rivals_init() noexcept
+    void bnfast_rivals_exclude_me() noexcept
+    int bnfast_rivals_leave(int team, long long elements) noexcept
+
 cdef extern from "blas.h" nogil:
     int bnfast_blas_supported() noexcept
     int bnfast_blas_share(uintptr_t set_callback, uintptr_t exec_blas, uintptr_t callback, uintptr_t num_threads,
@@ -107,6 +112,7 @@ cdef extern from "blas.h" nogil:
     void bnfast_blas_break(int what) noexcept
 
 bnfast_openmp_init()
+bnfast_rivals_init()
 bnfast_read_caches()
 
 # Work of fewer elements than this is done at once by the calling thread, which keeps the GIL.
@@ -115,7 +121,8 @@ cdef Py_ssize_t SMALL = 1 << 16
 # What a thread of a team should at least have to do, in elements.
 cdef Py_ssize_t SHARE = 1 << 15
 
-# () -> int: how many threads a call may use; set by threads.py, asked only for work that is not small.
+# () -> (int, bool): how many threads a call may use, and whether the user has said so; set by threads.py, asked only
+# for work that is not small.
 cdef object thread_budget = None
 
 
@@ -422,8 +429,18 @@ cdef void run(bnfast_job *job, int n_threads, unsigned long long control) noexce
                 job.phases[phase].task(job, i, 0)
         else:
             for i in prange(n, schedule="dynamic", chunksize=1, num_threads=n_threads):
+                bnfast_rivals_exclude_me()
                 bnfast_set_float_control(control)
                 job.phases[phase].task(job, i, threadid())
+
+
+cdef int team_for(Py_ssize_t elements) except -1:
+    """How many threads the calling thread may use for work that is not small."""
+    cdef int budget
+    cdef bint chosen_by_user
+    budget, chosen_by_user = thread_budget()
+    budget = min(budget, max(1, elements // SHARE))
+    return budget if chosen_by_user else bnfast_rivals_leave(budget, elements)
 
 
 cdef int compute(bnfast_job *job, cnp.ndarray x) except -1:
@@ -434,7 +451,7 @@ cdef int compute(bnfast_job *job, cnp.ndarray x) except -1:
     job.kernels = bnfast_active(cnp.PyArray_ITEMSIZE(x))
     job.n_threads = 1
     if not small:
-        job.n_threads = bnfast_openmp_enter(min(thread_budget(), max(1, elements // SHARE)))
+        job.n_threads = bnfast_openmp_enter(team_for(elements))
     bnfast_plan(job)
     memory = <char *>PyMem_RawMalloc(job.workspace_bytes + 64)
     if memory == NULL:

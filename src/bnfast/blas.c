@@ -19,6 +19,7 @@
 #include "blas.h"
 
 #include "openmp.h"
+#include "rivals.h"
 
 #if defined(__linux__)
 
@@ -69,6 +70,7 @@ static void run_job(int i, void *context)
 {
     const call_t *call = context;
     pthread_setspecific(inside, call);
+    bnfast_rivals_exclude_me();
     bnfast_set_float_control(call->control);
     call->run(call->first_place + i, call->jobs + (size_t)i * call->job_bytes, call->data);
     pthread_setspecific(inside, NULL);

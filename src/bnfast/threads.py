@@ -10,7 +10,8 @@ The first of these that says something counts:
 
 Below 3, what OpenMP itself would use in the calling thread is a limit too, so that threadpoolctl's limits hold.
 OMP_THREAD_LIMIT always is. A call on little data uses one thread whatever is said here, and when several Python
-threads call at once they share the number. No result depends on it: the bits are the same for every number of
+threads call at once they share the number. Where the user has said nothing (5), CPUs that other threads of the process
+are using are left to them. No result depends on it: the bits are the same for every number of
 threads.
 """
 
@@ -144,11 +145,13 @@ def thread_budget() -> tuple[int, str]:
     return (max(1, n), why) if n <= limit else (limit, "OMP_THREAD_LIMIT")
 
 
-def _only_the_number() -> int:
-    return thread_budget()[0]
+def _number_and_whether_chosen() -> tuple[int, bool]:
+    n, _ = thread_budget()
+    chosen = _context.get() is not None or _process is not None or _environment is not None
+    return n, chosen or "OMP_NUM_THREADS" in os.environ
 
 
-_core.set_thread_budget(_only_the_number)
+_core.set_thread_budget(_number_and_whether_chosen)
 
 
 # --- what the operating system grants ---------------------------------------------------------------------
