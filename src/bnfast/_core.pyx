@@ -434,7 +434,7 @@ cdef void run(bnfast_job *job, int n_threads, unsigned long long control) noexce
                 job.phases[phase].task(job, i, threadid())
 
 
-cdef int team_for(Py_ssize_t elements) except -1:
+cpdef int team_for(Py_ssize_t elements) except -1:
     """How many threads the calling thread may use for work that is not small."""
     cdef int budget
     cdef bint chosen_by_user
