@@ -55,7 +55,7 @@ EXPECTED = bits(product())
 
 
 def run_script(body, tmp_path, *, fails=False, seconds=TIME_LIMIT, **environment):
-    """Output of a script, "hangs", or (if it may fail) "crashes"; two BLAS threads unless `environment` says otherwise."""
+    """Output of a script, "hangs", or (if it may fail) "crashes"; two BLAS threads unless `environment` says more."""
     script = tmp_path / "script.py"
     script.write_text(HEAD + body)
     env = {name: value for name, value in os.environ.items() if not name.startswith(("BNFAST_", "OMP_", "GOMP_"))}

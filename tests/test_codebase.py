@@ -40,14 +40,17 @@ MAY_IMPORT = {
     "state": set(),
     "reference": set(),
     "threads": {"_checks", "_core"},
+    "blas": {"_core"},
     "functional": {"_core"},
     "moments": {"_checks", "_core"},
-    "_config": {"_core", "_runtime", "threads"},
+    "_config": {"_core", "_runtime", "blas", "threads"},
     "layer": {"_checks", "_core", "functional", "moments", "state"},
     "scaler": {"_core", "functional", "moments", "state"},
     "gradient": {"functional", "moments"},
     "demo": {"layer"},
-    "__init__": {"_config", "_runtime", "functional", "gradient", "layer", "moments", "scaler", "state", "threads"},
+    "__init__": {
+        *("_config", "_runtime", "blas", "functional", "gradient", "layer", "moments", "scaler", "state", "threads"),
+    },
     "__main__": {"__init__", "demo"},
 }
 OTHER_PACKAGES = {"demo": {"numpy", "sklearn", "matplotlib", "tqdm", "threadpoolctl"}}  # the rest: NumPy
@@ -267,13 +270,14 @@ def test_the_compiler_may_not_contract():
 
 @needs_sources
 def test_there_is_one_parallel_loop():
+    """And one parallel region, for OpenBLAS's jobs."""
     loops = []
     for path in [*SOURCES.rglob("*.pyx"), *SOURCES.rglob("*.pxd"), *SOURCES.rglob("*.pxi")]:
         code = re.sub(r'""".*?"""|#[^\n]*', "", path.read_text(encoding="utf-8"), flags=re.DOTALL)
         loops += [path.name] * len(re.findall(r"\bprange\s*\(|\bparallel\s*\(", code))
     for path in SOURCES.rglob("*.[ch]"):
         loops += [path.name] * len(OPENMP_PRAGMA.findall(c_code(path)))
-    assert loops == ["_core.pyx"]
+    assert loops == ["_core.pyx", "openmp.c"]
 
 
 @needs_sources
@@ -328,13 +332,15 @@ PUBLIC = {
     "set_num_threads": "(n)",
     "get_num_threads": "()",
     "num_threads": "(n)",
+    "share_blas_threads": "()",
+    "share_blas_threads.close": "(self)",
     "show_config": "()",
     "config": "()",
     "__version__": None,
 }
 ALWAYS_THERE = {
     "BatchNorm", "functional", "moments", "Moments", "set_num_threads", "get_num_threads", "num_threads",
-    "show_config", "config", "__version__", "StateError",
+    "share_blas_threads", "show_config", "config", "__version__", "StateError",
 }  # fmt: skip
 
 

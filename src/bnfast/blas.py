@@ -39,8 +39,8 @@ class share_blas_threads:
 
     Takes effect at once, for every copy of OpenBLAS that is loaded; import SciPy first if it is to be included (or
     call this again later). Results stay the same, and so do the numbers of threads: OpenBLAS's is its own
-    (OPENBLAS_NUM_THREADS, threadpoolctl). Only matrix products of one Python thread at a time run; others wait for
-    their turn. LU factorisation (`linalg.solve`, `inv`, `det`) keeps a part of its work on OpenBLAS's own threads.
+    (OPENBLAS_NUM_THREADS, threadpoolctl). The products of several Python threads run one after another. LU
+    factorisation (`linalg.solve`, `inv`, `det`) keeps a part of its work on OpenBLAS's own threads and gets slower.
 
     Lasts until `close()` of the object returned, or until the end of a `with` block; for ever if neither comes. Calls
     may be nested and closed in any order: the last one that is closed ends it. `config()["blas"]` shows what is shared.
@@ -72,7 +72,10 @@ class share_blas_threads:
             raise RuntimeError(f"share_blas_threads: too many copies of OpenBLAS ({len(found)})")
 
     def close(self) -> None:
-        """Give OpenBLAS its own threads back. Calls that are running end as they began; a second `close` does nothing."""
+        """Give OpenBLAS its own threads back.
+
+        Calls that are running end as they began. A second `close` does nothing.
+        """
         _core.blas_release(self._shared)
 
     def __enter__(self) -> "share_blas_threads":
@@ -133,7 +136,7 @@ def _examined(path: str, library: ctypes.CDLL, get_config: int) -> BlasCopy:
     elif callback and ctypes.c_void_p.from_address(callback).value and _core.blas_state(set_callback)[0] != "shared":
         obstacle = "another package runs its jobs"
     elif (threads := ctypes.c_int.from_address(num_threads).value) > (places + 1) // 2:
-        obstacle = f"it has {threads} threads and was built for {places}; set OPENBLAS_NUM_THREADS to at most half of that"
+        obstacle = f"it has {threads} threads; set OPENBLAS_NUM_THREADS to at most {(places + 1) // 2} before the start"
     addresses = None if obstacle else (set_callback, exec_blas, callback, num_threads, places)
     return BlasCopy(path, version[0] if version else "OpenBLAS", addresses, obstacle)
 

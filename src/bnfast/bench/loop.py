@@ -8,6 +8,7 @@ the sum of the two alone, and (b) whole training steps of a perceptron. Each con
 import contextlib
 import importlib
 import itertools
+import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple, Protocol
@@ -29,6 +30,7 @@ __all__ = ["measure_loops", "table"]
 Array = NDArray[Any]
 
 SAMPLE_SECONDS = 0.1
+QUIET_SECONDS = 0.25  # longer than the threads of any library spin after their last work
 BATCH, WIDTHS, RATE = 512, (784, 1024, 1024, 1024, 10), 0.1
 CHECKED_STEPS = 3
 
@@ -44,7 +46,10 @@ class Pair:
     def __init__(self, share: bool) -> None:
         self._sharing = contextlib.ExitStack()
         if share:
-            self._sharing.enter_context(getattr(bnfast, "share_blas_threads")())  # noqa: B009 (not in every version)
+            try:
+                self._sharing.enter_context(bnfast.share_blas_threads())
+            except RuntimeError as error:
+                raise Unavailable(str(error)) from None
 
     def tasks(self) -> dict[str, Operation]:
         """What to time."""
@@ -215,8 +220,7 @@ def configurations(threads: int | None) -> tuple[list[Configuration], list[Confi
         Configuration("bnfast, 1 thread", "loop:Pair", {"share": False}, {**given, "BNFAST_NUM_THREADS": "1"}),
         Configuration(several, "loop:Pair", {"share": False}, given),
     ]
-    if hasattr(bnfast, "share_blas_threads"):
-        pairs.append(Configuration(f"{several}, shared with BLAS", "loop:Pair", {"share": True}, given))
+    pairs.append(Configuration(f"{several}, shared with BLAS", "loop:Pair", {"share": True}, given))
     steps = [
         Configuration("NumPy with bnfast", "loop:Training", {"kind": "bnfast"}, given),
         Configuration("NumPy alone", "loop:Training", {"kind": "numpy"}, given),
@@ -273,6 +277,7 @@ def take_turns(
             for name in order[start:] + order[:start]:
                 worker, operations = workers[name]
                 for operation in operations:
+                    time.sleep(QUIET_SECONDS)  # a part alone is not beside the threads of the part before
                     answer = worker.ask("measure", operation=operation, samples=samples, budget=1.0)
                     seconds.setdefault((name, operation), []).extend(answer["seconds"])
                 tick()
