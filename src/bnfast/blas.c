@@ -1,7 +1,7 @@
 /* OpenBLAS's parallel jobs on the OpenMP threads of bnfast.
  *
  * With openblas_set_threads_callback_function OpenBLAS hands the jobs of a call to a function instead of to threads of
- * its own. What it expects of that function is not written down; read in its sources (0.3.27 to 0.3.31):
+ * its own. What it expects of that function is not written down; read in its sources (0.3.29 to 0.3.31):
  *
  * 1. All jobs have to run at the same time: those of a matrix product wait for each other in a loop. So no job is
  *    started before there is a thread for each: a team of that size, else as many new threads, else the call is given

@@ -15,6 +15,9 @@ from . import _core
 
 __all__ = ["BlasCopy", "blas_copies", "share_blas_threads"]
 
+# 0.3.28 can hand its jobs over, and has no buffers for those in the last places: it crashes.
+_OLDEST = (0, 3, 29)
+
 
 class BlasCopy(NamedTuple):
     """A copy of OpenBLAS in this process."""
@@ -117,7 +120,7 @@ def _examined(path: str, library: ctypes.CDLL, get_config: int) -> BlasCopy:
     if not get_config:
         return BlasCopy(path, "another library", None, "only OpenBLAS can share")
     config = (ctypes.CFUNCTYPE(ctypes.c_char_p)(get_config)() or b"").decode("utf-8", "replace")
-    version = re.match(r"OpenBLAS \S+", config)
+    version = re.match(r"OpenBLAS (\d+)\.(\d+)\.(\d+)\S*", config)
     built_for = re.search(r"MAX_THREADS=(\d+)", config)
     places = int(built_for[1]) if built_for else 0
     set_callback = _address(library, "openblas_set_threads_callback_function")
@@ -127,8 +130,10 @@ def _examined(path: str, library: ctypes.CDLL, get_config: int) -> BlasCopy:
     get_parallel = _address(library, "openblas_get_parallel")
 
     obstacle = ""
-    if not set_callback:
-        obstacle = "it has no openblas_set_threads_callback_function (OpenBLAS 0.3.27 and later do)"
+    if version is None or tuple(map(int, version.groups())) < _OLDEST:
+        obstacle = "expected 0.3.29 or later"
+    elif not set_callback:
+        obstacle = "it has no openblas_set_threads_callback_function"
     elif not (exec_blas and num_threads and places and get_parallel):
         obstacle = "it does not show exec_blas, blas_num_threads or MAX_THREADS"
     elif ctypes.CFUNCTYPE(ctypes.c_int)(get_parallel)() != 1:
