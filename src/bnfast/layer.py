@@ -9,7 +9,7 @@ no lock.
 import math
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from typing import Any, NamedTuple, Self, SupportsIndex
+from typing import Any, Literal, NamedTuple, Self, SupportsIndex
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
@@ -18,6 +18,7 @@ from . import _core
 from ._checks import integer
 from .functional import Array, Statistics
 from .moments import Moments
+from .report import StatisticsReport
 from .state import StateError
 
 __all__ = ["BatchNorm"]
@@ -33,8 +34,16 @@ class _Forward(NamedTuple):
     overwritten_by: str | None  # the argument that has since been written into the memory of x
 
 
+class _Averaged(NamedTuple):
+    """The running statistics, set aside while the exact ones are in use."""
+
+    mean: Statistics
+    var: Statistics
+    batches: int
+
+
 class _State(NamedTuple):
-    running_mean: Statistics | None
+    running_mean: Statistics | None  # these three are in use, whichever they are
     running_var: Statistics | None
     num_batches_tracked: int
     forward: _Forward | None = None
@@ -43,11 +52,41 @@ class _State(NamedTuple):
     calibration: object = None  # the one that what is gathered belongs to
     gathered: Moments | None = None
     gathered_batches: int = 0
+    exact: Moments | None = None
+    exact_batches: int = 0
+    averaged: _Averaged | None = None  # if the exact ones are in use
 
     def with_rest_of(self, state: "_State") -> "_State":
-        """These running statistics, all else from `state`."""
+        """These statistics, all else from `state`."""
         return state._replace(
-            running_mean=self.running_mean, running_var=self.running_var, num_batches_tracked=self.num_batches_tracked
+            running_mean=self.running_mean,
+            running_var=self.running_var,
+            num_batches_tracked=self.num_batches_tracked,
+            exact=self.exact,
+            exact_batches=self.exact_batches,
+            averaged=self.averaged,
+        )
+
+    def running(self) -> _Averaged | None:
+        """The averaged statistics, in use or not; None if the layer has none."""
+        if self.averaged is not None or self.running_mean is None or self.running_var is None:
+            return self.averaged
+        return _Averaged(self.running_mean, self.running_var, self.num_batches_tracked)
+
+    def using_running(self) -> "_State":
+        if self.averaged is None:
+            return self
+        mean, var, batches = self.averaged
+        return self._replace(running_mean=mean, running_var=var, num_batches_tracked=batches, averaged=None)
+
+    def using_exact(self, exact: Moments, batches: int, ddof: int) -> "_State":
+        return self._replace(
+            running_mean=exact.mean.copy(),
+            running_var=exact.var(ddof),
+            num_batches_tracked=batches,
+            exact=exact,
+            exact_batches=batches,
+            averaged=self.running(),
         )
 
     def gather(self, calibration: object, batch: Moments) -> "_State":
@@ -242,7 +281,16 @@ class BatchNorm:
         mean, var = _core.updated_running(
             state.running_mean, state.running_var, forward.mean, m2, count, factor, self.unbiased_running_var
         )
-        return _State(mean, var, batches, forward, state.grad_gamma, state.grad_beta)
+        return state._replace(  # from here on these are the running ones, whatever they were before
+            running_mean=mean,
+            running_var=var,
+            num_batches_tracked=batches,
+            forward=forward,
+            calibration=None,
+            gathered=None,
+            gathered_batches=0,
+            averaged=None,
+        )
 
     def _after_eval(self, state: _State, forward: _Forward, calibration: object, batch: Moments | None) -> _State:
         """The state after a forward with the running statistics; `batch`: what the calibration gathers of it."""
@@ -340,7 +388,8 @@ class BatchNorm:
 
         The statistics of everything that passes, however many batches of whatever sizes: the mean and variance of
         the concatenated data (not an average of the batches' variances). Meanwhile the running statistics stay as
-        they are, and the layer normalises as its mode says. An exception inside leaves them as they were.
+        they are, and the layer normalises as its mode says. An exception inside leaves them as they were. The averages
+        collected in training are kept: `use_statistics("running")` takes them back, `statistics_report` compares.
 
         Raises
         ------
@@ -357,8 +406,7 @@ class BatchNorm:
         >>> bn.running_mean, bn.running_var
         (array([2.5]), array([3.5]))
         """
-        if not self.track_running_stats:
-            raise RuntimeError("calibrate: expected a layer with running statistics, got track_running_stats=False")
+        self._need_statistics("calibrate")
         return _core.Calibration(self)
 
     def _finish_calibration(self, calibration: object) -> None:
@@ -368,16 +416,128 @@ class BatchNorm:
             gathered = state.gathered if state.calibration is calibration else None
             if gathered is None or gathered.count < 2:
                 raise RuntimeError("calibrate: expected at least 2 values a channel to pass through the layer")
-            return state._replace(
-                running_mean=gathered.mean.copy(),
-                running_var=gathered.var(ddof=1 if self.unbiased_running_var else 0),
-                num_batches_tracked=state.gathered_batches,
-                calibration=None,
-                gathered=None,
-                gathered_batches=0,
-            )
+            state = state.using_exact(gathered, state.gathered_batches, self._ddof)
+            return state._replace(calibration=None, gathered=None, gathered_batches=0)
 
         self._exchange(after)
+
+    def use_statistics(self, which: Literal["running", "exact"] | Moments) -> Self:
+        """Choose what eval mode normalises with, without losing the other; returns the layer.
+
+        What is in use is what `running_mean`, `running_var`, `num_batches_tracked` and `state_dict` show. After
+        `calibrate` that is the exact statistics. A training forward goes on from the ones in use, and the result are
+        the running ones. Setting `running_mean` or `running_var` by hand makes running ones too. The exact ones stay
+        until the next calibration, `load_state_dict` or a reset.
+
+        Parameters
+        ----------
+        which : "running", "exact" or Moments
+            The averages collected in training; the exact statistics of the last calibration; or exact ones from
+            elsewhere, like the sum of what several processes gathered.
+
+        Raises
+        ------
+        RuntimeError
+            If the layer has no running statistics, or no exact ones.
+        TypeError, ValueError
+            If `which` is none of these, or the Moments have another number of channels or fewer than 2 values.
+
+        Examples
+        --------
+        >>> import numpy as np, bnfast
+        >>> bn = bnfast.BatchNorm(1, dtype=np.float64)
+        >>> y = bn(np.array([[1.0], [3.0]]))  # a step of training
+        >>> with bn.calibrate():
+        ...     y = bn(np.array([[1.0], [3.0]]))
+        >>> bn.running_mean, bn.use_statistics("running").running_mean, bn.use_statistics("exact").running_mean
+        (array([2.]), array([0.2]), array([2.]))
+        """
+        self._need_statistics("use_statistics")
+        if isinstance(which, Moments):
+            exact = self._checked(which, "which")
+            self._exchange(lambda state: state.using_exact(exact, max(state.num_batches_tracked, 1), self._ddof))
+        elif not isinstance(which, str):
+            raise TypeError(f"which: expected 'running', 'exact' or Moments, got {type(which).__name__}")
+        elif which == "running":
+            self._exchange(_State.using_running)
+        elif which == "exact":
+            self._exchange(self._using_exact)
+        else:
+            raise ValueError(f"which: expected 'running', 'exact' or Moments, got {which!r}")
+        return self
+
+    def _using_exact(self, state: _State) -> _State:
+        if state.exact is None:
+            raise RuntimeError("use_statistics: expected exact statistics, from calibrate() or as Moments; got none")
+        if state.averaged is not None:
+            return state
+        return state.using_exact(state.exact, state.exact_batches, self._ddof)
+
+    @property
+    def statistics_in_use(self) -> Literal["running", "exact"]:
+        """What eval mode normalises with: averages collected in training, or exact statistics."""
+        return "running" if self._state.averaged is None else "exact"
+
+    @property
+    def exact_statistics(self) -> Moments | None:
+        """What the last `calibrate` gathered, or `use_statistics` was given; None before. In use or not."""
+        return self._state.exact
+
+    def statistics_report(self, exact: Moments | None = None) -> StatisticsReport:
+        """How far the running statistics are from the exact ones.
+
+        Parameters
+        ----------
+        exact : Moments, optional
+            The exact statistics; None: those of the last `calibrate`.
+
+        Returns
+        -------
+        StatisticsReport
+            Arrays of C values, `mean_error` and `std_ratio`, and `worst_channel`; prints as a short table. The
+            running statistics are the averages collected in training, also while the exact ones are in use.
+
+        Raises
+        ------
+        RuntimeError
+            If the layer has no running statistics, or there are no exact ones.
+        TypeError, ValueError
+            If `exact` is not Moments of as many channels and at least 2 values.
+
+        Examples
+        --------
+        >>> import numpy as np, bnfast
+        >>> bn = bnfast.BatchNorm(2)
+        >>> x = np.array([[1.0, 0.0], [3.0, 10.0]])
+        >>> y = bn(x)
+        >>> bn.statistics_report(bnfast.moments(x)).mean_error.round(3)  # of 0.2 and 0.5, in units of std
+        array([-1.273, -0.636])
+        """
+        self._need_statistics("statistics_report")
+        state = self._state
+        moments = state.exact if exact is None else self._checked(exact, "exact")
+        running = state.running()
+        if moments is None or running is None:
+            raise RuntimeError("statistics_report: expected exact statistics, from calibrate() or as Moments; got none")
+        return StatisticsReport.compare(running.mean, running.var, moments.mean, moments.var(self._ddof), self.eps)
+
+    @property
+    def _ddof(self) -> int:
+        return 1 if self.unbiased_running_var else 0
+
+    def _need_statistics(self, method: str) -> None:
+        if not self.track_running_stats:
+            raise RuntimeError(f"{method}: expected a layer with running statistics, got track_running_stats=False")
+
+    def _checked(self, exact: Moments, name: str) -> Moments:
+        """Moments that may be this layer's exact statistics."""
+        if not isinstance(exact, Moments):
+            raise TypeError(f"{name}: expected Moments, got {type(exact).__name__}")
+        if exact.mean.shape != (self.num_features,):
+            raise ValueError(f"{name}: expected Moments of {self.num_features} channels, got {exact.mean.size}")
+        if exact.count < 2:
+            raise ValueError(f"{name}: expected Moments of at least 2 values a channel, got {exact.count}")
+        return exact
 
     # --- parameters and statistics ------------------------------------------------------------------------------
 
@@ -389,7 +549,7 @@ class BatchNorm:
     @running_mean.setter
     def running_mean(self, value: ArrayLike) -> None:
         mean = self._statistics(value, "running_mean")
-        self._exchange(lambda state: state._replace(running_mean=mean))
+        self._exchange(lambda state: state._replace(running_mean=mean, averaged=None))
 
     @property
     def running_var(self) -> Statistics | None:
@@ -399,7 +559,7 @@ class BatchNorm:
     @running_var.setter
     def running_var(self, value: ArrayLike) -> None:
         var = self._statistics(value, "running_var")
-        self._exchange(lambda state: state._replace(running_var=var))
+        self._exchange(lambda state: state._replace(running_var=var, averaged=None))
 
     @property
     def num_batches_tracked(self) -> int:
@@ -478,10 +638,13 @@ class BatchNorm:
         Returns
         -------
         dict
-            weight, bias (if affine), running_mean, running_var, num_batches_tracked (if tracked). Statistics stay
-            float64; `torch.nn.Module.load_state_dict` takes the values through `torch.as_tensor`.
+            weight, bias (if affine), running_mean, running_var, num_batches_tracked (if tracked; those in use, see
+            `use_statistics`). Statistics stay float64; `torch.nn.Module.load_state_dict` takes the values through
+            `torch.as_tensor`.
         """
-        state = self._state
+        return self._dict_of(self._state)
+
+    def _dict_of(self, state: _State) -> dict[str, NDArray[Any]]:
         found: dict[str, NDArray[Any]] = {}
         if self.gamma is not None and self.beta is not None:
             found["weight"], found["bias"] = np.array(self.gamma), np.array(self.beta)
@@ -523,13 +686,7 @@ class BatchNorm:
         }
         fresh = self._fresh_state()
         if self.track_running_stats:
-            float64 = np.dtype(np.float64)
-            mean, var = (
-                _converted(state[name], name, self.num_features, float64, StateError, StateError)
-                for name in ("running_mean", "running_var")
-            )
-            if not bool(((var >= 0) | (nan_allowed & np.isnan(var))).all()):
-                raise StateError("running_var: expected values of at least 0")
+            mean, var = self._running(state["running_mean"], state["running_var"], nan_allowed)
             fresh = _State(mean, var, _batches(state["num_batches_tracked"]))
         nothing = np.empty(0, self.dtype)
         self._exchange_all(new.get("weight", nothing), new.get("bias", nothing), fresh.with_rest_of)
@@ -537,7 +694,9 @@ class BatchNorm:
     def __getstate__(self) -> dict[str, Any]:
         attributes = {name: value for name, value in self.__dict__.items() if name not in _NOT_PICKLED}
         attributes.update(eps=self.eps, momentum=self.momentum)
-        return {"attributes": attributes, "state": self.state_dict()}
+        state = self._state
+        exact = None if state.exact is None else (state.exact, state.exact_batches)
+        return {"attributes": attributes, "state": self._dict_of(state), "exact": exact, "averaged": state.averaged}
 
     def __setstate__(self, pickled: dict[str, Any]) -> None:
         try:
@@ -547,10 +706,35 @@ class BatchNorm:
                 **{name: attributes.pop(name) for name in _OPTIONS},
             )
             fresh._load(state, nan_allowed=True)
-        except (TypeError, KeyError, ValueError, AttributeError) as error:
+            fresh._load_others(pickled.get("exact"), pickled.get("averaged"))
+        except (TypeError, KeyError, ValueError, AttributeError, RuntimeError) as error:
             raise StateError(f"pickle: {error}") from error
         attributes.update(fresh.__dict__, training=bool(attributes.get("training", True)))
         self.__dict__.update(attributes)
+
+    def _load_others(self, exact: Any, averaged: Any) -> None:
+        """The statistics that are not in use, of a pickle."""
+        state = self._state
+        if exact is not None:
+            self._need_statistics("exact")
+            moments, batches = exact
+            state = state._replace(exact=self._checked(moments, "exact"), exact_batches=_batches(batches))
+        if averaged is not None:
+            if exact is None:
+                raise StateError("averaged: expected exact statistics to be in use, got none")
+            mean, var, batches = averaged
+            state = state._replace(averaged=_Averaged(*self._running(mean, var, nan_allowed=True), _batches(batches)))
+        self._state = state
+
+    def _running(self, mean: ArrayLike, var: ArrayLike, nan_allowed: bool) -> tuple[Statistics, Statistics]:
+        float64 = np.dtype(np.float64)
+        new_mean, new_var = (
+            _converted(value, name, self.num_features, float64, StateError, StateError)
+            for name, value in (("running_mean", mean), ("running_var", var))
+        )
+        if not bool(((new_var >= 0) | (nan_allowed & np.isnan(new_var))).all()):
+            raise StateError("running_var: expected values of at least 0")
+        return new_mean, new_var
 
     def __repr__(self) -> str:
         parts = [str(self.num_features), f"axis={self.axis}", f"eps={self.eps:g}", f"momentum={self.momentum}"]
