@@ -36,6 +36,7 @@ needs_sources = pytest.mark.skipif(
 MAY_IMPORT = {
     "_core": set(),
     "_checks": set(),
+    "_table": set(),
     "_runtime": {"_core"},
     "state": set(),
     "reference": set(),
@@ -44,9 +45,10 @@ MAY_IMPORT = {
     "functional": {"_core"},
     "moments": {"_checks", "_core"},
     "_config": {"_core", "_runtime", "blas", "threads"},
-    "layer": {"_checks", "_core", "functional", "moments", "state"},
+    "report": {"_table"},
+    "layer": {"_checks", "_core", "functional", "moments", "report", "state"},
     "scaler": {"_core", "functional", "moments", "state"},
-    "gradient": {"functional", "moments"},
+    "gradient": {"_checks", "_table"},  # and not the layer: it checks anybody's
     "demo": {"layer"},
     "__init__": {
         *("_config", "_runtime", "blas", "functional", "gradient", "layer", "moments", "scaler", "state", "threads"),
@@ -321,6 +323,8 @@ PUBLIC = {
     "BatchNorm.reset_parameters": "(self)",
     "BatchNorm.reset_running_stats": "(self)",
     "BatchNorm.calibrate": "(self)",
+    "BatchNorm.use_statistics": "(self, which)",
+    "BatchNorm.statistics_report": "(self, exact=None)",
     "functional.batch_norm": "(x, gamma=None, beta=None, *, axis=1, eps=1e-05, out=None)",
     "functional.batch_norm_eval": "(x, mean, var, gamma=None, beta=None, *, axis=1, eps=1e-05, out=None)",
     "functional.batch_norm_backward": "(dy, x, mean, inv_std, gamma=None, *, axis=1, training=True, out=None)",
@@ -329,6 +333,11 @@ PUBLIC = {
     "Moments": "(count, mean, m2)",
     "Moments.var": "(self, ddof=0)",
     "Moments.std": "(self, ddof=0)",
+    "directional_derivative": "(f, x, u, *, step=None)",
+    "check_gradient": "(f, grad, x, *, directions=8, rtol=1e-06, rng=None)",
+    "check_layer": "(layer, x, *, rng=None)",
+    "GradientCheck": "(name, rows)",
+    "GradientCheck.raise_if_failed": "(self)",
     "set_num_threads": "(n)",
     "get_num_threads": "()",
     "num_threads": "(n)",
@@ -340,7 +349,8 @@ PUBLIC = {
 }
 ALWAYS_THERE = {
     "BatchNorm", "functional", "moments", "Moments", "set_num_threads", "get_num_threads", "num_threads",
-    "share_blas_threads", "show_config", "config", "__version__", "StateError",
+    "share_blas_threads", "show_config", "config", "__version__", "StateError", "directional_derivative",
+    "check_gradient", "check_layer", "GradientCheck",
 }  # fmt: skip
 
 
@@ -483,6 +493,6 @@ def test_the_examples_in_docstrings_run(module):
     assert failed == 0
 
 
-@pytest.mark.parametrize("name", ["BatchNorm", "Moments", "moments", "num_threads"])
+@pytest.mark.parametrize("name", ["BatchNorm", "Moments", "moments", "num_threads", "check_gradient", "check_layer"])
 def test_the_main_names_have_an_example(name):
     assert ">>>" in inspect.getdoc(getattr(bnfast, name))

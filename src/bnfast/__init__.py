@@ -1,7 +1,7 @@
 """Batch normalisation on the CPU for NumPy arrays.
 
 `BatchNorm` is the layer; `functional` has the same as functions; `moments` and `Moments` are exact statistics that
-merge. `python -m bnfast` shows what was built.
+merge; `check_layer` checks any layer's gradients. `python -m bnfast` shows what was built.
 """
 
 # isort: off
@@ -11,6 +11,7 @@ from . import _runtime as _runtime  # first: it loads the extension
 from . import functional
 from ._config import __version__, config, show_config
 from .blas import share_blas_threads
+from .gradient import GradientCheck, check_gradient, check_layer, directional_derivative
 from .layer import BatchNorm
 from .moments import Moments, moments
 from .state import StateError
@@ -18,10 +19,14 @@ from .threads import get_num_threads, num_threads, set_num_threads
 
 __all__ = [
     "BatchNorm",
+    "GradientCheck",
     "Moments",
     "StateError",
     "__version__",
+    "check_gradient",
+    "check_layer",
     "config",
+    "directional_derivative",
     "functional",
     "get_num_threads",
     "moments",
