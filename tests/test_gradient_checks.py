@@ -10,7 +10,7 @@ import pytest
 
 import bnfast
 from bnfast import BatchNorm, check_gradient, check_layer, directional_derivative
-from bnfast.demo import ReLU
+from bnfast.demo import Linear, ReLU
 
 # --- directional_derivative ------------------------------------------------------------------------------------
 
@@ -67,6 +67,27 @@ def test_at_a_kink_the_error_reaches_both_slopes():
     value, error = directional_derivative(lambda x: abs(x[0]) + 2 * x[0], [0.0], [1.0])
     assert value == pytest.approx(2)
     assert error == pytest.approx(1)
+
+
+@pytest.mark.parametrize("distance", np.geomspace(1e-4, 1, 60))
+def test_the_error_covers_a_kink_at_any_distance(distance):
+    value, error = directional_derivative(lambda x: abs(x[0] - distance), [0.0], [1.0], step=0.16)
+    assert abs(value - -1) <= error
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_error_covers_noise(seed):
+    noise, off = np.random.default_rng(seed), []
+    for _ in range(300):
+        value, error = directional_derivative(lambda x: x[0] + 1e-9 * noise.normal(), [1.0], [1.0])
+        off.append(abs(value - 1) / error)
+    assert max(off) < 2
+
+
+@pytest.mark.parametrize("x", [0.0, 1e-12, 1e-6])
+def test_a_small_x_is_moved_far_enough(x):
+    value, error = directional_derivative(lambda x: np.exp(x[0]), [x], [1.0])
+    assert abs(value - np.exp(x)) <= error <= 1e-8
 
 
 def test_a_given_step_is_taken():
@@ -395,6 +416,14 @@ def test_relu_is_ok_though_values_are_near_its_kink():
     check_layer(ReLU(), x).raise_if_failed()
 
 
+def test_relu_in_float32_is_never_wrong():
+    """Its steps are large, so they cross many kinks: inconclusive at worst."""
+    for seed in range(40):
+        x = np.random.default_rng(seed).normal(size=(30, 20)).astype(np.float32)
+        assert check_layer(ReLU(), x, rng=seed).verdict != "wrong"
+        assert not check_layer(LeakyBug(), x, rng=seed).ok
+
+
 def test_a_direction_that_crosses_a_kink_is_marked_and_does_not_fail():
     x = np.random.default_rng(0).normal(size=(8, 5))
     x[3, 2] = 0
@@ -407,8 +436,7 @@ def test_a_direction_that_crosses_a_kink_is_marked_and_does_not_fail():
         check.raise_if_failed()
 
 
-def test_kinks_that_cancel_are_seen():
-    """Of the sum of both no second difference is left, but each output has its own."""
+def test_opposite_kinks_of_two_outputs_are_seen():
 
     class Both(ReLU):
         def forward(self, x):
@@ -482,8 +510,6 @@ class Chain:
 
 
 def test_a_network_is_a_layer(rng):
-    from bnfast.demo import Linear
-
     network = Chain(
         Linear(5, 7, rng, np.float64), BatchNorm(7, dtype=np.float64), ReLU(), Linear(7, 3, rng, np.float64)
     )
@@ -516,6 +542,25 @@ def test_batch_norm_is_ok(dtype, training, options):
 def test_a_mean_far_from_zero_is_no_obstacle(dtype, mean):
     x = np.random.default_rng(1).normal(mean, 1, (16, 3)).astype(dtype)
     check_layer(BatchNorm(3, dtype=dtype), x).raise_if_failed()
+
+
+def test_a_kink_just_inside_of_a_step_is_not_taken_for_a_bug():
+    rng, dtype = np.random.default_rng(30), np.float32  # found among 300 like it
+    shape, mean, std = (rng.integers(2, 40), rng.integers(1, 8)), 10 ** rng.uniform(-2, 3), 10 ** rng.uniform(-2, 2)
+    x = rng.normal(mean, std, shape).astype(dtype)
+    network = Chain(Linear(shape[1], 6, rng, dtype), BatchNorm(6), ReLU(), Linear(6, 3, rng, dtype))
+    assert check_layer(network, x, rng=30).verdict != "wrong"
+
+
+def test_what_float32_cannot_resolve_is_inconclusive():
+    x = np.random.default_rng(1).normal(970, 0.01, (16, 6)).astype(np.float32)
+    assert check_layer(BatchNorm(6), x).verdict == "inconclusive"
+
+
+def test_a_function_that_saturates_within_the_smallest_step_is_inconclusive():
+    """The quotients, 1/t, are small beside the gradient, and so are their differences."""
+    x = np.zeros(3, np.float32)
+    assert check_gradient(lambda x: np.tanh(1e7 * x).sum(), np.full(3, 1e7), x).verdict == "inconclusive"
 
 
 def test_memory_order_is_kept():

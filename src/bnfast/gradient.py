@@ -422,7 +422,7 @@ def _check(
         allowed, uncertain, lost = tolerance * scale, found.error + found.rounding, 32 * found.rounding
         if not math.isfinite(analytic):
             verdict = "wrong"
-        elif found.kink > max(allowed, lost):
+        elif found.kink > (allowed if scale > lost else lost):
             verdict = "unresolved" if found.grows else "kink"
         elif scale <= lost and lost > 0:
             verdict = "zero"

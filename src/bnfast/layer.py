@@ -469,8 +469,6 @@ class BatchNorm:
     def _using_exact(self, state: _State) -> _State:
         if state.exact is None:
             raise RuntimeError("use_statistics: expected exact statistics, from calibrate() or as Moments; got none")
-        if state.averaged is not None:
-            return state
         return state.using_exact(state.exact, state.exact_batches, self._ddof)
 
     @property
