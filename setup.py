@@ -17,7 +17,7 @@ from Cython.Build import cythonize
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-KERNELS = ("baseline", "avx2", "avx512", "dispatch", "finish", "planar", "interleaved", "floor")
+KERNELS = ("baseline", "avx2", "avx512", "dispatch", "finish", "planar", "interleaved", "floor", "infinite")
 
 OPENMP_PROBE = """
 #include <omp.h>

@@ -28,6 +28,10 @@ def batch_norm_eval(
     out: object,
     prefix: str = ...,
 ) -> Array: ...
+def affine(
+    x: object, center: object, scale: object, shift: object, out: object, search: bool
+) -> tuple[Array, bool]: ...
+def check_out(out: object, x: Array) -> None: ...
 def batch_norm_backward(
     dy: object,
     x: object,

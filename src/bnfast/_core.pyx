@@ -69,6 +69,7 @@ cdef extern from "kernels/job.h" nogil:
         double *m2
         double *sum
         double *dot
+        int *infinite
         int n_threads
         Py_ssize_t workspace_bytes
         int n_phases
@@ -553,6 +554,39 @@ def batch_norm_eval(x, mean, var, gamma, beta, axis, eps, out, str prefix=""):
         job.mean, job.var = values(m), values(v)
         compute(&job, data)
     return delivered(y, given_out)
+
+
+def affine(x, center, scale, shift, out, bint search):
+    """-> (y, infinite): y = (x - center) * scale + shift, like x, by the columns of a 2-dimensional x; shift may be None.
+
+    infinite: whether x has an infinity, False unless `search`; y is of no use then.
+    """
+    cdef bnfast_job job = new_job(BNFAST_EVAL)
+    cdef cnp.ndarray data = as_samples(x, "x")
+    cdef int channel_axis = as_axis(1, data), infinite = 0
+    cdef Py_ssize_t channels = cnp.PyArray_DIM(data, channel_axis)
+    cdef cnp.ndarray given_out, c, s, t, y
+    given_out = as_out(out, data)
+    c = required_parameter(center, "center", channels, given_out)
+    s = required_parameter(scale, "scale", channels, given_out)
+    t = as_parameter(shift, "shift", channels, given_out)
+
+    data = packed(data, channel_axis, &job)
+    y = target_of(given_out, data, None)
+    if cnp.PyArray_SIZE(data) > 0:
+        job.x, job.out = cnp.PyArray_DATA(data), cnp.PyArray_DATA(y)
+        job.mean, job.gamma, job.beta = values(c), values(s), values(t)
+        if search:
+            job.infinite = &infinite
+        compute(&job, data)
+    if infinite:
+        return y, True
+    return delivered(y, given_out), False
+
+
+def check_out(out, x):
+    """TypeError or ValueError if `out` cannot take a result like x."""
+    as_out(out, x)
 
 
 cdef cnp.ndarray as_companion(object value, str name, cnp.ndarray x):

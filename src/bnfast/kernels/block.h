@@ -42,6 +42,10 @@ void bnfast_prepare(const bnfast_job *job, const bnfast_block *block);
 /* From the merged reductions a[i], b[i] of the block's channels to the results a channel, and to its coefficients. */
 void bnfast_finish(const bnfast_job *job, const bnfast_block *block, ptrdiff_t i, ptrdiff_t n);
 
+/* Sets job->infinite if a value of the rows is infinite; nothing to do where it is NULL. For the apply step to call just
+ * before its map, so that both find the rows in cache. x: (n_rows, length), rows `stride` apart IN */
+void bnfast_note_infinity(const bnfast_job *job, const void *x, ptrdiff_t n_rows, ptrdiff_t stride, ptrdiff_t length);
+
 /* What the layouts implement. */
 void bnfast_plan_planar(bnfast_job *job);
 void bnfast_plan_interleaved(bnfast_job *job);

@@ -167,10 +167,10 @@ void bnfast_finish(const bnfast_job *job, const bnfast_block *block, ptrdiff_t i
         break;
     }
     case BNFAST_EVAL: {
-        const double *restrict var = job->var + c0;
+        const double *restrict var = job->var == NULL ? NULL : job->var + c0;
         for (ptrdiff_t j = 0; j < n; j++) {
             center[j] = mean[j];
-            scale[j] = slope[j] = gamma[j] * (1.0 / sqrt(var[j] + job->eps));
+            scale[j] = slope[j] = var == NULL ? gamma[j] : gamma[j] * (1.0 / sqrt(var[j] + job->eps));
             shift[j] = 0.0;
         }
         break;

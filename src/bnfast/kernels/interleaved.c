@@ -153,6 +153,7 @@ static void apply(const bnfast_job *job, const bnfast_block *block, ptrdiff_t ro
         x = block->packed_x;
         u = block->packed_u;
     }
+    bnfast_note_infinity(job, x, n_rows, stride, n_columns);
     if (bnfast_needs_gradient(job))
         job->kernels->gradient_interleaved(x, u, out, &columns, &block->column, job->stream);
     else

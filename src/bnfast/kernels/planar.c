@@ -62,6 +62,7 @@ static void apply(const bnfast_job *job, const bnfast_block *block, ptrdiff_t i,
     const char *x = (const char *)(bnfast_maps_u_only(job) ? job->u : job->x) + offset;
     char *out = (char *)job->out + offset;
     const bnfast_runs runs = {n_rows, row_stride(job), n_channels, length};
+    bnfast_note_infinity(job, x, n_rows, row_stride(job), n_channels * length);
     if (bnfast_needs_gradient(job))
         job->kernels->gradient_planar(x, (const char *)job->u + offset, out, &runs, &c, job->stream, ahead);
     else

@@ -1,0 +1,53 @@
+/* The search for infinities, in rows that lie in cache because the map is about to read them. A plain loop, which every
+ * compiler turns into vectors: it takes a small part of the time that the memory takes. */
+
+#include "block.h"
+
+#include <float.h>
+#include <stdint.h>
+#include <string.h>
+
+/* Threads may find one at the same time. */
+#if defined(__GNUC__)
+#define SET(flag) __atomic_store_n(flag, 1, __ATOMIC_RELAXED)
+#else
+#define SET(flag) (*(volatile int *)(flag) = 1)
+#endif
+
+/* x - x is 0, of which all bits are 0, unless x is infinite or NaN; which of them it is we ask only then. bits: an integer
+ * as wide as type */
+#define HAS_INFINITY(name, type, bits, largest)                                                                        \
+    static int name(const type *x, ptrdiff_t n)                                                                        \
+    {                                                                                                                  \
+        bits any = 0;                                                                                                  \
+        for (ptrdiff_t i = 0; i < n; i++) {                                                                            \
+            const type zero = x[i] - x[i];                                                                             \
+            bits pattern;                                                                                              \
+            memcpy(&pattern, &zero, sizeof pattern);                                                                   \
+            any |= pattern;                                                                                            \
+        }                                                                                                              \
+        int found = 0;                                                                                                 \
+        if (any)                                                                                                       \
+            for (ptrdiff_t i = 0; i < n; i++)                                                                          \
+                found |= x[i] > largest || x[i] < -largest;                                                            \
+        return found;                                                                                                  \
+    }
+
+HAS_INFINITY(has_infinity_f32, float, uint32_t, FLT_MAX)
+HAS_INFINITY(has_infinity_f64, double, uint64_t, DBL_MAX)
+
+void bnfast_note_infinity(const bnfast_job *job, const void *x, ptrdiff_t n_rows, ptrdiff_t stride, ptrdiff_t length)
+{
+    if (job->infinite == NULL)
+        return;
+    if (stride == length) { /* one run */
+        length *= n_rows;
+        n_rows = 1;
+    }
+    int found = 0;
+    for (ptrdiff_t r = 0; r < n_rows; r++)
+        found |= job->kernels->itemsize == 4 ? has_infinity_f32((const float *)x + r * stride, length)
+                                             : has_infinity_f64((const double *)x + r * stride, length);
+    if (found)
+        SET(job->infinite);
+}
