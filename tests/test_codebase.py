@@ -47,7 +47,8 @@ MAY_IMPORT = {
     "_config": {"_core", "_runtime", "blas", "threads"},
     "report": {"_table"},
     "layer": {"_checks", "_core", "functional", "moments", "report", "state"},
-    "scaler": {"_core", "functional", "moments", "state"},
+    "_estimator": set(),
+    "scaler": {"_checks", "_core", "_estimator"},
     "gradient": {"_checks", "_table"},  # and not the layer: it checks anybody's
     "demo": {"layer"},
     "__init__": {
@@ -55,7 +56,10 @@ MAY_IMPORT = {
     },
     "__main__": {"__init__", "demo"},
 }
-OTHER_PACKAGES = {"demo": {"numpy", "sklearn", "matplotlib", "tqdm", "threadpoolctl"}}  # the rest: NumPy
+OTHER_PACKAGES = {  # the rest: NumPy
+    "demo": {"numpy", "sklearn", "matplotlib", "tqdm", "threadpoolctl"},
+    "_estimator": {"numpy", "sklearn"},
+}
 
 
 def imports(source):
@@ -338,6 +342,17 @@ PUBLIC = {
     "check_layer": "(layer, x, *, rng=None)",
     "GradientCheck": "(name, rows)",
     "GradientCheck.raise_if_failed": "(self)",
+    "StandardScaler": "(*, copy=True, with_mean=True, with_std=True)",
+    "StandardScaler.fit": "(self, X, y=None, sample_weight=None, *, batch_size=None, progress=False)",
+    "StandardScaler.partial_fit": "(self, X, y=None, sample_weight=None, *, batch_size=None, progress=False)",
+    "StandardScaler.transform": "(self, X, copy=None, *, out=None)",
+    "StandardScaler.fit_transform": "(self, X, y=None, *, sample_weight=None, out=None)",
+    "StandardScaler.inverse_transform": "(self, X, copy=None, *, out=None)",
+    "StandardScaler.merge": "(self, other)",
+    "StandardScaler.get_feature_names_out": "(self, input_features=None)",
+    "StandardScaler.get_params": "(self, deep=True)",
+    "StandardScaler.set_params": "(self, **params)",
+    "StandardScaler.set_output": "(self, *, transform=None)",
     "set_num_threads": "(n)",
     "get_num_threads": "()",
     "num_threads": "(n)",
@@ -350,7 +365,7 @@ PUBLIC = {
 ALWAYS_THERE = {
     "BatchNorm", "functional", "moments", "Moments", "set_num_threads", "get_num_threads", "num_threads",
     "share_blas_threads", "show_config", "config", "__version__", "StateError", "directional_derivative",
-    "check_gradient", "check_layer", "GradientCheck",
+    "check_gradient", "check_layer", "GradientCheck", "StandardScaler",
 }  # fmt: skip
 
 
@@ -493,6 +508,8 @@ def test_the_examples_in_docstrings_run(module):
     assert failed == 0
 
 
-@pytest.mark.parametrize("name", ["BatchNorm", "Moments", "moments", "num_threads", "check_gradient", "check_layer"])
+@pytest.mark.parametrize(
+    "name", ["BatchNorm", "Moments", "StandardScaler", "moments", "num_threads", "check_gradient", "check_layer"]
+)
 def test_the_main_names_have_an_example(name):
     assert ">>>" in inspect.getdoc(getattr(bnfast, name))

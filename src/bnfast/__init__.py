@@ -1,7 +1,8 @@
 """Batch normalisation on the CPU for NumPy arrays.
 
 `BatchNorm` is the layer; `functional` has the same as functions; `moments` and `Moments` are exact statistics that
-merge; `check_layer` checks any layer's gradients. `python -m bnfast` shows what was built.
+merge; `StandardScaler` scales features as scikit-learn's; `check_layer` checks any layer's gradients.
+`python -m bnfast` shows what was built.
 """
 
 # isort: off
@@ -14,6 +15,7 @@ from .blas import share_blas_threads
 from .gradient import GradientCheck, check_gradient, check_layer, directional_derivative
 from .layer import BatchNorm
 from .moments import Moments, moments
+from .scaler import StandardScaler
 from .state import StateError
 from .threads import get_num_threads, num_threads, set_num_threads
 
@@ -21,6 +23,7 @@ __all__ = [
     "BatchNorm",
     "GradientCheck",
     "Moments",
+    "StandardScaler",
     "StateError",
     "__version__",
     "check_gradient",

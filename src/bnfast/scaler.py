@@ -1,0 +1,690 @@
+"""Feature scaling: scikit-learn's StandardScaler, faster, more accurate, and mergeable."""
+
+import copy as copying
+import functools
+import itertools
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from . import _core
+from ._checks import integer
+from ._estimator import Names, Transformer, feature_names
+
+__all__ = ["StandardScaler"]
+
+Array = NDArray[Any]
+Float64 = NDArray[np.float64]
+
+FITTED = ("mean_", "var_", "scale_", "n_samples_seen_", "n_features_in_", "feature_names_in_")
+
+# Elements that are converted, or searched for NaN, at a time: their float64 copies stay in cache.
+CHUNK = 1 << 17
+# Bytes of a batch where progress is wanted and no batch size given.
+BATCH_BYTES = 1 << 25
+# Coefficients beyond these are not for float32: their reciprocals, or data less a mean, may leave its range.
+FLOAT32_RANGE = (1e-37, 1e37)
+
+
+class StandardScaler(Transformer):
+    """Scale each feature to mean 0 and standard deviation 1: z = (x - mean) / std.
+
+    Constructor, methods, attributes and results are those of `sklearn.preprocessing.StandardScaler` on dense data;
+    scikit-learn is not needed, and where it is installed the scaler works in its pipelines and searches. Beyond it:
+    scalers of parts of the data merge, float32 data keep their digits when the mean is far from zero, `out=`, and data
+    larger than memory.
+
+    Parameters
+    ----------
+    copy : bool
+        False: `transform` and `inverse_transform` write into X itself, if it is a writeable array of floats.
+    with_mean : bool
+        Subtract the mean.
+    with_std : bool
+        Divide by the standard deviation.
+
+    Attributes
+    ----------
+    mean_ : (n_features,) float64 ndarray or None
+        None if neither `with_mean` nor `with_std`.
+    var_ : (n_features,) float64 ndarray or None
+        The population's variance (divisor: number of samples); None unless `with_std`.
+    scale_ : (n_features,) float64 ndarray or None
+        The standard deviation, 1 for features that are constant to rounding; None unless `with_std`.
+    n_samples_seen_ : int, or (n_features,) ndarray
+        Samples that are not NaN, an array if the features differ in it; with `sample_weight` the sum of the weights.
+    n_features_in_ : int
+    feature_names_in_ : (n_features,) ndarray of str objects
+        Only after a fit to a data frame whose column names are all str.
+
+    Raises
+    ------
+    TypeError
+        In `fit`, if a parameter is not a bool.
+
+    Notes
+    -----
+    NaN are missing values: ignored in fit, kept in transform. Infinities are refused. Sparse data are, too: use
+    `sklearn.preprocessing.StandardScaler(with_mean=False)` for them.
+
+    An exception in any method leaves the scaler as it was; an array that is written to (`out`, or X with `copy=False`)
+    may then be partly written, unless the data or arguments are at fault.
+
+    A feature of which all values were NaN has a mean of NaN, and forgets that in a later `partial_fit`, where
+    scikit-learn's stays NaN. Weights and coefficients are float64 whatever the data.
+
+    Examples
+    --------
+    >>> import numpy as np, bnfast
+    >>> x = np.array([[0.0, 10.0], [0.0, 10.0], [1.0, 30.0], [1.0, 30.0]])
+    >>> scaler = bnfast.StandardScaler().fit(x)
+    >>> scaler.mean_, scaler.scale_
+    (array([ 0.5, 20. ]), array([ 0.5, 10. ]))
+    >>> scaler.transform([[2.0, 20.0]])
+    array([[3., 0.]])
+    """
+
+    copy: bool
+    with_mean: bool
+    with_std: bool
+    mean_: Float64 | None
+    var_: Float64 | None
+    scale_: Float64 | None
+    n_samples_seen_: Any
+
+    def __init__(self, *, copy: bool = True, with_mean: bool = True, with_std: bool = True) -> None:
+        self.copy = copy
+        self.with_mean = with_mean
+        self.with_std = with_std
+
+    # --- fit ---
+
+    def fit(
+        self,
+        X: ArrayLike,
+        y: object = None,
+        sample_weight: ArrayLike | None = None,
+        *,
+        batch_size: int | None = None,
+        progress: bool = False,
+    ) -> Self:
+        """Take mean and standard deviation from X, and forget those of earlier fits.
+
+        Parameters
+        ----------
+        X : (n_samples, n_features) array_like of numbers
+            float32 and float64 are read in place, once; other dtypes become float64, a chunk at a time. May be a
+            memmap larger than memory.
+        y : object
+            Ignored.
+        sample_weight : (n_samples,) array_like or float, optional
+            Weights of the samples.
+        batch_size : int, optional
+            Rows to take at a time; None: all at once.
+        progress : bool
+            Report on the standard error stream, batch by batch (of 32 MiB if there is no `batch_size`).
+
+        Returns
+        -------
+        self
+
+        Raises
+        ------
+        TypeError, ValueError
+            If X is sparse, masked, not two-dimensional, empty, complex, contains an infinity or no numbers; if
+            `sample_weight` does not fit it, is not finite or all zero; if `batch_size` is no int of at least 1.
+
+        Examples
+        --------
+        >>> import bnfast
+        >>> bnfast.StandardScaler().fit([[1], [2], [6]], batch_size=2).mean_
+        array([3.])
+        """
+        self._commit(*self._fitted(X, sample_weight, None, batch_size, progress))
+        return self
+
+    def partial_fit(
+        self,
+        X: ArrayLike,
+        y: object = None,
+        sample_weight: ArrayLike | None = None,
+        *,
+        batch_size: int | None = None,
+        progress: bool = False,
+    ) -> Self:
+        """Add X to the data that the scaler has been fitted to.
+
+        Parameters
+        ----------
+        X : (n_samples, n_features) array_like of numbers
+        y : object
+            Ignored.
+        sample_weight : (n_samples,) array_like or float, optional
+            Weights of the samples.
+        batch_size : int, optional
+            Rows to take at a time; None: all at once.
+        progress : bool
+            Report on the standard error stream.
+
+        Returns
+        -------
+        self
+
+        Raises
+        ------
+        TypeError, ValueError
+            As `fit`; also if X has other features than the data before.
+
+        Notes
+        -----
+        Chan, Golub and LeVeque (1979), as `Moments`.
+
+        Examples
+        --------
+        >>> import bnfast
+        >>> scaler = bnfast.StandardScaler()
+        >>> for part in ([[1.0], [2.0]], [[6.0]]):
+        ...     _ = scaler.partial_fit(part)
+        >>> scaler.mean_, scaler.n_samples_seen_
+        (array([3.]), np.int64(3))
+        """
+        before = self if "n_features_in_" in vars(self) else None
+        self._commit(*self._fitted(X, sample_weight, before, batch_size, progress))
+        return self
+
+    def _fitted(
+        self,
+        x: object,
+        sample_weight: ArrayLike | None,
+        before: "StandardScaler | None",
+        batch_size: int | None,
+        progress: bool,
+    ) -> tuple["Statistics", Names | None]:
+        """Statistics and names of the features of x, and of the data before; changes nothing."""
+        for name in ("copy", "with_mean", "with_std"):
+            if not isinstance(getattr(self, name), (bool, np.bool_)):
+                raise TypeError(f"{name}: expected a bool, got {getattr(self, name)!r}")
+        if batch_size is not None and integer(batch_size, "batch_size") < 1:
+            raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
+        names = feature_names(x)
+        if before is not None:
+            before._check_feature_names(names)
+            names = getattr(before, "feature_names_in_", None)
+        data = as_table(x)
+        if before is not None:
+            before._check_n_features(data)
+        weights = None if sample_weight is None else as_weights(sample_weight, len(data))
+
+        batches = slices(data, batch_size, progress)
+        parts = (
+            statistics(data[rows], None if weights is None else weights[rows])
+            for rows in (reported(batches, len(data)) if progress else batches)
+        )
+        earlier = [] if before is None else [before._statistics()]
+        return functools.reduce(merged, itertools.chain(earlier, parts)), names
+
+    def _statistics(self) -> "Statistics":
+        """What the scaler has been fitted to; what its parameters do not ask for is zero."""
+        count, nothing = self.n_samples_seen_, np.zeros(self.n_features_in_)
+        mean = self._given("mean_") if self.with_mean or self.with_std else nothing
+        m2 = np.where(np.equal(count, 0), 0.0, self._given("var_") * count) if self.with_std else nothing
+        return Statistics(count, mean, m2)
+
+    def _commit(self, found: "Statistics", names: Names | None) -> None:
+        """Makes the statistics those of the scaler, all at once."""
+        count, mean, m2 = found
+        state: dict[str, Any] = dict.fromkeys(("mean_", "var_", "scale_"))
+        if np.ndim(count) > 0 and (count == count[0]).all():
+            count = count[0]
+        state["n_samples_seen_"] = np.asarray(count)[()]
+        state["n_features_in_"] = len(mean)
+        if names is not None:
+            state["feature_names_in_"] = names
+        if self.with_mean or self.with_std:
+            state["mean_"] = mean
+        if self.with_std:
+            with np.errstate(all="ignore"):
+                var = m2 / count
+                scale = np.sqrt(var)
+                # scikit-learn's rule: the error that a variance in float64 may have, of a feature that is constant
+                eps = np.finfo(np.float64).eps
+                scale[var <= count * eps * var + (count * mean * eps) ** 2] = 1.0
+            state["var_"], state["scale_"] = var, scale
+        self.__dict__ = {name: value for name, value in vars(self).items() if name not in FITTED} | state
+
+    # --- transform ---
+
+    def transform(self, X: ArrayLike, copy: bool | None = None, *, out: Array | None = None) -> Any:
+        """Scale X with the statistics that the scaler has been fitted to.
+
+        Parameters
+        ----------
+        X : (n_samples, n_features) array_like of numbers
+        copy : bool, optional
+            Instead of the scaler's own.
+        out : ndarray, optional
+            Where to write, of X's shape and the result's dtype; may be X. It is returned, whatever `set_output` says.
+
+        Returns
+        -------
+        (n_samples, n_features) ndarray, or a data frame after `set_output`
+            float16, float32 or float64 as X is; float64 for other dtypes.
+
+        Raises
+        ------
+        sklearn.exceptions.NotFittedError
+            Before fit (without scikit-learn: an error that is a ValueError and an AttributeError, too).
+        TypeError, ValueError
+            If X is not as in `fit`, or `out` does not fit.
+
+        Examples
+        --------
+        >>> import numpy as np, bnfast
+        >>> x = np.array([[1.0], [3.0]])
+        >>> bnfast.StandardScaler().fit(x).transform(x, out=x)
+        array([[-1.],
+               [ 1.]])
+        """
+        self._check_is_fitted()
+        self._check_feature_names(feature_names(X))
+        data = as_table(X)
+        self._check_n_features(data)
+        result = self._transformed(data, self.copy if copy is None else copy, out, search=True)
+        return result if out is not None else self._wrapped(result, X)
+
+    def fit_transform(
+        self,
+        X: ArrayLike,
+        y: object = None,
+        *,
+        sample_weight: ArrayLike | None = None,
+        out: Array | None = None,
+    ) -> Any:
+        """`fit`, then `transform` of the same data.
+
+        Parameters
+        ----------
+        X : (n_samples, n_features) array_like of numbers
+        y : object
+            Ignored.
+        sample_weight : (n_samples,) array_like or float, optional
+            Weights of the samples.
+        out : ndarray, optional
+            As in `transform`.
+
+        Returns
+        -------
+        (n_samples, n_features) ndarray, or a data frame after `set_output`
+
+        Raises
+        ------
+        TypeError, ValueError
+            As `fit` and `transform`.
+
+        Examples
+        --------
+        >>> import bnfast
+        >>> bnfast.StandardScaler().fit_transform([[1], [3]])
+        array([[-1.],
+               [ 1.]])
+        """
+        names, data = feature_names(X), as_table(X)
+        fitted = copying.copy(self)
+        found, _ = self._fitted(data, sample_weight, None, None, False)
+        fitted._commit(found, names)
+        # what has been fitted has no infinity
+        result = fitted._transformed(data, self.copy, out, search=False)
+        wrapped = result if out is not None else fitted._wrapped(result, X)
+        self.__dict__ = vars(fitted)
+        return wrapped
+
+    def inverse_transform(self, X: ArrayLike, copy: bool | None = None, *, out: Array | None = None) -> Array:
+        """Scale back: x = z * std + mean.
+
+        Parameters
+        ----------
+        X : (n_samples, n_features) array_like of numbers
+            What `transform` gave.
+        copy : bool, optional
+            Instead of the scaler's own.
+        out : ndarray, optional
+            As in `transform`.
+
+        Returns
+        -------
+        (n_samples, n_features) ndarray
+
+        Raises
+        ------
+        sklearn.exceptions.NotFittedError, TypeError, ValueError
+            As `transform`.
+
+        Examples
+        --------
+        >>> import bnfast
+        >>> scaler = bnfast.StandardScaler().fit([[1.0], [3.0]])
+        >>> scaler.inverse_transform([[-1.0], [2.0]])
+        array([[1.],
+               [4.]])
+        """
+        self._check_is_fitted()
+        data = as_table(X)
+        self._check_n_features(data)
+        scale = self._given("scale_") if self.with_std else np.ones(data.shape[1])
+        center, shift = np.zeros(data.shape[1]), None
+        if self.with_mean:
+            # what is lost of the mean when it becomes float32 is added before the multiplication
+            mean = self._given("mean_")
+            with np.errstate(over="ignore", invalid="ignore"):
+                shift = mean.astype(np.float32).astype(np.float64) if data.dtype == np.float32 else mean
+                center = np.where(np.isfinite(shift), (shift - mean) / scale, 0.0)
+        return mapped(data, center, scale, shift, self.copy if copy is None else copy, out, search=True)
+
+    def _transformed(self, data: Array, copy: bool, out: Array | None, *, search: bool) -> Array:
+        center = self._given("mean_") if self.with_mean else np.zeros(data.shape[1])
+        scale = 1.0 / self._given("scale_") if self.with_std else np.ones(data.shape[1])
+        return mapped(data, center, scale, None, copy, out, search=search)
+
+    def _given(self, name: str) -> Float64:
+        """A fitted attribute that the parameters ask for."""
+        value: Float64 | None = getattr(self, name)
+        if value is None:
+            raise ValueError(f"{name}: expected an array, got None: with_mean or with_std has changed since the fit")
+        return value
+
+    # --- merge ---
+
+    def merge(self, other: "StandardScaler") -> Self:
+        """A scaler that is fitted to the data of both. `a + b` is the same, and `sum(scalers)` works.
+
+        Parameters
+        ----------
+        other : StandardScaler
+            Fitted, with the same parameters `with_mean` and `with_std`, to the same features.
+
+        Returns
+        -------
+        StandardScaler
+            New; the two stay as they are.
+
+        Raises
+        ------
+        TypeError
+            If `other` is no StandardScaler of bnfast.
+        ValueError
+            If one is not fitted, or they differ in parameters, number or names of features.
+
+        Examples
+        --------
+        >>> import bnfast
+        >>> parts = [bnfast.StandardScaler().fit(part) for part in ([[1.0], [2.0]], [[6.0]])]
+        >>> parts[0].merge(parts[1]).mean_
+        array([3.])
+        """
+        if not isinstance(other, StandardScaler):
+            raise TypeError(f"other: expected a bnfast.StandardScaler, got {type(other).__name__}")
+        self._check_is_fitted()
+        other._check_is_fitted()
+        for name in ("with_mean", "with_std", "n_features_in_"):
+            if getattr(self, name) != getattr(other, name):
+                raise ValueError(f"other: expected {name}={getattr(self, name)}, got {getattr(other, name)}")
+        mine, others = (getattr(scaler, "feature_names_in_", None) for scaler in (self, other))
+        if mine is not None and others is not None and not np.array_equal(mine, others):
+            raise ValueError(f"other: expected features {list(mine)}, got {list(others)}")
+        result = copying.copy(self)
+        result._commit(merged(self._statistics(), other._statistics()), others if mine is None else mine)
+        return result
+
+    def __add__(self, other: object) -> Self:
+        if not isinstance(other, StandardScaler):
+            return NotImplemented
+        return self.merge(other)
+
+    def __radd__(self, other: object) -> Self:
+        if isinstance(other, int) and other == 0:  # where sum() starts
+            return self
+        return NotImplemented
+
+
+# --- arguments ---
+
+
+def as_table(x: object) -> Array:
+    """x as an array of numbers of 2 dimensions, not empty; its memory untouched where it is one."""
+    if type(x) is not np.ndarray:
+        if hasattr(x, "nnz") and hasattr(x, "toarray"):
+            raise TypeError(
+                f"X: expected dense data, got sparse {type(x).__name__}; use X.toarray(), or "
+                "sklearn.preprocessing.StandardScaler(with_mean=False), which scales sparse data"
+            )
+        if isinstance(x, np.ma.MaskedArray):
+            raise TypeError("X: expected an array without a mask, got a masked array; use X.filled(numpy.nan)")
+        if isinstance(x, np.matrix):
+            raise TypeError("X: expected an array, got numpy.matrix; use numpy.asarray(X)")
+    data = np.asarray(x)
+    if data.dtype.kind == "c":
+        raise ValueError(f"Complex data not supported\n{data}\n")
+    if data.ndim != 2:
+        raise ValueError(dimensions_message(x, data))
+    for n, what in zip(data.shape, ("sample", "feature"), strict=True):
+        if n == 0:
+            raise ValueError(
+                f"Found array with 0 {what}(s) (shape={data.shape}) while a minimum of 1 is required by StandardScaler."
+            )
+    if data.dtype.kind in "mM":
+        raise TypeError(f"X: expected numbers, got dtype {data.dtype}")
+    if data.dtype.kind not in "fiub":
+        # a frame of pandas may say "missing" in its own way
+        frame: Any = x
+        data = frame.to_numpy(np.float64, na_value=np.nan) if hasattr(x, "iloc") else np.asarray(data, np.float64)
+    return data
+
+
+def dimensions_message(x: object, data: Array) -> str:
+    """scikit-learn's words."""
+    if data.ndim > 2:
+        return f"Found array with dim {data.ndim}, while dim <= 2 is required by StandardScaler."
+    if data.ndim == 1 and hasattr(x, "iloc"):
+        return (
+            f"Expected a 2-dimensional container but got {type(x)} instead. Pass a DataFrame containing a single row "
+            "(i.e. single sample) or a single column (i.e. single feature) instead."
+        )
+    return (
+        f"Expected 2D array, got {'scalar' if data.ndim == 0 else '1D'} array instead:\narray={data}.\n"
+        "Reshape your data either using array.reshape(-1, 1) if your data has a single feature or "
+        "array.reshape(1, -1) if it contains a single sample."
+    )
+
+
+def as_weights(sample_weight: ArrayLike, n_samples: int) -> Float64:
+    """(n_samples,) float64, finite, not all zero."""
+    weights = np.asarray(sample_weight)
+    if weights.dtype.kind == "c":
+        raise ValueError(f"Complex data not supported\n{weights}\n")
+    weights = weights.astype(np.float64)
+    if weights.ndim == 0:
+        weights = np.full(n_samples, weights[()])
+    if weights.ndim != 1:
+        raise ValueError(
+            f"Sample weights must be 1D array or scalar, got {weights.ndim}D array. Expected either a scalar value or "
+            f"a 1D array of length {n_samples}."
+        )
+    if weights.shape != (n_samples,):
+        raise ValueError(f"sample_weight.shape == {weights.shape}, expected {(n_samples,)}!")
+    if not np.isfinite(weights).all():
+        what = "NaN" if np.isnan(weights).any() else infinity_of(weights.dtype)
+        raise ValueError(f"Input sample_weight contains {what}.")
+    if not weights.any():
+        raise ValueError("Sample weights must contain at least one non-zero number.")
+    return weights
+
+
+def infinity_of(dtype: np.dtype[Any]) -> str:
+    return f"infinity or a value too large for {dtype!r}"
+
+
+def infinity_error(dtype: np.dtype[Any]) -> ValueError:
+    return ValueError(f"Input X contains {infinity_of(dtype)}.")
+
+
+def is_native(data: Array) -> bool:
+    """Whether the kernels take it as it is."""
+    return data.dtype in (np.float32, np.float64)
+
+
+def result_dtype(data: Array) -> np.dtype[Any]:
+    """float16, float32, float64 as they are, float64 for the rest."""
+    kept = data.dtype.kind == "f" and data.dtype.itemsize <= 8
+    return data.dtype.newbyteorder("=") if kept else np.dtype(np.float64)
+
+
+# --- chunks ---
+
+
+def row_slices(data: Array, n_rows: int) -> list[slice]:
+    return [slice(row, min(row + n_rows, len(data))) for row in range(0, len(data), n_rows)]
+
+
+def chunks(data: Array) -> list[slice]:
+    """Slices of rows that are small enough to be converted."""
+    return row_slices(data, max(1, CHUNK // data.shape[1]))
+
+
+def slices(data: Array, batch_size: int | None, progress: bool) -> list[slice]:
+    """The batches of a fit."""
+    if batch_size is None:
+        if not progress:
+            return [slice(0, len(data))]
+        batch_size = max(1, BATCH_BYTES // (data.itemsize * data.shape[1]))
+    return row_slices(data, batch_size)
+
+
+def reported(batches: list[slice], n_rows: int) -> Iterator[slice]:
+    """The batches, with a line on the standard error stream that says how far they are."""
+    begin = time.monotonic()
+    for rows in batches:
+        yield rows
+        seconds = time.monotonic() - begin
+        left = seconds * (n_rows - rows.stop) / rows.stop
+        line = f"StandardScaler: {rows.stop:,} of {n_rows:,} rows ({100 * rows.stop // n_rows} %), {left:.0f} s left"
+        print(f"\r{line:<78}", end="", file=sys.stderr, flush=True)
+    print(file=sys.stderr)
+
+
+# --- statistics ---
+
+
+class Statistics(NamedTuple):
+    """Moments whose count may differ from feature to feature, or be a sum of weights."""
+
+    count: Any  # a number, or (n_features,)
+    mean: Float64
+    m2: Float64
+
+
+def merged(a: Statistics, b: Statistics) -> Statistics:
+    """The statistics of both parts: Chan, Golub and LeVeque, where neither is empty."""
+    count = np.add(a.count, b.count)
+    with np.errstate(all="ignore"):
+        d = b.mean - a.mean
+        share = b.count / count
+        mean = a.mean + d * share
+        m2 = a.m2 + b.m2 + d * d * (a.count * share)
+    only_a, only_b = np.equal(b.count, 0), np.equal(a.count, 0)
+    return Statistics(
+        count,
+        np.where(only_a, a.mean, np.where(only_b, b.mean, mean)),
+        np.where(only_a, a.m2, np.where(only_b, b.m2, m2)),
+    )
+
+
+def statistics(data: Array, weights: Float64 | None = None) -> Statistics:
+    """Statistics of the features of data without NaN; ValueError if there is an infinity."""
+    if weights is not None:
+        return over_chunks(data, lambda rows: exact(data[rows], weights[rows]))
+    if not is_native(data):
+        return over_chunks(data, lambda rows: statistics(data[rows].astype(np.float64)))
+    count, mean, m2 = _core.moments(data, 1)
+    # a NaN or an infinity shows in the moments of its column: only then are the data looked at again
+    odd = np.flatnonzero(~(np.isfinite(mean) & np.isfinite(m2)))
+    if len(odd) == 0:
+        return Statistics(count, mean, m2)
+    if len(odd) == len(mean):
+        return over_chunks(data, lambda rows: exact(data[rows], None))
+    counts = np.full(len(mean), count)
+    counts[odd], mean[odd], m2[odd] = over_chunks(data, lambda rows: exact(data[rows, odd], None))
+    return Statistics(counts, mean, m2)
+
+
+def over_chunks(data: Array, statistics_of: Callable[[slice], Statistics]) -> Statistics:
+    return functools.reduce(merged, map(statistics_of, chunks(data)))
+
+
+def exact(chunk: Array, weights: Float64 | None) -> Statistics:
+    """`statistics` in NumPy, for what may have NaN or weights: two passes, the second one corrected."""
+
+    def total(values: NDArray[Any]) -> Float64:
+        found: Float64 = values.sum(axis=0) if weights is None else weights @ values
+        return found
+
+    x = chunk.astype(np.float64)
+    present = ~np.isnan(x)
+    some_missing = not present.all()
+    count: Any = len(x) if weights is None else weights.sum()
+    if some_missing:
+        count = total(present)
+        x[~present] = 0.0
+    with np.errstate(all="ignore"):
+        mean = total(x) / count
+        if not np.isfinite(mean).all() and np.isinf(x).any():
+            raise infinity_error(chunk.dtype)
+        x -= mean
+        if some_missing:
+            x[~present] = 0.0
+        rest = total(x)
+        x *= x
+        return Statistics(count, mean + rest / count, total(x) - rest * (rest / count))
+
+
+# --- the map ---
+
+
+def mapped(
+    data: Array, center: Float64, scale: Float64, shift: Float64 | None, copy: bool, out: Array | None, *, search: bool
+) -> Array:
+    """(data - center) * scale + shift; ValueError for an infinity if `search`. Not `copy`: into data."""
+    dtype = result_dtype(data)
+    if out is not None:
+        _core.check_out(out, data if data.dtype == dtype else np.broadcast_to(np.empty((), dtype), data.shape))
+    elif not copy and data.dtype == dtype and data.flags.writeable:
+        out = data
+    in_place = out is not None and _core.shares_memory(out, data)
+    if in_place and search:  # before anything is overwritten
+        statistics(data)
+        search = False
+    if is_native(data) and (dtype != np.float32 or in_float32_range(center, scale, shift)):
+        y, infinite = _core.affine(data, center, scale, shift, out, search)
+        if infinite:
+            raise infinity_error(data.dtype)
+        return y
+    y = np.empty_like(data, dtype, subok=False) if out is None or in_place else out
+    for rows in chunks(data):
+        part, infinite = _core.affine(data[rows].astype(np.float64), center, scale, shift, None, search)
+        if infinite:
+            raise infinity_error(data.dtype)
+        y[rows] = part
+    if out is None or y is out:
+        return y
+    out[...] = y
+    return out
+
+
+def in_float32_range(center: Float64, scale: Float64, shift: Float64 | None) -> bool:
+    """Whether the map can be computed in float32. NaN can."""
+    low, high = FLOAT32_RANGE
+    far = np.abs(center).max() > high or (shift is not None and np.abs(shift).max() > high)
+    return not (far or (scale < low).any() or (scale > high).any())
