@@ -74,8 +74,9 @@ class StandardScaler(Transformer):
     An exception in any method leaves the scaler as it was; an array that is written to (`out`, or X with `copy=False`)
     may then be partly written, unless the data or arguments are at fault.
 
-    A feature of which all values were NaN has a mean of NaN, and forgets that in a later `partial_fit`, where
-    scikit-learn's stays NaN. Weights and coefficients are float64 whatever the data.
+    Where scikit-learn's results are accidents this class differs: a feature of which all values were NaN recovers in a
+    later `partial_fit`; sums of weights are not truncated by a later one without weights; with neither `with_mean` nor
+    `with_std` weights count in `n_samples_seen_`, too.
 
     Examples
     --------
@@ -375,7 +376,7 @@ class StandardScaler(Transformer):
         data = as_table(X)
         self._check_n_features(data)
         scale = self._given("scale_") if self.with_std else np.ones(data.shape[1])
-        center, shift = np.zeros(data.shape[1]), None
+        center, shift = np.zeros(data.shape[1]), np.full(data.shape[1], -0.0)
         if self.with_mean:
             # what is lost of the mean when it becomes float32 is added before the multiplication
             mean = self._given("mean_")
@@ -387,7 +388,8 @@ class StandardScaler(Transformer):
     def _transformed(self, data: Array, copy: bool, out: Array | None, *, search: bool) -> Array:
         center = self._given("mean_") if self.with_mean else np.zeros(data.shape[1])
         scale = 1.0 / self._given("scale_") if self.with_std else np.ones(data.shape[1])
-        return mapped(data, center, scale, None, copy, out, search=search)
+        shift = None if self.with_mean else np.full(data.shape[1], -0.0)  # which leaves the sign of a zero
+        return mapped(data, center, scale, shift, copy, out, search=search)
 
     def _given(self, name: str) -> Float64:
         """A fitted attribute that the parameters ask for."""
@@ -647,7 +649,7 @@ def exact(chunk: Array, weights: Float64 | None) -> Statistics:
             x[~present] = 0.0
         rest = total(x)
         x *= x
-        return Statistics(count, mean + rest / count, total(x) - rest * (rest / count))
+        return Statistics(count, mean + rest / count, np.maximum(total(x) - rest * (rest / count), 0.0))
 
 
 # --- the map ---
