@@ -675,10 +675,12 @@ def mapped(
         return y
     y = np.empty_like(data, dtype, subok=False) if out is None or in_place else out
     for rows in chunks(data):
-        part, infinite = _core.affine(data[rows].astype(np.float64), center, scale, shift, None, search)
-        if infinite:
+        part = y[rows] if dtype == np.float64 else np.empty_like(data[rows], np.float64)
+        part[...] = data[rows]
+        if _core.affine(part, center, scale, shift, part, search)[1]:
             raise infinity_error(data.dtype)
-        y[rows] = part
+        if dtype != np.float64:
+            y[rows] = part
     if out is None or y is out:
         return y
     out[...] = y
