@@ -106,6 +106,10 @@ class Transformer:
             input_tags=InputTags(allow_nan=True),
         )
 
+    def _more_tags(self) -> dict[str, Any]:
+        """The same for scikit-learn before 1.6."""
+        return {"allow_nan": True, "preserves_dtype": [np.float64, np.float32]}
+
     # --- features ---
 
     def _check_is_fitted(self) -> None:
