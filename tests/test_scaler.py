@@ -494,7 +494,8 @@ def test_progress_goes_to_the_error_stream(capsys):
 
 @pytest.mark.parametrize("method", ["transform", "inverse_transform", "fit_transform"])
 @pytest.mark.parametrize("dtype", [np.float64, np.float32, np.float16, np.int32])
-def test_out(method, dtype):
+def test_out(method, dtype, monkeypatch):
+    monkeypatch.setattr(module, "CHUNK", 7 * 17)
     x = (table() / 100).astype(dtype)
     call = getattr(StandardScaler().fit(x), method)
     expected = call(x)
@@ -1095,12 +1096,13 @@ def test_routing_requests_are_those_of_scikit_learn(sklearn, theirs):
     for method in ("fit", "partial_fit", "transform", "inverse_transform", "fit_transform"):
         assert getattr(own, method).requests == getattr(other, method).requests
     with sklearn.config_context(enable_metadata_routing=True):
-        for name in ("set_partial_fit_request", "set_inverse_transform_request"):
-            (parameter,) = getattr(own.fit, "none", ["sample_weight" if "partial" in name else "copy"])
+        for method, parameter in (("partial_fit", "sample_weight"), ("inverse_transform", "copy")):
+            name = f"set_{method}_request"
             mine, others = (getattr(s, name)(**{parameter: True}) for s in (StandardScaler(), theirs()))
-            method = name.removeprefix("set_").removesuffix("_request")
             found, expected = (getattr(s.get_metadata_routing(), method).requests for s in (mine, others))
             assert found == expected == {parameter: True}
+            again = getattr(mine, name)()
+            assert getattr(again.get_metadata_routing(), method).requests == expected
 
 
 def test_the_diagram_of_a_notebook(sklearn):

@@ -232,7 +232,7 @@ class StandardScaler(Transformer):
         """What the scaler has been fitted to; what its parameters do not ask for is zero."""
         count, nothing = self.n_samples_seen_, np.zeros(self.n_features_in_)
         mean = self._given("mean_") if self.with_mean or self.with_std else nothing
-        m2 = np.where(np.equal(count, 0), 0.0, self._given("var_") * count) if self.with_std else nothing
+        m2 = self._given("var_") * count if self.with_std else nothing
         return Statistics(count, mean, m2)
 
     def _commit(self, found: "Statistics", names: Names | None) -> None:
