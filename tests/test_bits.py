@@ -180,7 +180,9 @@ def test_bits_do_not_depend_on_alignment(isa, dtype, case):
         assert digest([F.batch_norm(x, out=out)[0]]) == digest([F.batch_norm(x)[0]])
 
 
-@pytest.mark.parametrize("shape", [(3, 2, -1), (20, -1, 49), (-1, 3), (-1, 64), (-1, 67), (-1, 20, 7), (1000, -16)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(3, 2, -1), (20, -1, 49), (-1, 3), (-1, 64), (-1, 67), (-1, 20, 7), (1000, -16)], ids=str
+)
 def test_bits_do_not_depend_on_streaming_stores(isa, dtype, shape):
     """Results that do not fit in the last-level cache are written around it; those written over an input are not.
 
