@@ -3,7 +3,7 @@
 
 from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Literal, TypeVar, overload
 
 from numpy.typing import NDArray
 
@@ -13,9 +13,15 @@ _Layer = TypeVar("_Layer")
 
 def shares_memory(a: object, x: Array) -> bool: ...
 def as_data(value: object, name: str) -> Array: ...
+def as_input(value: object, axis: int, channels: int) -> Array: ...
 def moments(x: object, axis: object) -> tuple[int, Statistics, Statistics]: ...
+@overload
 def batch_norm(
     x: object, gamma: object, beta: object, axis: object, eps: object, out: object
+) -> tuple[Array, Statistics, Statistics]: ...
+@overload
+def batch_norm(
+    x: object, gamma: object, beta: object, axis: object, eps: object, out: object, with_m2: Literal[True]
 ) -> tuple[Array, Statistics, Statistics, Statistics]: ...
 def batch_norm_eval(
     x: object,

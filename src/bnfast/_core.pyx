@@ -167,6 +167,21 @@ def as_data(value, str name):
     return as_floating(value, name)
 
 
+def as_input(value, axis, Py_ssize_t channels):
+    """`value` as `as_data` gives it for "x", with so many channels along `axis` (anything else about it is unchecked)."""
+    cdef cnp.ndarray array = as_floating(value, "x")
+    cdef int ndim = cnp.PyArray_NDIM(array)
+    cdef Py_ssize_t i = axis
+    if -ndim <= i < ndim and ndim >= 2 and cnp.PyArray_DIM(array, i if i >= 0 else i + ndim) != channels:
+        shape = shape_of(array)
+        hint = ""
+        for k, n in enumerate(shape):
+            if n == channels and k > 0:
+                hint = f"; BatchNorm(..., axis={-1 if k == ndim - 1 else k}) would fit"
+        raise ValueError(f"x: expected {channels} channels along axis {axis}, got shape {shape}{hint}")
+    return array
+
+
 cdef cnp.ndarray as_samples(object value, str name):
     cdef cnp.ndarray array = as_floating(value, name)
     if cnp.PyArray_NDIM(array) < 2:
@@ -505,13 +520,13 @@ def moments(x, axis):
     return job.outer * job.inner, mean, m2
 
 
-def batch_norm(x, gamma, beta, axis, eps, out):
-    """-> (y, mean, inv_std, m2): y like x, three (C,) float64 arrays."""
+def batch_norm(x, gamma, beta, axis, eps, out, bint with_m2=False):
+    """-> (y, mean, inv_std), with_m2: and m2; y like x, the others (C,) float64 arrays."""
     cdef bnfast_job job = new_job(BNFAST_FORWARD)
     cdef cnp.ndarray data = as_samples(x, "x")
     cdef int channel_axis = as_axis(axis, data)
     cdef Py_ssize_t channels = cnp.PyArray_DIM(data, channel_axis)
-    cdef cnp.ndarray given_out, g, b, y, mean, inv_std, m2
+    cdef cnp.ndarray given_out, g, b, y, mean, inv_std, m2 = None
     job.eps = as_eps(eps)
     given_out = as_out(out, data)
     g = as_parameter(gamma, "gamma", channels, given_out)
@@ -520,13 +535,16 @@ def batch_norm(x, gamma, beta, axis, eps, out):
 
     data = packed(data, channel_axis, &job)
     y = target_of(given_out, data, None)
-    mean, inv_std, m2 = new_statistics(channels), new_statistics(channels), new_statistics(channels)
+    mean, inv_std = new_statistics(channels), new_statistics(channels)
+    if with_m2:
+        m2 = new_statistics(channels)
     if cnp.PyArray_SIZE(data) > 0:
         job.x, job.out = cnp.PyArray_DATA(data), cnp.PyArray_DATA(y)
         job.gamma, job.beta = values(g), values(b)
         job.mean, job.inv_std, job.m2 = values(mean), values(inv_std), values(m2)
         compute(&job, data)
-    return delivered(y, given_out), mean, inv_std, m2
+    y = delivered(y, given_out)
+    return (y, mean, inv_std, m2) if with_m2 else (y, mean, inv_std)
 
 
 def batch_norm_eval(x, mean, var, gamma, beta, axis, eps, out, str prefix=""):

@@ -79,8 +79,7 @@ def batch_norm(
     array([[-1., -1.],
            [ 1.,  1.]])
     """
-    y, mean, inv_std, _ = _core.batch_norm(x, gamma, beta, axis, eps, out)
-    return y, mean, inv_std
+    return _core.batch_norm(x, gamma, beta, axis, eps, out)
 
 
 def batch_norm_eval(

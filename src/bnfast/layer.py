@@ -24,6 +24,10 @@ from .state import StateError
 __all__ = ["BatchNorm"]
 
 
+# A named tuple from all its fields, in a third of the time its own constructor takes.
+_new = tuple.__new__
+
+
 class _Forward(NamedTuple):
     """What backward needs of the last forward."""
 
@@ -66,6 +70,12 @@ class _State(NamedTuple):
             exact_batches=self.exact_batches,
             averaged=self.averaged,
         )
+
+    def with_forward(self, forward: _Forward) -> "_State":
+        return _new(_State, (*self[:3], forward, *self[4:]))
+
+    def with_gradients(self, forward: _Forward | None, gradients: tuple[Array | None, Array | None]) -> "_State":
+        return _new(_State, (*self[:3], forward, *gradients, *self[6:]))
 
     def running(self) -> _Averaged | None:
         """The averaged statistics, in use or not; None if the layer has none."""
@@ -238,29 +248,25 @@ class BatchNorm:
         numpy.exceptions.AxisError
             If `x` has no such axis.
         """
-        data = _core.as_data(x, "x")
-        if -data.ndim <= self.axis < data.ndim >= 2 and data.shape[self.axis] != self.num_features:
-            fits = [i for i, n in enumerate(data.shape) if n == self.num_features and i > 0]
-            hint = f"; BatchNorm(..., axis={-1 if fits[-1] == data.ndim - 1 else fits[-1]}) would fit" if fits else ""
-            raise ValueError(
-                f"x: expected {self.num_features} channels along axis {self.axis}, got shape {data.shape}{hint}"
-            )
+        data = _core.as_input(x, self.axis, self.num_features)
         state = self._state
         overwritten_by = "the forward's out" if out is not None and _core.shares_memory(out, data) else None
         try:
             if self.training or state.running_mean is None:
-                y, mean, inv_std, m2 = _core.batch_norm(data, self.gamma, self.beta, self.axis, self.eps, out)
-                forward = _Forward(data, mean, inv_std, None, overwritten_by)
-                self._exchange(lambda state: self._after_training(state, forward, m2))
+                y, mean, inv_std, m2 = _core.batch_norm(data, self.gamma, self.beta, self.axis, self._eps, out, True)
+                forward = _new(_Forward, (data, mean, inv_std, None, overwritten_by))
+                while not _core.exchange(self, "_state", state, self._after_training(state, forward, m2)):
+                    state = self._state
             else:
                 mean, var = state.running_mean, state.running_var
                 calibration = self._calibration
                 batch = None
                 if calibration is not None and data.size:
                     batch = Moments(*_core.moments(data, self.axis))
-                y = _core.batch_norm_eval(data, mean, var, self.gamma, self.beta, self.axis, self.eps, out, "running_")
-                forward = _Forward(data, mean, None, var, overwritten_by)
-                self._exchange(lambda state: self._after_eval(state, forward, calibration, batch))
+                y = _core.batch_norm_eval(data, mean, var, self.gamma, self.beta, self.axis, self._eps, out, "running_")
+                forward = _new(_Forward, (data, mean, None, var, overwritten_by))
+                while not _core.exchange(self, "_state", state, self._after_eval(state, forward, calibration, batch)):
+                    state = self._state
         except (TypeError, ValueError, MemoryError):
             raise
         except BaseException:  # an interrupt, perhaps after the kernel has written
@@ -273,21 +279,23 @@ class BatchNorm:
         count = forward.x.size // self.num_features
         if self._calibration is not None:
             batch = Moments(count, forward.mean, m2)
-            return state._replace(forward=forward).gather(self._calibration, batch)
+            return state.with_forward(forward).gather(self._calibration, batch)
         if not self.training or state.running_mean is None:
-            return state._replace(forward=forward)
+            return state.with_forward(forward)
         batches = state.num_batches_tracked + 1
-        factor = 1 / batches if self.momentum is None else self.momentum
+        factor = 1 / batches if self._momentum is None else self._momentum
         mean, var = _core.updated_running(
             state.running_mean, state.running_var, forward.mean, m2, count, factor, self.unbiased_running_var
         )
-        # from here on these are the running ones, whatever they were before; _replace would take 0.8 us longer
-        kept = state.exact, state.exact_batches
-        return _State(mean, var, batches, forward, state.grad_gamma, state.grad_beta, None, None, 0, *kept)
+        # from here on these are the running ones, whatever they were before
+        grads = state.grad_gamma, state.grad_beta
+        return _new(
+            _State, (mean, var, batches, forward, *grads, None, None, 0, state.exact, state.exact_batches, None)
+        )
 
     def _after_eval(self, state: _State, forward: _Forward, calibration: object, batch: Moments | None) -> _State:
         """The state after a forward with the running statistics; `batch`: what the calibration gathers of it."""
-        state = state._replace(forward=forward)
+        state = state.with_forward(forward)
         return state if batch is None or self._calibration is not calibration else state.gather(calibration, batch)
 
     def _note_overwritten(self, out: Array | None, what: str) -> None:
@@ -344,24 +352,28 @@ class BatchNorm:
             dx, dgamma, dbeta = _core.batch_norm_backward(
                 dy, forward.x, forward.mean, inv_std, self.gamma, self.axis, forward.var is None, out
             )
-            with np.errstate(over="ignore", under="ignore"):
-                grad_gamma = dgamma.astype(self.dtype, copy=False) if self.affine else None
-                grad_beta = dbeta.astype(self.dtype, copy=False) if self.affine else None
+            gradients = (self._as_gradient(dgamma), self._as_gradient(dbeta)) if self.affine else (None, None)
             overwritten = out is not None and _core.shares_memory(out, forward.x)
-
-            def after(state: _State) -> _State:
+            while True:
+                state = self._state
                 kept = state.forward
                 if overwritten and kept is forward:
                     kept = forward._replace(overwritten_by="the backward's out")
-                return state._replace(forward=kept, grad_gamma=grad_gamma, grad_beta=grad_beta)
-
-            self._exchange(after)
+                if _core.exchange(self, "_state", state, state.with_gradients(kept, gradients)):
+                    break
         except (TypeError, ValueError, MemoryError):
             raise
         except BaseException:
             self._note_overwritten(out, "an interrupted backward's out")
             raise
         return dx
+
+    def _as_gradient(self, gradient: Array) -> Array:
+        """In the dtype of the parameters."""
+        if gradient.dtype == self.dtype:
+            return gradient
+        with np.errstate(over="ignore", under="ignore"):
+            return gradient.astype(self.dtype)
 
     # --- modes ----------------------------------------------------------------------------------------------
 

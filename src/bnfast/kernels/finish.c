@@ -155,11 +155,12 @@ void bnfast_finish(const bnfast_job *job, const bnfast_block *block, ptrdiff_t i
 
     switch (job->operation) {
     case BNFAST_FORWARD: {
-        double *restrict inv_std = job->inv_std + c0, *restrict m2 = job->m2 + c0;
+        double *restrict inv_std = job->inv_std + c0;
+        job->kernels->inverse_roots(n, b, count, job->eps, inv_std);
+        if (job->m2 != NULL)
+            memcpy(job->m2 + c0, b, (size_t)n * sizeof *b);
         for (ptrdiff_t j = 0; j < n; j++) {
             mean[j] = value_at(job, block->channel.center, i + j) + a[j];
-            m2[j] = b[j];
-            inv_std[j] = 1.0 / sqrt(b[j] / count + job->eps);
             center[j] = mean[j];
             scale[j] = slope[j] = gamma[j] * inv_std[j];
             shift[j] = 0.0;

@@ -58,8 +58,8 @@ static void spread(const bnfast_job *job, const bnfast_block *block, const void 
                 for (ptrdiff_t t = 0; t < job->inner; t++, out += size)
                     memcpy(out, (const char *)channel + i * size, (size_t)size);
     out = column;
-    for (ptrdiff_t i = 0; i < BNFAST_PAD; i++)
-        memcpy(out + (width + i) * size, out + i % width * size, (size_t)size);
+    for (ptrdiff_t i = 0; i < BNFAST_PAD; i += width) /* every copy begins with what the ones before it have made */
+        memcpy(out + (width + i) * size, out, (size_t)(least(width, BNFAST_PAD - i) * size));
 }
 
 static void prepare(const bnfast_job *job, const bnfast_block *block)

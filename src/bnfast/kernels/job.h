@@ -41,7 +41,7 @@ struct bnfast_job {
     const double *vgamma, *vbeta;     /* (channels,) IN, NULL: zeros; jvp */
     const double *var;                /* (channels,) IN; eval, NULL: inv_std is 1, so out = (x - mean) * gamma + beta */
     double eps;                       /* forward and eval */
-    double *mean, *inv_std, *m2;      /* (channels,) OUT of forward and moments, IN elsewhere */
+    double *mean, *inv_std, *m2;      /* (channels,) OUT of forward (m2 may be NULL) and moments, IN elsewhere */
     double *sum, *dot;                /* (channels,) OUT of backward: dbeta, dgamma */
     int *infinite;                    /* OUT of eval, NULL: not asked for; set to 1 if x has an infinity */
     int n_threads;                    /* threads that will run the tasks, >= 1 */

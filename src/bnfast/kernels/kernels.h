@@ -96,6 +96,8 @@ typedef struct {
     void (*typical_values)(ptrdiff_t n, ptrdiff_t step, const void *x, const ptrdiff_t *offsets, void *out);
     /* The memory floor: out = x, or x + u where u is not NULL, streamed. n: elements */
     void (*floor)(const void *x, const void *u, void *out, ptrdiff_t n);
+    /* 1 / sqrt(m2 / count + eps) of n channels */
+    void (*inverse_roots)(ptrdiff_t n, const double *m2, double count, double eps, double *inv_std);
     /* float64 to the dtype */
     void (*round_values)(ptrdiff_t n, const double *values, void *out);
 } bnfast_kernels;

@@ -35,6 +35,12 @@ static void FN(merge_sums)(ptrdiff_t n, double *restrict sum_a, double *restrict
     }
 }
 
+static void FN(inverse_roots)(ptrdiff_t n, const double *restrict m2, double count, double eps, double *restrict inv_std)
+{
+    for (ptrdiff_t i = 0; i < n; i++)
+        inv_std[i] = 1.0 / sqrt(m2[i] / count + eps);
+}
+
 static void FN(floor)(const void *data, const void *data_u, void *result, ptrdiff_t n)
 {
     const T *x = data, *u = data_u;
@@ -67,6 +73,7 @@ const bnfast_kernels FN(bnfast_table) = {
     .merge_sums = FN(merge_sums),
     .round_centers = FN(round_centers),
     .typical_values = FN(typical_values),
+    .inverse_roots = FN(inverse_roots),
     .floor = FN(floor),
     .round_values = FN(round_values),
 };
