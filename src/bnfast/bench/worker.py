@@ -24,6 +24,7 @@ from typing import IO, Any, Self
 __all__ = ["Worker", "WorkerError", "serve"]
 
 SAMPLE_SECONDS = 1e-3  # a sample is the mean of enough calls to take this long
+SETTLE_SECONDS = 30e-3  # before a turn is timed: the system finds CPUs again for threads that were stopped
 TURN_SECONDS = 0.5  # a turn ends early after this
 
 # The GNU OpenMP runtime reads its environment once, when it is loaded, and bnfast asks it to let idle threads sleep.
@@ -196,7 +197,10 @@ def measure(call: Callable[[], object], samples: int, n: int, budget: float) -> 
     gc.collect()
     gc.disable()
     try:
-        call()  # wakes the threads and fetches the data
+        begun = time.perf_counter()
+        call()  # fetches the data
+        while time.perf_counter() < begun + SETTLE_SECONDS:
+            call()
         seconds: list[float] = []
         end = time.perf_counter() + budget
         while len(seconds) < samples and (not seconds or time.perf_counter() < end):

@@ -296,7 +296,7 @@ void bnfast_plan_interleaved(bnfast_job *job)
         n = job->task_channels = job->channels;
     else if (bnfast_reduces(job)) {
         n = channels_of_block(job);
-        job->pack = n > 0;
+        job->pack = n > 0 && bnfast_applies(job);
         job->task_channels = n > 0 ? n * quotient_up(job->channels / n, TASKS * job->n_threads) : 0;
         if (n > 0 && job->inner == 1 && bnfast_applies(job))
             job->lead = (ptrdiff_t)(-(uintptr_t)job->out % 64) / job->kernels->itemsize;
