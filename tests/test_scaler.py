@@ -238,6 +238,19 @@ def test_a_feature_that_is_missing_altogether():
     assert_same_fit(before.partial_fit(x), scaler)
 
 
+def into_another_array(transform):
+    """`transform` with `out=`, of which nothing may be written when it raises."""
+
+    def call(data):
+        out = np.full_like(data, 7.0)
+        try:
+            transform(data, out=out)
+        finally:
+            assert (out == 7.0).all()
+
+    return call
+
+
 @pytest.mark.parametrize("value", [np.inf, -np.inf])
 @pytest.mark.parametrize("dtype", [np.float64, np.float32, np.float16, object])
 @pytest.mark.parametrize("order", ["C", "F"])
@@ -255,12 +268,35 @@ def test_infinities_are_refused(value, dtype, order, missing, place):
         scaler.transform,
         scaler.fit_transform,
         scaler.inverse_transform,
+        into_another_array(scaler.transform),
+        into_another_array(scaler.inverse_transform),
         lambda data: scaler.fit(data, sample_weight=np.arange(200.0)),
         lambda data: scaler.fit(data, batch_size=13),
     ):
         with pytest.raises(ValueError, match=r"Input X contains infinity or a value too large for dtype\('float"):
             call(bad)
         assert state(scaler) == before
+
+
+def test_a_missing_feature_does_not_hide_that_another_is_out_of_range():
+    x = np.full((5001, 2), 2e38, np.float32)
+    x[:, 0], x[0, 1] = np.nan, -2e38
+    alone = StandardScaler().fit_transform(x[:, 1:])
+    np.testing.assert_array_equal(StandardScaler().fit_transform(x)[:, 1:], alone)
+    assert np.isfinite(alone).all()
+
+
+def test_batch_size_of_any_integer_type(rng):
+    x = rng.normal(size=(400, 2))
+    np.testing.assert_array_equal(
+        StandardScaler().fit(x, batch_size=np.int8(100)).mean_, StandardScaler().fit(x, batch_size=100).mean_
+    )
+
+
+def test_the_sum_of_one_is_another_object(rng):
+    x = rng.normal(size=(40, 2))
+    scaler = StandardScaler().fit(x)
+    assert sum([scaler]) is not scaler
 
 
 @pytest.mark.parametrize("shape", [(3000, 100), (100_000, 3), (20, 20_000)])

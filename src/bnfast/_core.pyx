@@ -171,7 +171,7 @@ def as_input(value, axis, Py_ssize_t channels):
     """`value` as `as_data` gives it for "x", with so many channels along `axis` (anything else about it is unchecked)."""
     cdef cnp.ndarray array = as_floating(value, "x")
     cdef int ndim = cnp.PyArray_NDIM(array)
-    cdef Py_ssize_t i = axis
+    cdef Py_ssize_t i = axis if -64 <= axis <= 64 else 64  # the latter: refused where it is used
     if -ndim <= i < ndim and ndim >= 2 and cnp.PyArray_DIM(array, i if i >= 0 else i + ndim) != channels:
         shape = shape_of(array)
         hint = ""

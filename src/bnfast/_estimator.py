@@ -32,7 +32,7 @@ class NotFittedError(ValueError, AttributeError):
 
 
 class Transformer:
-    """Parameters, tags, names of features, output containers metadata routing; a feature out for a feature in."""
+    """Parameters, tags, names of features, output containers, metadata routing; a feature out for a feature in."""
 
     n_features_in_: int
     feature_names_in_: Names

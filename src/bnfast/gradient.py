@@ -291,8 +291,8 @@ def check_gradient(
 
     Notes
     -----
-    About 20 evaluations of f for each direction. Steps are powers of 4 times a power of 2, from eps**(1/8) down to
-    eps**(1/2) times the size of x.
+    20 to 45 evaluations of f for each direction. Steps are powers of 4 times a power of 2, from eps**(1/8) times the
+    larger of the size of x and 1 down to eps**(1/2) times the smaller of them.
 
     Examples
     --------

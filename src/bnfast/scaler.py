@@ -209,8 +209,10 @@ class StandardScaler(Transformer):
         for name in ("copy", "with_mean", "with_std"):
             if not isinstance(getattr(self, name), (bool, np.bool_)):
                 raise TypeError(f"{name}: expected a bool, got {getattr(self, name)!r}")
-        if batch_size is not None and integer(batch_size, "batch_size") < 1:
-            raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
+        if batch_size is not None:
+            batch_size = integer(batch_size, "batch_size")
+            if batch_size < 1:
+                raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
         names = feature_names(x)
         if before is not None:
             before._check_feature_names(names)
@@ -447,8 +449,8 @@ class StandardScaler(Transformer):
         return self.merge(other)
 
     def __radd__(self, other: object) -> Self:
-        if isinstance(other, int) and other == 0:  # where sum() starts
-            return self
+        if isinstance(other, int) and other == 0:  # where sum() starts; a new one, as merge gives
+            return copying.copy(self)
         return NotImplemented
 
 
@@ -665,7 +667,7 @@ def mapped(
     elif not copy and data.dtype == dtype and data.flags.writeable:
         out = data
     in_place = out is not None and _core.shares_memory(out, data)
-    if in_place and search:  # before anything is overwritten
+    if out is not None and search:  # before anything is written
         statistics(data)
         search = False
     if is_native(data) and (dtype != np.float32 or in_float32_range(center, scale, shift)):
@@ -690,5 +692,5 @@ def mapped(
 def in_float32_range(center: Float64, scale: Float64, shift: Float64 | None) -> bool:
     """Whether the map can be computed in float32. NaN can."""
     low, high = FLOAT32_RANGE
-    far = np.abs(center).max() > high or (shift is not None and np.abs(shift).max() > high)
+    far = (np.abs(center) > high).any() or (shift is not None and (np.abs(shift) > high).any())
     return not (far or (scale < low).any() or (scale > high).any())

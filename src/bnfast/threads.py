@@ -138,17 +138,21 @@ def thread_budget() -> tuple[int, str]:
     n, why = _core.openmp_max_threads(), "OpenMP's own limit (OMP_NUM_THREADS, threadpoolctl)"
     if not _core.openmp_version():
         why = "built without OpenMP"
-    if not os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip().isdigit():
+    if not _omp_num_threads_is_set():
         cpus, cpus_why = _available_cpus()
         if cpus <= n:
             n, why = cpus, cpus_why
     return (max(1, n), why) if n <= limit else (limit, "OMP_THREAD_LIMIT")
 
 
+def _omp_num_threads_is_set() -> bool:
+    return os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip().isdigit()
+
+
 def _number_and_whether_chosen() -> tuple[int, bool]:
     n, _ = thread_budget()
     chosen = _context.get() is not None or _process is not None or _environment is not None
-    return n, chosen or "OMP_NUM_THREADS" in os.environ
+    return n, chosen or _omp_num_threads_is_set()
 
 
 _core.set_thread_budget(_number_and_whether_chosen)

@@ -232,7 +232,7 @@ void bnfast_plan(bnfast_job *job)
     /* What a call writes first is gone from the last-level cache by its end if the call touches more than that; half of
      * it, as others use it too. */
     const ptrdiff_t bytes = job->outer * job->channels * job->inner * job->kernels->itemsize;
-    const ptrdiff_t arrays = bnfast_needs_gradient(job) ? 3 : 2;
+    const ptrdiff_t arrays = job->u ? 3 : 2;
     job->stream = bnfast_applies(job) && job->out != job->x && job->out != job->u &&
                   arrays * bytes >= bnfast_last_level_bytes() / 2;
 }

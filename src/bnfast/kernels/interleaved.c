@@ -58,7 +58,7 @@ static void spread(const bnfast_job *job, const bnfast_block *block, const void 
                 for (ptrdiff_t t = 0; t < job->inner; t++, out += size)
                     memcpy(out, (const char *)channel + i * size, (size_t)size);
     out = column;
-    for (ptrdiff_t i = 0; i < BNFAST_PAD; i += width) /* every copy begins with what the ones before it have made */
+    for (ptrdiff_t i = 0; i < BNFAST_PAD; i += width) /* whole periods, then what is left of one */
         memcpy(out + (width + i) * size, out, (size_t)(least(width, BNFAST_PAD - i) * size));
 }
 
@@ -141,7 +141,7 @@ static void apply(const bnfast_job *job, const bnfast_block *block, ptrdiff_t ro
                   ptrdiff_t n_columns, ptrdiff_t next)
 {
     const ptrdiff_t offset = (row * row_stride(job) + block->first * job->inner) * job->kernels->itemsize;
-    const char *x = (const char *)job->x + offset, *u = (const char *)job->u + offset;
+    const char *x = (const char *)job->x + offset, *u = job->u ? (const char *)job->u + offset : NULL;
     char *out = (char *)job->out + offset;
     bnfast_columns columns = {n_rows, n_columns, stride, stride, NULL, NULL, stride};
     if (next > 0) {

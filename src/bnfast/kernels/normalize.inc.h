@@ -105,7 +105,7 @@ static ALWAYS_INLINE void FN(map_channels)(const T *x, const T *u, T *out, ptrdi
             FN(map_elements)(&map, x, u, out, 1, 0, 0, j, gradient, 0);
     }
 #define ASK_AHEAD                                                                                                      \
-    if (stream) {                                                                                                      \
+    if (stream && ahead) {                                                                                             \
         PREFETCH_L2(x + j, ahead);                                                                                     \
         if (gradient)                                                                                                  \
             PREFETCH_L2(u + j, ahead);                                                                                 \

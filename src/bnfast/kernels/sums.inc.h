@@ -3,7 +3,7 @@
  *
  * A lane takes CHAIN terms in the data's dtype, in each of two chains so that additions need not wait for each other;
  * then the chains are added and go to float64. Relative to the sum of the absolute terms the error of a sum is at most
- * (CHAIN + 2) * 2^-24 for float32, 1e-8 typically, however many terms there are. */
+ * (CHAIN + 3) * 2^-24 for float32, 1e-8 typically, however many terms there are. */
 
 #define CHAIN 16
 #define FLUSH (2 * CHAIN)
