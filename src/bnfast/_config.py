@@ -21,6 +21,7 @@ def config() -> dict[str, Any]:
     -------
     dict
         version, python, numpy : str
+            Of bnfast, of Python, of NumPy.
         isa : str
             The instruction set in use; BNFAST_ISA in the environment forces one.
         isa_compiled, isa_supported : list of str
