@@ -242,7 +242,7 @@ def into_another_array(transform):
     """`transform` with `out=`, of which nothing may be written when it raises."""
 
     def call(data):
-        out = np.full_like(data, 7.0)
+        out = np.full(data.shape, 7.0, data.dtype if data.dtype.kind == "f" else np.float64)
         try:
             transform(data, out=out)
         finally:
