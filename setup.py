@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy
 from Cython.Build import cythonize
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 KERNELS = ("baseline", "avx2", "avx512", "dispatch", "finish", "planar", "interleaved", "floor", "infinite")
@@ -111,6 +111,8 @@ extension = Extension(
 )
 
 setup(
+    packages=[*find_packages("src"), "bnfast.examples"],
+    package_dir={"": "src", "bnfast.examples": "examples"},  # so that `python -m bnfast gallery` finds them
     ext_modules=cythonize(
         extension,
         compiler_directives={

@@ -50,14 +50,20 @@ MAY_IMPORT = {
     "_estimator": set(),
     "scaler": {"_checks", "_core", "_estimator"},
     "gradient": {"_checks", "_table"},  # and not the layer: it checks anybody's
-    "demo": {"layer"},
+    "network": {"layer"},
+    "demo": {"network"},
+    "figures": set(),
+    "gallery": {"figures", "network"},  # and the examples, by name
     "__init__": {
         *("_config", "_runtime", "blas", "functional", "gradient", "layer", "moments", "scaler", "state", "threads"),
     },
-    "__main__": {"__init__", "demo"},
+    "__main__": {"__init__", "demo", "gallery"},
 }
 OTHER_PACKAGES = {  # the rest: NumPy
-    "demo": {"numpy", "sklearn", "matplotlib", "tqdm", "threadpoolctl"},
+    "demo": {"numpy", "matplotlib", "tqdm", "threadpoolctl"},
+    "network": {"numpy", "sklearn"},
+    "figures": {"numpy", "matplotlib"},
+    "gallery": {"numpy", "tqdm", "threadpoolctl"},
     "_estimator": {"numpy", "sklearn"},
 }
 

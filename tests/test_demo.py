@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bnfast import BatchNorm, check_gradient, check_layer, demo
+from bnfast import BatchNorm, check_gradient, check_layer, demo, network
 
 EXTRA_MODULES = sorted(demo.EXTRAS)
 
@@ -42,12 +42,13 @@ def rows(text):
 
 RNG = np.random.default_rng(7)
 LAYERS = {
-    "linear": (demo.Linear(5, 4, RNG, np.float64), (3, 5)),
-    "conv": (demo.Conv2d(2, 3, RNG, np.float64), (2, 2, 4, 5)),
-    "conv_one_pixel": (demo.Conv2d(2, 3, RNG, np.float64), (2, 2, 1, 1)),
-    "relu": (demo.ReLU(), (3, 5)),
-    "mean_pool": (demo.MeanPool(), (2, 3, 4, 6)),
-    "flatten": (demo.Flatten(), (2, 3, 2, 2)),
+    "linear": (network.Linear(5, 4, RNG, np.float64), (3, 5)),
+    "conv": (network.Conv2d(2, 3, RNG, np.float64), (2, 2, 4, 5)),
+    "conv_one_pixel": (network.Conv2d(2, 3, RNG, np.float64), (2, 2, 1, 1)),
+    "relu": (network.ReLU(), (3, 5)),
+    "sigmoid": (network.Sigmoid(), (3, 5)),
+    "mean_pool": (network.MeanPool(), (2, 3, 4, 6)),
+    "flatten": (network.Flatten(), (2, 3, 2, 2)),
 }
 
 
@@ -63,7 +64,7 @@ def test_layer_gradients_agree_with_central_differences(name):
 
 
 def test_conv_is_a_correlation_with_zeros_around_the_image():
-    conv = demo.Conv2d(2, 3, np.random.default_rng(0), np.float64)
+    conv = network.Conv2d(2, 3, np.random.default_rng(0), np.float64)
     x = np.random.default_rng(1).standard_normal((2, 2, 4, 5))
     kernels = conv.weight.T.reshape(3, 2, 3, 3)
     padded = np.zeros((2, 2, 6, 7))
@@ -77,12 +78,12 @@ def test_conv_is_a_correlation_with_zeros_around_the_image():
 def test_cross_entropy_gradient_agrees_with_central_differences():
     scores = np.random.default_rng(3).standard_normal((4, 10))
     labels = np.array([0, 9, 3, 3])
-    loss, gradient = (lambda scores, i=i: demo.cross_entropy(scores, labels)[i] for i in (0, 1))
+    loss, gradient = (lambda scores, i=i: network.cross_entropy(scores, labels)[i] for i in (0, 1))
     check_gradient(loss, gradient, scores).raise_if_failed()
 
 
 def test_cross_entropy_of_huge_scores_is_finite():
-    loss, dscores = demo.cross_entropy(np.array([[1e30, -1e30]], np.float32), np.array([0]))
+    loss, dscores = network.cross_entropy(np.array([[1e30, -1e30]], np.float32), np.array([0]))
     assert loss == 0
     assert np.all(dscores == 0)
     assert dscores.dtype == np.float32

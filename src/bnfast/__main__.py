@@ -1,4 +1,4 @@
-"""`python -m bnfast`: the configuration; `python -m bnfast demo`, `python -m bnfast bench`: see there."""
+"""`python -m bnfast`: the configuration; `python -m bnfast demo`, `gallery`, `bench`: see there."""
 
 import argparse
 import sys
@@ -12,15 +12,19 @@ def main(argv: list[str] | None = None) -> int:
         prog="python -m bnfast",
         description="Batch normalisation on the CPU for NumPy arrays. Without a command: print the configuration.",
     )
-    parser.add_argument("command", nargs="?", choices=["config", "demo", "bench"], default="config")
+    parser.add_argument("command", nargs="?", choices=["config", "demo", "gallery", "bench"], default="config")
     parser.add_argument(
-        "arguments", nargs=argparse.REMAINDER, help="see: python -m bnfast demo --help, python -m bnfast bench --help"
+        "arguments", nargs=argparse.REMAINDER, help="see: python -m bnfast demo --help; gallery and bench likewise"
     )
     args = parser.parse_args(argv)
     if args.command == "demo":
         from .demo import main as demo
 
         return demo(args.arguments)
+    if args.command == "gallery":
+        from .gallery import main as gallery
+
+        return gallery(args.arguments)
     if args.command == "bench":
         from .bench import main as bench
 

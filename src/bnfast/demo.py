@@ -1,7 +1,7 @@
 """Train two small networks to read digits, with and without batch normalisation.
 
-``python -m bnfast demo`` runs this file. It is an example to read, too: a training loop in plain NumPy, in
-which `bnfast.BatchNorm` is one layer among others. The networks with and without it differ in nothing else:
+``python -m bnfast demo`` runs this file. It is an example to read, too: with `network.py` a training loop in plain
+NumPy, in which `bnfast.BatchNorm` is one layer among others. The networks with and without it differ in nothing else:
 they have the same initial weights (He's, made for ReLU), the same mini-batches in the same order and the same
 learning rate. The rate suits BatchNorm: to stand a large one is what it is for. Without it the fully
 connected network is better off with a smaller one (try ``--learning-rate 0.05``).
@@ -10,163 +10,53 @@ connected network is better off with a smaller one (try ``--learning-rate 0.05``
 from __future__ import annotations
 
 import argparse
-import importlib
 import io
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
-from numpy.lib.stride_tricks import sliding_window_view
 
-from .layer import BatchNorm
+from .network import (
+    BATCH_SIZE,
+    EXTRAS,
+    Array,
+    Conv2d,
+    Digits,
+    Flatten,
+    Layer,
+    Linear,
+    MeanPool,
+    Normalise,
+    accuracy,
+    activated,
+    learn,
+    load_digits,
+    perceptron,
+    require,
+)
 
-Array = npt.NDArray[Any]
-
-BATCH_SIZE = 32
 GOAL = 0.95  # the table counts the epochs to this test accuracy
-EXTRAS = {  # module: package
-    "sklearn": "scikit-learn",
-    "threadpoolctl": "threadpoolctl",
-    "tqdm": "tqdm",
-    "matplotlib": "matplotlib",
-}
 BLUE, VERMILION = "#0072B2", "#D55E00"  # Okabe and Ito's, which colour-blind eyes tell apart
-
-
-# --- Layers: forward keeps what backward needs; backward takes dL/dy, keeps dL/dparameter, returns dL/dx ---
-
-
-class Layer(Protocol):
-    """What training asks of a layer."""
-
-    def forward(self, x: Array, /) -> Array: ...
-    def backward(self, dy: Array, /) -> Array: ...
-    def parameters(self) -> Mapping[str, Array]: ...
-    def gradients(self) -> Mapping[str, Array]: ...
-
-
-class Linear:
-    """Fully connected: (N, n_in) -> (N, n_out)."""
-
-    def __init__(self, n_in: int, n_out: int, rng: np.random.Generator, dtype: npt.DTypeLike = np.float32):
-        self.weight: Array = (rng.standard_normal((n_in, n_out)) * np.sqrt(2 / n_in)).astype(dtype)  # He
-        self.bias: Array = np.zeros(n_out, dtype)
-        self.grad_weight, self.grad_bias = np.zeros_like(self.weight), np.zeros_like(self.bias)
-
-    def forward(self, x: Array) -> Array:
-        self.x = x
-        return x @ self.weight + self.bias
-
-    def backward(self, dy: Array) -> Array:
-        self.grad_weight = self.x.T @ dy
-        self.grad_bias = dy.sum(axis=0)
-        return dy @ self.weight.T
-
-    def parameters(self) -> dict[str, Array]:
-        return {"weight": self.weight, "bias": self.bias}
-
-    def gradients(self) -> dict[str, Array]:
-        return {"weight": self.grad_weight, "bias": self.grad_bias}
-
-
-class Conv2d(Linear):
-    """3x3 convolution, zeros around the image: (N, n_in, H, W) -> (N, n_out, H, W).
-
-    It is Linear, applied to the 3x3 pixels around each pixel.
-    """
-
-    def __init__(self, n_in: int, n_out: int, rng: np.random.Generator, dtype: npt.DTypeLike = np.float32):
-        super().__init__(n_in * 9, n_out, rng, dtype)
-
-    def forward(self, x: Array) -> Array:
-        n, c, h, w = self.shape = x.shape
-        padded = np.pad(x, ((0, 0), (0, 0), (1, 1), (1, 1)))
-        windows = sliding_window_view(padded, (3, 3), axis=(2, 3))  # (N, C, H, W, 3, 3)
-        rows = windows.transpose(0, 2, 3, 1, 4, 5).reshape(n * h * w, c * 9)
-        return np.ascontiguousarray(super().forward(rows).reshape(n, h, w, -1).transpose(0, 3, 1, 2))
-
-    def backward(self, dy: Array) -> Array:
-        n, c, h, w = self.shape
-        drows = super().backward(dy.transpose(0, 2, 3, 1).reshape(n * h * w, -1))
-        dwindows = drows.reshape(n, h, w, c, 3, 3).transpose(0, 3, 1, 2, 4, 5)
-        dpadded = np.zeros((n, c, h + 2, w + 2), dy.dtype)
-        for i, j in np.ndindex(3, 3):
-            dpadded[:, :, i : i + h, j : j + w] += dwindows[..., i, j]
-        return dpadded[:, :, 1:-1, 1:-1]
-
-
-class Fixed:
-    """A layer with nothing to learn."""
-
-    def parameters(self) -> dict[str, Array]:
-        return {}
-
-    def gradients(self) -> dict[str, Array]:
-        return {}
-
-
-class ReLU(Fixed):
-    """max(x, 0); any shape."""
-
-    def forward(self, x: Array) -> Array:
-        self.positive = x > 0
-        return np.maximum(x, 0)
-
-    def backward(self, dy: Array) -> Array:
-        return dy * self.positive
-
-
-class MeanPool(Fixed):
-    """The means of 2x2 pixels: (N, C, H, W) -> (N, C, H / 2, W / 2)."""
-
-    def forward(self, x: Array) -> Array:
-        n, c, h, w = x.shape
-        return np.asarray(x.reshape(n, c, h // 2, 2, w // 2, 2).mean(axis=(3, 5)))
-
-    def backward(self, dy: Array) -> Array:
-        return (dy / 4).repeat(2, axis=2).repeat(2, axis=3)
-
-
-class Flatten(Fixed):
-    """(N, C, H, W) -> (N, C * H * W)."""
-
-    def forward(self, x: Array) -> Array:
-        self.shape = x.shape
-        return x.reshape(len(x), -1)
-
-    def backward(self, dy: Array) -> Array:
-        return dy.reshape(self.shape)
 
 
 # --- Networks ---
 
 
-def activated(layer: Layer, n_features: int, normalise: bool) -> list[Layer]:
-    """Add the activation to a layer and, in front of it, BatchNorm if asked for.
-
-    Beta makes the bias before it superfluous; it stays, so that the two networks differ in nothing else.
-    """
-    return [layer, BatchNorm(n_features), ReLU()] if normalise else [layer, ReLU()]
-
-
 def fully_connected(rng: np.random.Generator, normalise: bool) -> list[Layer]:
     """Five hidden layers of 128; BatchNorm sees (N, C)."""
-    layers: list[Layer] = [Flatten()]
-    for n_in, n_out in [(64, 128), (128, 128), (128, 128), (128, 128), (128, 128)]:
-        layers += activated(Linear(n_in, n_out, rng), n_out, normalise)
-    return [*layers, Linear(128, 10, rng)]
+    return [Flatten(), *perceptron([64, 128, 128, 128, 128, 128, 10], rng, "before" if normalise else None)]
 
 
 def convolutional(rng: np.random.Generator, normalise: bool) -> list[Layer]:
     """Two convolutions on 8x8 pixels, two on 4x4; BatchNorm sees (N, C, H, W)."""
     layers: list[Layer] = []
+    where: Normalise = "before" if normalise else None
     for n_in, n_out in [(1, 8), (8, 16)]:
-        layers += activated(Conv2d(n_in, n_out, rng), n_out, normalise)
-        layers += activated(Conv2d(n_out, n_out, rng), n_out, normalise)
+        layers += activated(Conv2d(n_in, n_out, rng), n_out, where)
+        layers += activated(Conv2d(n_out, n_out, rng), n_out, where)
         layers += [MeanPool()]
     return [*layers, Flatten(), Linear(16 * 2 * 2, 10, rng)]
 
@@ -174,23 +64,7 @@ def convolutional(rng: np.random.Generator, normalise: bool) -> list[Layer]:
 NETWORKS = {"fully connected": (fully_connected, 0.3), "convolutional": (convolutional, 0.1)}  # learning rate
 
 
-def forward(layers: list[Layer], x: Array, training: bool) -> Array:
-    """Run a network; BatchNorm takes the statistics of the batch in training, the running ones otherwise."""
-    for layer in layers:
-        if isinstance(layer, BatchNorm):
-            layer.train(training)
-        x = layer.forward(x)
-    return x
-
-
 # --- Training ---
-
-
-class Digits(NamedTuple):
-    """Images (N, 1, 8, 8), float32 from 0 to 1, and their labels (N,), 0 to 9."""
-
-    train: tuple[Array, Array]
-    test: tuple[Array, Array]
 
 
 class Result(NamedTuple):
@@ -203,52 +77,6 @@ class Result(NamedTuple):
     test_accuracies: Array
     train_accuracy: float
     seconds: float
-
-
-def load_digits(seed: int) -> Digits:
-    """Return scikit-learn's 1797 digits; a fifth of each class, drawn by the seed, is for the test."""
-    from sklearn import datasets
-
-    bunch = datasets.load_digits()
-    images, labels = (bunch.images[:, np.newaxis] / 16).astype(np.float32), bunch.target
-    order = np.random.default_rng(seed).permutation(len(labels))
-    order = order[np.argsort(labels[order], kind="stable")]  # sorted by class, shuffled within
-    is_test = np.arange(len(order)) % 5 == 0
-    train, test = order[~is_test], order[is_test]
-    return Digits((images[train], labels[train]), (images[test], labels[test]))
-
-
-def cross_entropy(scores: Array, labels: Array) -> tuple[float, Array]:
-    """Return the mean -log softmax(scores)[label] over a batch, in nats, and the gradient in the scores."""
-    rows = np.arange(len(labels))
-    scores = scores - scores.max(axis=1, keepdims=True)
-    log_p = scores - np.log(np.exp(scores).sum(axis=1, keepdims=True))
-    dscores = np.exp(log_p)
-    dscores[rows, labels] -= 1
-    return float(-log_p[rows, labels].mean()), dscores / len(labels)
-
-
-def learn(layers: list[Layer], images: Array, labels: Array, rate: float, rng: np.random.Generator) -> float:
-    """Descend the gradient of one mini-batch after another, an epoch long; return the mean loss."""
-    total = 0.0
-    order = rng.permutation(len(images))
-    for start in range(0, len(order), BATCH_SIZE):
-        batch = order[start : start + BATCH_SIZE]
-        loss, dy = cross_entropy(forward(layers, images[batch], training=True), labels[batch])
-        total += loss * len(batch)
-        for layer in reversed(layers):
-            dy = layer.backward(dy)
-        for layer in layers:
-            gradients = layer.gradients()
-            for name, parameter in layer.parameters().items():
-                parameter -= rate * gradients[name]
-    return total / len(images)
-
-
-def accuracy(layers: list[Layer], images: Array, labels: Array, diverged: bool) -> float:
-    """Return the share of images named rightly; once all scores are nan, their argmax names each one 0."""
-    answers = 0 if diverged else forward(layers, images, training=False).argmax(axis=1)
-    return float(np.mean(answers == labels))
 
 
 def fit(
@@ -323,18 +151,6 @@ def draw(results: list[Result], digits: Digits) -> bytes:
 
 
 # --- Command ---
-
-
-def require(modules: list[str], extra: str = "demo") -> None:
-    """Raise ImportError, with advice, if one of the modules is missing."""
-    missing = []
-    for module in modules:
-        try:
-            importlib.import_module(module)
-        except ImportError:
-            missing.append(EXTRAS[module])
-    if missing:
-        raise ImportError(f'missing: {", ".join(missing)}; to install: pip install "bnfast[{extra}]"')
 
 
 def check_writable(path: Path) -> None:
