@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 TITLE = "The directional derivative is largest along the gradient"
 CAPTION = (
-    "The slope of a loss, measured by differences in all directions, is the cosine that the gradient predicts, and it is"
-    " largest where the gradient points. With the right slope D the error of the linear approximation, f(x + tu) - f(x)"
+    "The slope of a loss, measured by differences in all directions, is the cosine that the gradient predicts,"
+    " and it is largest where the gradient points. With the right slope D the error of the linear approximation, f(x + tu) - f(x)"
     " - tD, falls like t², faster than the step t (it is o(t)); with a slope that is wrong by 1% it falls like t only."
 )
 
@@ -74,7 +74,7 @@ def draw(results: Sequence[Result]) -> Figure:
     """Show the first result."""
     r = results[0]
     figure, (left, right) = panels(2, TITLE)
-    left.plot(ANGLES, r.predicted, color=BLUE, linewidth=2, label="$f_x$ cos α + $f_y$ sin α")
+    left.plot(ANGLES, r.predicted, color=BLUE, linewidth=2, label="$f_x$ cos θ + $f_y$ sin θ")
     left.plot(ANGLES[::2], r.measured[::2], "o", color=VERMILION, markersize=5, label="measured by differences")
     left.axvline(r.gradient_angle, color="0.3", linestyle="--", label="angle of the gradient")
     left.set_xticks(range(0, 361, 90))
@@ -82,7 +82,7 @@ def draw(results: Sequence[Result]) -> Figure:
     label(
         left,
         "slope in all directions",
-        "angle α of the direction u (degrees)",
+        "angle θ of the direction u (degrees)",
         "$D_u f$ (nats per unit)",
         "upper right",
     )

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 TITLE = "Feature scaling makes the loss round, and descent short"
 CAPTION = (
     "With the features as they were measured the loss is a long narrow valley: a rate small enough for its steep walls"
-    " creeps along its floor. After (x - mean) / std it is nearly round, and the same descent, each at the best constant"
-    " learning rate for its own valley, is there in a few steps."
+    " creeps along its floor. After (x - mean) / std it is nearly round, and the same descent, each at the best"
+    " constant learning rate for its own valley, is there in a few steps."
 )
 
 MAX_STEPS = 100_000
@@ -95,7 +95,14 @@ def draw(results: Sequence[Result]) -> Figure:
         levels = descent.excess(descent.path[0]) * np.array([0.03, 0.2, 0.6, 1.2, 2, 3])
         panel.contour(grid[..., 0], grid[..., 1], height, levels=levels, colors="0.6", linewidths=1)
         marks = "o-" if descent.steps < 50 else "-"
-        panel.plot(*descent.path.T, marks, color=color, linewidth=1.5, markersize=4, label=f"{descent.steps} steps")
+        panel.plot(
+            *descent.path.T,
+            marks,
+            color=color,
+            linewidth=0.6 if descent.steps > 50 else 1.5,
+            markersize=4,
+            label=f"{descent.steps} steps",
+        )
         panel.plot(*descent.path[0], "s", color="black", markersize=8, label="start")
         panel.plot(*descent.best, "*", color="black", markersize=14, label="least loss")
         panel.set_aspect("equal")
