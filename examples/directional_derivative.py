@@ -23,9 +23,10 @@ if TYPE_CHECKING:
 
 TITLE = "The directional derivative is largest along the gradient"
 CAPTION = (
-    "The slope of a loss, measured by differences in all directions, is the cosine that the gradient predicts,"
-    " and it is largest where the gradient points. With the right slope D the error of the linear approximation, f(x + tu) - f(x)"
-    " - tD, falls like t², faster than the step t (it is o(t)); with a slope that is wrong by 1% it falls like t only."
+    "The slope of a loss, measured by differences in all directions, is the cosine that the gradient predicts, and it "
+    "is largest where the gradient points. With the right slope D the error of the linear approximation, f(x + tu) - "
+    "f(x) - tD, falls like t², faster than the step t (it is o(t)); with a slope that is wrong by 1% it falls like t "
+    "only."
 )
 
 ANGLES = np.arange(0, 360, 5)  # degrees

@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 
 TITLE = "Feature scaling makes the loss round, and descent short"
 CAPTION = (
-    "With the features as they were measured the loss is a long narrow valley: a rate small enough for its steep walls"
-    " creeps along its floor. After (x - mean) / std it is nearly round, and the same descent, each at the best"
-    " constant learning rate for its own valley, is there in a few steps."
+    "With the features as they were measured the loss is a long narrow valley: a rate small enough for its steep "
+    "walls creeps along its floor. After (x - mean) / std it is nearly round, and the same descent, each at the best "
+    "constant learning rate for its own valley, is there in a few steps."
 )
 
 MAX_STEPS = 100_000

@@ -20,9 +20,8 @@ if TYPE_CHECKING:
 
 TITLE = "Batch normalisation stands larger learning rates"
 CAPTION = (
-    "Training loss after five epochs, against the learning rate: without batch normalisation the network stops learning"
-    " at a rate at which it trains well with it. The gain is in how far up one may go, and the rate still has a limit:"
-    " the last layer is not normalised."
+    "Without batch normalisation the network stops learning at rates at which it trains well with it. There is a "
+    "limit with it too, because the last layer is not normalised; and at rates that suit both, the gain is smaller."
 )
 
 RATES = np.array([0.01, 0.03, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 12.8])

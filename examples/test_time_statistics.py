@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 
 TITLE = "Statistics for test time: averages wander, exact ones arrive"
 CAPTION = (
-    "The running (exponential) average forgets, so it keeps wandering about the truth, the more the smaller the batches;"
-    " the cumulative average closes in, and merged moments are the statistics of all that has passed, equal to those of"
-    " the training set once all of it has. With small batches that costs the running average accuracy; with large ones"
-    " the three read equally well, and the distance no longer matters."
+    "The running average starts from 0 and 1 and forgets: of few large batches it is still on its way, which costs "
+    "accuracy, and of many small ones it wanders about the truth, which here costs a percent at most. The cumulative "
+    "average closes in, and merged moments are the statistics of all that has passed, so those of the training set "
+    "once it has."
 )
 
 SMALL, LARGE = 4, 64
@@ -35,7 +35,7 @@ SHARES = np.array([0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 0.7, 1.0])  # of the trainin
 
 
 class Result(NamedTuple):
-    """For batches of SMALL and LARGE images and each of KINDS, a value at each of SHARES (nan: no batch yet)."""
+    """For batches of SMALL and LARGE images and each of KINDS, a value at each of SHARES, rounded to whole batches, at least one."""
 
     distances: dict[tuple[int, str], Array]  # of the first layer's mean and std, in std: root mean square
     accuracies: dict[tuple[int, str], Array]  # on the test images
@@ -60,13 +60,11 @@ def compute(seed: int) -> Result:
     layers = perceptron([64, 64, 64, 10], rng, "before")
     for _ in range(3):
         learn(layers, x, labels, 0.1, rng)
+    x = x[rng.permutation(len(x))[: len(x) // LARGE * LARGE]]  # whole batches of both sizes
     truth = bnfast.moments(layers[0].forward(x))  # what the first BatchNorm sees does not depend on any statistics
-    x = x[rng.permutation(len(x))]
-
     result = Result({}, {})
     for size in SMALL, LARGE:
-        ends = [int(share * len(x)) // size * size for share in SHARES]
-        ends[-1] = len(x)
+        ends = np.maximum(np.rint(SHARES * len(x) / size).astype(int) * size, size)
         for kind in KINDS:
             for bn in norms(layers):
                 bn.reset_running_stats()
@@ -75,8 +73,6 @@ def compute(seed: int) -> Result:
             distances, accuracies = np.full((2, len(ends)), np.nan)
             for start in range(0, len(x), size):
                 y = x[start : start + size]
-                if len(y) < 2:
-                    continue  # a single image has no variance
                 i = 0
                 for layer in layers:
                     if isinstance(layer, bnfast.BatchNorm):
@@ -84,16 +80,17 @@ def compute(seed: int) -> Result:
                         i += 1
                         layer.train()
                     y = layer.forward(y)
-                if min(start + size, len(x)) not in ends:
+                now = ends == start + size
+                if not now.any():
                     continue
-                now = [j for j, end in enumerate(ends) if end == min(start + size, len(x))]
                 if kind == "exact":
                     mean, std = gathered[0].mean, gathered[0].std()
                     for bn, moments in zip(norms(layers), gathered, strict=True):
                         bn.use_statistics(moments)
                 else:
                     first = norms(layers)[0]
-                    assert first.running_mean is not None and first.running_var is not None
+                    assert first.running_mean is not None
+                    assert first.running_var is not None
                     mean, std = first.running_mean, np.sqrt(first.running_var)
                 distances[now] = distance(mean, std, truth)
                 accuracies[now] = accuracy(layers, test_x, test_labels)

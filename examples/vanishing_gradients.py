@@ -33,10 +33,10 @@ if TYPE_CHECKING:
 
 TITLE = "Batch normalisation keeps gradients from vanishing"
 CAPTION = (
-    "Each sigmoid without batch normalisation shrinks the gradient, so that hardly anything reaches the first of eight"
-    " layers and the network learns nothing; normalised, before or after the activation, it learns. Normalising before"
-    " keeps the inputs of the sigmoids out of saturation even if the weights are ten times too large; after does not:"
-    " there the seed's advice, before, is what counts."
+    "Each sigmoid shrinks the gradient, so that of eight layers without batch normalisation the first gets a "
+    "thousandth and the network learns nothing; normalised, before or after the activation, it learns. If the weights "
+    "are ten times too large, normalising before keeps most inputs of the sigmoids out of saturation and normalising "
+    "after does not: there the seed's advice, before, is what counts."
 )
 
 DEPTH = 8
