@@ -35,7 +35,7 @@ SHARES = np.array([0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 0.7, 1.0])  # of the trainin
 
 
 class Result(NamedTuple):
-    """For batches of SMALL and LARGE images and each of KINDS, a value at each of SHARES, rounded to whole batches, at least one."""
+    """For batches of SMALL and LARGE images and each of KINDS, a value at each of SHARES (whole batches)."""
 
     distances: dict[tuple[int, str], Array]  # of the first layer's mean and std, in std: root mean square
     accuracies: dict[tuple[int, str], Array]  # on the test images
@@ -103,7 +103,7 @@ def draw(results: Sequence[Result]) -> Figure:
     figure, axes = panels(4, TITLE)
     figure.set_size_inches(16, 4.8)
     styles = {"running": (VERMILION, "s"), "cumulative": (BLUE, "o"), "exact": (GREEN, "^")}
-    for size, far, right in (SMALL, *axes[:2]), (LARGE, *axes[2:]):
+    for size, (far, right) in {SMALL: axes[:2], LARGE: axes[2:]}.items():
         for kind, style in styles.items():
             curve(far, 100 * SHARES, [np.maximum(r.distances[size, kind], 1e-4) for r in results], *style, kind)
             curve(right, 100 * SHARES, [100 * r.accuracies[size, kind] for r in results], *style, kind)

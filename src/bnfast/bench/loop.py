@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 import bnfast
 
 from .. import functional as F
-from ..demo import Linear, ReLU, cross_entropy
+from ..network import Linear, ReLU, cross_entropy
 from .compare import record, summary
 from .contenders import EPS, Operation, Unavailable
 from .report import busy, duration, grid
