@@ -79,12 +79,12 @@ def draw(results: Sequence[Result]) -> Figure:
         f"accuracy after {EPOCHS} epochs",
         "k: initial weights are He's times k",
         "test accuracy (%)",
-        "lower center",
+        "center right",
     )
     right.loglog(POWERS, results[0].difference, "o-", color=VERMILION, linewidth=2, label=f"eps = {EPS:g}")
     right.loglog(POWERS, results[0].difference_scaled_eps, "s--", color=GREEN, linewidth=2, label="eps times k²")
     right.set_yscale("symlog", linthresh=1e-9)
-    right.set_ylim(-2e-10, 1)
+    right.set_ylim(-2e-10, 1e3)
     label(right, "the invariance, float64", "k", "largest |BN(kWx) - BN(Wx)|", "upper right")
     return figure
 

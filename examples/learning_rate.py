@@ -79,6 +79,7 @@ def draw(results: Sequence[Result]) -> Figure:
     panel.axhline(TRAINS, color="0.4", linestyle="--", label=f"counts as trained: {TRAINS}")
     panel.set_xscale("log")
     panel.set_yscale("log")
+    panel.set_ylim(0.002, 20)  # room for the legend
     label(
         panel,
         f"line: median of {len(results)} seeds, shade: all",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -33,7 +33,7 @@ def panels(n: int, title: str) -> tuple[Figure, list[Axes]]:
     return figure, axes
 
 
-def label(axes: Axes, title: str, x: str, y: str, legend: str | None = "best") -> None:
+def label(axes: Axes, title: str, x: str, y: str, legend: Any = "best") -> None:
     """Name a panel and its axes, and give it a legend, at `legend` or not at all."""
     axes.set_title(title, fontsize=14)
     axes.set_xlabel(x, fontsize=13)

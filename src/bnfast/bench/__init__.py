@@ -60,7 +60,8 @@ def make_parser() -> argparse.ArgumentParser:
 
 def run_comparison(args: argparse.Namespace, argv: list[str], parser: argparse.ArgumentParser) -> int:
     """Compare the contenders and report."""
-    from ..demo import check_writable, require
+    from ..demo import check_writable
+    from ..network import require
     from .compare import Plan, compare, known_contenders
     from .report import draw, table
     from .shapes import OPERATIONS, QUICK, SHAPES
@@ -99,7 +100,8 @@ def run_comparison(args: argparse.Namespace, argv: list[str], parser: argparse.A
 
 def run_loop(args: argparse.Namespace, argv: list[str]) -> int:
     """Measure the training loops and report."""
-    from ..demo import check_writable, require
+    from ..demo import check_writable
+    from ..network import require
     from .loop import measure_loops, table
 
     require(["tqdm"], "bench")
