@@ -30,9 +30,10 @@ def run(page: str, name: str) -> set[str]:
         try:
             exec(compile("\n" * (line - 1) + code, name, "exec"), names)
         except ModuleNotFoundError as error:
-            if error.name not in OPTIONAL:
+            library = (error.name or "").partition(".")[0]
+            if library not in OPTIONAL:
                 raise
-            missing.add(error.name)
+            missing.add(library)
         except Exception as error:
             at = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == name]
             pytest.fail(f"{name}:{at[-1] if at else line}: {type(error).__name__}: {error}")
