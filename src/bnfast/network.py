@@ -136,7 +136,8 @@ class Sigmoid(Fixed):
         return self.y
 
     def backward(self, dy: Array) -> Array:
-        return dy * self.y * (1 - self.y)
+        dx: Array = dy * self.y * (1 - self.y)
+        return dx
 
 
 class MeanPool(Fixed):
