@@ -64,9 +64,9 @@ def batch_norm(
 
     Notes
     -----
-    Ioffe and Szegedy, "Batch Normalization", 2015, algorithm 1. float32: the error of y is at most
-    2.4e-7 * (abs(gamma) * (1 + abs(x_hat)) + abs(beta)), four roundings, for a mean up to 1e6 standard deviations from
-    zero.
+    Ioffe and Szegedy, "Batch Normalization", 2015, algorithm 1. float32: y has the error of four roundings, at most
+    2.4e-7 * (abs(gamma) * (1 + abs(x_hat)) + abs(beta)), for a mean up to 1e6 standard deviations from zero, and that of
+    the statistics, which averages out but in data made to prevent it (docs/error-bounds.md).
 
     Examples
     --------
