@@ -65,8 +65,8 @@ def batch_norm(
     Notes
     -----
     Ioffe and Szegedy, "Batch Normalization", 2015, algorithm 1. float32: y has the error of four roundings, at most
-    2.4e-7 * (abs(gamma) * (1 + abs(x_hat)) + abs(beta)), for a mean up to 1e6 standard deviations from zero, and that of
-    the statistics, which averages out but in data made to prevent it (docs/error-bounds.md).
+    2.4e-7 * (abs(gamma) * (1 + abs(x_hat)) + abs(beta)), for a mean up to 1e6 standard deviations from zero, and
+    that of the statistics, which averages out but in data made to prevent it (docs/error-bounds.md).
 
     Examples
     --------
