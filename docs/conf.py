@@ -3,6 +3,9 @@
 from pathlib import Path
 
 import bnfast
+from bnfast import gallery
+
+HERE = Path(__file__).parent
 
 project = "bnfast"
 author = "The bnfast developers"
@@ -10,9 +13,9 @@ project_copyright = "The bnfast developers"
 release = version = bnfast.__version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.mathjax", "numpydoc"]
-myst_enable_extensions = ["amsmath", "dollarmath"]
+myst_enable_extensions = ["amsmath", "colon_fence", "dollarmath"]
 myst_heading_anchors = 3
-exclude_patterns = ["_build"]
+exclude_patterns = ["_build", "_gallery"]
 
 default_role = "py:obj"  # single backticks in docstrings are names
 autodoc_member_order = "bysource"
@@ -24,14 +27,33 @@ html_theme = "furo"
 html_title = f"bnfast {release}"
 
 
-def list_examples(app, docname, source):
-    """Ends the gallery's page with a list of docs/gallery/*.md, if there are any."""
-    examples = sorted(path.stem for path in Path(__file__).parent.glob("gallery/*.md"))
-    if docname == "gallery" and examples:
-        source[0] += "\n".join(
-            ["```{toctree}", ":maxdepth: 1", "", *(f"gallery/{name}" for name in examples), "```", ""]
-        )
+def draw_examples(app):
+    """The gallery's figures, drawn anew by the code that is documented."""
+    gallery.run(HERE / "_gallery")
+
+
+def show_examples(app, docname, source):
+    """Ends the gallery's page with all figures, their captions and scripts."""
+    if docname == "gallery":
+        for name in gallery.EXAMPLES:
+            module = gallery.example(name)
+            source[0] += f"""
+## {module.TITLE}
+
+![{module.TITLE}](_gallery/{name}.png)
+
+{module.CAPTION}
+
+:::{{admonition}} examples/{name}.py
+:class: dropdown
+
+```{{literalinclude}} ../examples/{name}.py
+:language: python
+```
+:::
+"""
 
 
 def setup(app):
-    app.connect("source-read", list_examples)
+    app.connect("builder-inited", draw_examples)
+    app.connect("source-read", show_examples)
