@@ -65,6 +65,8 @@ def errors(results, x, gamma, beta, dy):
 
 def main():
     contenders = {"bnfast": of_bnfast} | ({"PyTorch": of_torch} if torch else {})
+    if not torch:
+        print("left out: PyTorch, which is not installed")
     print(
         f"{'':<10}{'':<13}{'|mean|/std':>10}",
         *(f"{name + ' ' + q:>16}" for q in ("y", "dx", "dgamma", "dbeta") for name in contenders),

@@ -168,7 +168,7 @@ def as_data(value, str name):
 
 
 def as_input(value, axis, Py_ssize_t channels):
-    """`value` as `as_data` gives it for "x", with so many channels along `axis` (anything else about it is unchecked)."""
+    """`value` as `as_data` gives it for "x", with so many channels along `axis` (nothing else is checked)."""
     cdef cnp.ndarray array = as_floating(value, "x")
     cdef int ndim = cnp.PyArray_NDIM(array)
     cdef Py_ssize_t i = axis if -64 <= axis <= 64 else 64  # the latter: refused where it is used
@@ -575,7 +575,7 @@ def batch_norm_eval(x, mean, var, gamma, beta, axis, eps, out, str prefix=""):
 
 
 def affine(x, center, scale, shift, out, bint search):
-    """-> (y, infinite): y = (x - center) * scale + shift, like x, by the columns of a 2-dimensional x; shift may be None.
+    """-> (y, infinite): y = (x - center) * scale + shift, by columns of a 2-dimensional x; shift may be None.
 
     infinite: whether x has an infinity, False unless `search`; y is of no use then.
     """
@@ -852,7 +852,7 @@ def blas_supported():
 
 def blas_share(copies, list shared):
     """Shares copies of OpenBLAS, each (set_callback, exec_blas, callback, num_threads, places), addresses and a number
-    (blas.h); appends to `shared` what blas_release needs. Returns whether there was room for all. Nothing interrupts it.
+    (blas.h); appends to `shared` what blas_release needs. Returns whether there was room for all.
     """
     cdef int copy
     for set_callback, exec_blas, callback, num_threads, places in copies:
