@@ -25,8 +25,8 @@ TITLE = "Covariate shift: only statistics of the shifted data undo it"
 CAPTION = (
     "Here the seed's claim does not hold as it stands: with the statistics of training, which are constants, the "
     "network with batch normalisation loses more accuracy to a shift than the one without, whose ReLUs pass a factor "
-    "on unharmed. Once its statistics are taken again from the shifted images, without labels (calibrate), c Wx + b "
-    "and Wx normalise to the same, and nothing is lost."
+    "above 1 on almost unharmed. Once its statistics are taken again from the shifted images, without labels "
+    "(calibrate), c Wx + b and Wx normalise to the same, and next to nothing is lost."
 )
 
 BRIGHTNESS = np.linspace(-1, 1, 9)  # added to each pixel, 0 to 1

@@ -23,8 +23,8 @@ TITLE = "Batch normalisation forgives the initial scale of the weights"
 CAPTION = (
     "Without batch normalisation the network learns from a narrow range of initial scales only; with it from all of "
     "them, although not equally well: the gradient goes like 1/k, so large weights hardly turn. BN(kWx) = BN(Wx) "
-    "holds but for eps, which does not scale (the difference is near eps / k² var); with eps times k², and k a power "
-    "of two, every bit is the same."
+    "holds but for eps, which does not scale (for small k the difference grows like eps / k² var); with eps times "
+    "k², and k a power of two, every bit is the same."
 )
 
 SCALES = 10.0 ** np.linspace(-2, 2, 9)

@@ -84,7 +84,7 @@ def draw(results: Sequence[Result]) -> Figure:
         panel,
         f"line: median of {len(results)} seeds, shade: all",
         "learning rate",
-        f"training loss after {EPOCHS} epochs (nats)",
+        f"training loss in epoch {EPOCHS} (nats)",
         "lower left",
     )
     return figure

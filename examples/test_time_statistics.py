@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 TITLE = "Statistics for test time: averages wander, exact ones arrive"
 CAPTION = (
     "The running average starts from 0 and 1 and forgets: of few large batches it is still on its way, which costs "
-    "accuracy, and of many small ones it wanders about the truth, which here costs a percent at most. The cumulative "
+    "accuracy, and of many small ones it wanders about the truth, which here costs two percent at most. The cumulative "
     "average closes in, and merged moments are the statistics of all that has passed, so those of the training set "
     "once it has."
 )

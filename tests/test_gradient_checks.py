@@ -368,7 +368,7 @@ BUGS = {
     "statistics are constants": (0.992, {"x"}),
     "no term of the mean": (0.989, {"x"}),
     "no term of the variance": (0.638, {"x"}),
-    "M - 1 for M": (0.466, {"x"}),  # of 6 rows; it falls like 1/M**2: 3.8e-3 for 64 rows, 1.0e-4 for 1000
+    "M - 1 for M": (0.466, {"x"}),  # of 6 rows; it falls like M**-1.5
     "wrong axis": (1.56, {"x", "gamma", "beta"}),
     "sign of a term": (0.982, {"x"}),
     "gamma forgotten": (0.566, {"x"}),

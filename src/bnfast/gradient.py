@@ -350,7 +350,7 @@ def check_layer(layer: Layer, x: ArrayLike, *, rng: int | np.random.Generator | 
     -----
     What it takes for a bug to be seen: an effect on the gradient of more than the tolerance. Planted in batch
     normalisation of 6 rows in float64, statistics taken for constants show as a relative error of 1, a missing term as
-    0.6 to 1, M - 1 for M as 0.5; the last falls like 1/M**2 (4e-3 for 64 rows, 1e-4 for 1000), so use small batches.
+    0.6 to 1, M - 1 for M as 0.5; the last falls like M**-1.5 (4e-3 for 64 rows, 1e-4 for 1000), so use small batches.
 
     Examples
     --------
