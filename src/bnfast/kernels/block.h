@@ -5,6 +5,9 @@
 
 #include "job.h"
 
+static inline ptrdiff_t least(ptrdiff_t a, ptrdiff_t b) { return a < b ? a : b; }
+static inline ptrdiff_t quotient_up(ptrdiff_t a, ptrdiff_t b) { return (a + b - 1) / b; }
+
 /* Scratch of a block: `n` channels from `first` on, which are `width` columns.
  * a, b: (n_segments + 1, width); what the reductions give: mean less center and m2, or sum and dot. Merged, they are row 0.
  * work: (8, n) float64; channel: coefficients a channel; column: coefficients a column (may be the same memory) */

@@ -14,7 +14,7 @@ static void floor_task(const bnfast_job *job, ptrdiff_t index, int thread)
 {
     (void)thread;
     const ptrdiff_t begin = index * TASK_BYTES, left = bytes_of(job) - begin;
-    const ptrdiff_t n = (left < TASK_BYTES ? left : TASK_BYTES) / job->kernels->itemsize;
+    const ptrdiff_t n = least(left, TASK_BYTES) / job->kernels->itemsize;
     const char *u = job->u ? (const char *)job->u + begin : NULL;
     job->kernels->floor((const char *)job->x + begin, u, (char *)job->out + begin, n);
     bnfast_stream_fence();
@@ -23,5 +23,5 @@ static void floor_task(const bnfast_job *job, ptrdiff_t index, int thread)
 void bnfast_plan_floor(bnfast_job *job)
 {
     job->workspace_bytes = 0;
-    job->phases[job->n_phases++] = (bnfast_phase){floor_task, (bytes_of(job) + TASK_BYTES - 1) / TASK_BYTES};
+    job->phases[job->n_phases++] = (bnfast_phase){floor_task, quotient_up(bytes_of(job), TASK_BYTES)};
 }

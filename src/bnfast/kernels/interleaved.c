@@ -24,8 +24,6 @@ enum {
     APPLY_BYTES = 1 << 18
 };
 
-static ptrdiff_t least(ptrdiff_t a, ptrdiff_t b) { return a < b ? a : b; }
-static ptrdiff_t quotient_up(ptrdiff_t a, ptrdiff_t b) { return (a + b - 1) / b; }
 
 static ptrdiff_t period(const bnfast_job *job) { return job->channels * job->inner; }
 static ptrdiff_t row_stride(const bnfast_job *job) { return job->fold * period(job); }
@@ -143,7 +141,7 @@ static void apply(const bnfast_job *job, const bnfast_block *block, ptrdiff_t ro
     const ptrdiff_t offset = (row * row_stride(job) + block->first * job->inner) * job->kernels->itemsize;
     const char *x = (const char *)job->x + offset, *u = job->u ? (const char *)job->u + offset : NULL;
     char *out = (char *)job->out + offset;
-    bnfast_columns columns = {n_rows, n_columns, stride, stride, NULL, NULL, stride};
+    bnfast_columns columns = {n_rows, n_columns, stride, stride, NULL, NULL};
     if (next > 0) {
         columns.next_x = x + next * job->kernels->itemsize;
         columns.next_u = job->u ? u + next * job->kernels->itemsize : NULL;

@@ -43,11 +43,10 @@ typedef struct {
 } bnfast_runs;
 
 /* n_rows rows of n_columns: of x and u `stride` apart, of out `out_stride`. next_x, next_u: as many elements, rows
- * next_stride apart, to be brought into cache meanwhile; or NULL */
+ * out_stride apart, to be brought into cache meanwhile; or NULL */
 typedef struct {
     ptrdiff_t n_rows, n_columns, stride, out_stride;
     const void *next_x, *next_u;
-    ptrdiff_t next_stride;
 } bnfast_columns;
 
 typedef struct {

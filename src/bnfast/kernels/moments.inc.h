@@ -130,7 +130,7 @@ static void FN(moments_interleaved_block)(const T *x, ptrdiff_t n_rows, ptrdiff_
                                           double *m2)
 {
     const double n = (double)n_rows;
-    T pivots[4096 / sizeof(T)];
+    T pivots[COLUMNS];
     for (ptrdiff_t c = 0; c < n_columns; c += PIVOT_COLUMNS)
         FN(column_pivots)(x + c, n_rows, stride, n_columns - c < PIVOT_COLUMNS ? n_columns - c : PIVOT_COLUMNS, pivots + c);
     FN(sums_of_columns)(x, x, n_rows, stride, packed, packed, packed_stride, n_columns, pivots, 0, mean, m2);

@@ -138,12 +138,12 @@ static ALWAYS_INLINE void FN(map_rows)(const T *x, const T *u, T *out, const T *
                                        const bnfast_columns *columns, const bnfast_coefficients *c, int gradient,
                                        int stream)
 {
-    const ptrdiff_t n_columns = columns->n_columns, next_stride = columns->next_stride;
+    const ptrdiff_t n_columns = columns->n_columns, out_stride = columns->out_stride;
     ptrdiff_t j = 0;
 #define ELEMENTS(n, stream)                                                                                            \
     do {                                                                                                               \
         const struct FN(map) map = FN(map_of_columns)(c, j, n, gradient);                                              \
-        FN(map_elements)(&map, x + j, u + j, out + j, rows, columns->stride, columns->out_stride, n, gradient, stream);\
+        FN(map_elements)(&map, x + j, u + j, out + j, rows, columns->stride, out_stride, n, gradient, stream);         \
         j += (n);                                                                                                      \
     } while (0)
     if (stream) {
@@ -153,9 +153,9 @@ static ALWAYS_INLINE void FN(map_rows)(const T *x, const T *u, T *out, const T *
         for (ptrdiff_t vectors = (n_columns - j) / VN; vectors > 0; vectors--) {
             if (next_x)
                 for (ptrdiff_t r = 0; r < rows; r++) {
-                    PREFETCH_L2(next_x + r * next_stride + j, 0);
+                    PREFETCH_L2(next_x + r * out_stride + j, 0);
                     if (next_u)
-                        PREFETCH_L2(next_u + r * next_stride + j, 0);
+                        PREFETCH_L2(next_u + r * out_stride + j, 0);
                 }
             ELEMENTS(VN, 1);
         }
@@ -208,9 +208,9 @@ static ALWAYS_INLINE void FN(map_columns)(const T *x, const T *u, T *out, const 
         u += (rows)*stride;                                                                                            \
         out += (rows)*out_stride;                                                                                      \
         if (next_x)                                                                                                    \
-            next_x += (rows)*columns->next_stride;                                                                     \
+            next_x += (rows)*out_stride;                                                                               \
         if (next_u)                                                                                                    \
-            next_u += (rows)*columns->next_stride;                                                                     \
+            next_u += (rows)*out_stride;                                                                               \
         r += (rows);                                                                                                   \
     } while (0)
     /* What comes from cache waits for instructions; what comes from memory is best read as one stream. */

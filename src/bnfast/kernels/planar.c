@@ -12,11 +12,10 @@
  * TASKS: a thread, where there are enough channels. SWEEP: elements of a task where the channels do not matter. */
 enum { SEGMENT = 16384, SEGMENT_F64 = 4096, TASKS = 4, SWEEP = 1 << 16 };
 
-static ptrdiff_t least(ptrdiff_t a, ptrdiff_t b) { return a < b ? a : b; }
 
 static ptrdiff_t row_stride(const bnfast_job *job) { return job->channels * job->inner; }
 
-static ptrdiff_t pieces_of_row(const bnfast_job *job) { return (job->inner + job->segment_length - 1) / job->segment_length; }
+static ptrdiff_t pieces_of_row(const bnfast_job *job) { return quotient_up(job->inner, job->segment_length); }
 
 /* Where segment s of a channel begins (row, column of the row), and its extent. */
 static void segment(const bnfast_job *job, ptrdiff_t s, ptrdiff_t *row, ptrdiff_t *begin, ptrdiff_t *n_rows,
@@ -118,8 +117,8 @@ static sweep sweep_of(const bnfast_job *job)
     s.length = least(job->inner, SWEEP);
     s.n_channels = least(job->channels, at_least_one(SWEEP / job->inner));
     s.n_rows = s.n_channels < job->channels || s.length < job->inner ? 1 : at_least_one(SWEEP / row_stride(job));
-    s.parts = (job->channels + s.n_channels - 1) / s.n_channels;
-    s.pieces = (job->inner + s.length - 1) / s.length;
+    s.parts = quotient_up(job->channels, s.n_channels);
+    s.pieces = quotient_up(job->inner, s.length);
     return s;
 }
 
@@ -165,14 +164,14 @@ static void apply_task(const bnfast_job *job, ptrdiff_t index, int thread)
 static void plan_blocks(bnfast_job *job, ptrdiff_t channel_bytes)
 {
     const int threads = job->n_threads;
-    const ptrdiff_t share = threads == 1 ? job->channels : (job->channels + TASKS * threads - 1) / (TASKS * threads);
+    const ptrdiff_t share = threads == 1 ? job->channels : quotient_up(job->channels, TASKS * threads);
     const ptrdiff_t n = least(bnfast_l2_bytes() / 2 / channel_bytes, share);
     job->block_channels = n < 1 ? 1 : n;
     job->task_channels = share / job->block_channels * job->block_channels;
     job->scratch_bytes = bnfast_block_bytes(job, job->block_channels, 1);
     job->workspace_bytes = job->scratch_bytes * threads;
     job->phases[job->n_phases++] =
-        (bnfast_phase){blocks_task, (job->channels + job->task_channels - 1) / job->task_channels};
+        (bnfast_phase){blocks_task, quotient_up(job->channels, job->task_channels)};
 }
 
 /* Few channels, or nothing to reduce: each step for the whole array. */
@@ -188,7 +187,7 @@ static void plan_phases(bnfast_job *job)
     if (bnfast_applies(job)) {
         const sweep s = sweep_of(job);
         job->phases[job->n_phases++] =
-            (bnfast_phase){apply_task, s.pieces * s.parts * ((job->outer + s.n_rows - 1) / s.n_rows)};
+            (bnfast_phase){apply_task, s.pieces * s.parts * quotient_up(job->outer, s.n_rows)};
     }
 }
 
@@ -198,7 +197,7 @@ void bnfast_plan_planar(bnfast_job *job)
     const ptrdiff_t elements = job->kernels->itemsize == 4 ? SEGMENT : SEGMENT_F64;
     job->segment_length = least(job->inner, elements);
     job->segment_rows = job->inner < elements ? elements / job->inner : 1;
-    job->n_segments = (job->outer + job->segment_rows - 1) / job->segment_rows * pieces_of_row(job);
+    job->n_segments = quotient_up(job->outer, job->segment_rows) * pieces_of_row(job);
     job->merges = job->n_segments > 1;
 
     const int threads = job->n_threads;
