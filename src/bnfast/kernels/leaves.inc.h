@@ -6,11 +6,11 @@
 
 #include "vec.h"
 
+#include "normalize.inc.h"
+
 #include "sums.inc.h"
 
 #include "moments.inc.h"
-
-#include "normalize.inc.h"
 
 #include "backward.inc.h"
 
@@ -65,9 +65,8 @@ const bnfast_kernels FN(bnfast_table) = {
     .moments_interleaved = FN(moments_interleaved),
     .sums_planar = FN(sums_planar),
     .sums_interleaved = FN(sums_interleaved),
-    .normalize_planar = FN(normalize_planar),
+    .write_rest = FN(write_rest),
     .normalize_interleaved = FN(normalize_interleaved),
-    .gradient_planar = FN(gradient_planar),
     .gradient_interleaved = FN(gradient_interleaved),
     .merge_moments = FN(merge_moments),
     .merge_sums = FN(merge_sums),
@@ -89,7 +88,7 @@ const bnfast_kernels FN(bnfast_table) = {
 #undef CHAIN
 #undef FLUSH
 #undef COLUMN_VECTORS
-#undef AHEAD_BYTES
+#undef AHEAD
 #undef COLUMNS
 #undef TILE_ROWS
 #undef PIVOT_COLUMNS

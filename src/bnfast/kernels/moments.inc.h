@@ -55,13 +55,9 @@ static void FN(moments_wide)(const T *x, ptrdiff_t n_rows, ptrdiff_t stride, ptr
         *m2 = 0.0;
 }
 
-static void FN(moments_planar)(const void *data, ptrdiff_t n_rows, ptrdiff_t stride, ptrdiff_t length,
-                               const void *center_in, double *mean, double *m2)
+/* The mean of a few elements spread over a channel's segment. x: (n_rows, length), rows `stride` apart IN */
+static T FN(pivot)(const T *x, ptrdiff_t n_rows, ptrdiff_t stride, ptrdiff_t length)
 {
-    const T *x = data;
-    const double center = (double)*(const T *)center_in;
-    const double n = (double)n_rows * (double)length;
-
     ptrdiff_t samples = PIVOT_SAMPLES;
     double sample[PIVOT_SAMPLES];
     while (samples > n_rows * length)
@@ -71,14 +67,30 @@ static void FN(moments_planar)(const void *data, ptrdiff_t n_rows, ptrdiff_t str
     for (ptrdiff_t half = samples / 2; half > 0; half /= 2)
         for (ptrdiff_t i = 0; i < half; i++)
             sample[i] += sample[i + half];
-    const T pivot_value = (T)(sample[0] / (double)samples);
+    return (T)(sample[0] / (double)samples);
+}
 
-    double total, total_square;
-    FN(sums_of_rows)(x, x, n_rows, stride, length, pivot_value, 0, &total, &total_square);
-    *mean = ((double)pivot_value - center) + total / n;
-    *m2 = total_square - total * (total / n);
-    if (!FN(trusted)(n, total, total_square, *m2))
-        FN(moments_wide)(x, n_rows, stride, length, center, mean, m2);
+static void FN(moments_planar)(const void *data, const bnfast_runs *runs, ptrdiff_t next, const void *center_in,
+                               double *mean, double *m2, void *scratch, bnfast_writer *writer)
+{
+    const T *x = data, *centers = center_in;
+    const ptrdiff_t length = runs->length;
+    const double n = (double)runs->n_rows * (double)length;
+    const struct FN(source) from = {x, x};
+    struct FN(state) *states = scratch;
+    for (ptrdiff_t i = 0; i < runs->n_channels; i++)
+        FN(begin_state)(states + i, FN(pivot)(x + i * length, runs->n_rows, runs->stride, length));
+    if (writer)
+        FN(sums_of_runs)(from, runs, next, states, 0, writer, 0);
+    else
+        FN(sums_of_runs)(from, runs, next, states, 0, NULL, 0);
+    for (ptrdiff_t i = 0; i < runs->n_channels; i++) {
+        const double center = (double)centers[i], sum = FN(fold_wide)(states[i].sum), square = FN(fold_wide)(states[i].dot);
+        mean[i] = ((double)states[i].center - center) + sum / n;
+        m2[i] = square - sum * (sum / n);
+        if (!FN(trusted)(n, sum, square, m2[i]))
+            FN(moments_wide)(x + i * length, runs->n_rows, runs->stride, length, center, mean + i, m2 + i);
+    }
 }
 
 /* The same two passes for a block of columns; writes the columns marked in `wanted` alone, so that what one column

@@ -91,47 +91,74 @@ static ALWAYS_INLINE void FN(map_elements)(const struct FN(map) * map, const T *
             FN(store)(out + r * out_stride, value[r]);
 }
 
-/* One row of n_channels runs of `length` >= VN elements, written as one run: a vector may begin in one channel and end
- * in the next, so that no line of memory is written in two parts. `ahead`: elements ahead of x and u to ask for. */
-static ALWAYS_INLINE void FN(map_channels)(const T *x, const T *u, T *out, ptrdiff_t n_channels, ptrdiff_t length,
-                                           const bnfast_coefficients *c, ptrdiff_t ahead, int gradient, int stream)
+/* Full vectors that the writer's channel still has in this row. */
+static ALWAYS_INLINE ptrdiff_t FN(vectors_left)(const bnfast_writer *w) { return (w->end - w->at) / VN; }
+
+static ALWAYS_INLINE int FN(written)(const bnfast_writer *w) { return w->row == w->runs.n_rows; }
+
+/* At least n elements more, or all that is left. A row is written as one run: a vector may begin in one channel and end in
+ * the next, so that no line of memory is written in two parts. Channels have at least VN elements. */
+static ALWAYS_INLINE void FN(write_map)(bnfast_writer *w, ptrdiff_t n, int gradient, int stream)
 {
-    const ptrdiff_t n = n_channels * length;
-    ptrdiff_t j = 0, i = 0, end = length; /* of channel i */
-    struct FN(map) map = FN(map_of_channel)(c, 0, gradient);
-    if (stream) {
-        j = FN(to_aligned)(out, n);
-        if (j > 0)
-            FN(map_elements)(&map, x, u, out, 1, 0, 0, j, gradient, 0);
-    }
-#define ASK_AHEAD                                                                                                      \
-    if (stream && ahead) {                                                                                             \
-        PREFETCH_L2(x + j, ahead);                                                                                     \
-        if (gradient)                                                                                                  \
-            PREFETCH_L2(u + j, ahead);                                                                                 \
-    }
-    for (;;) {
-        for (ptrdiff_t vectors = (end - j) / VN; vectors > 0; vectors--, j += VN) {
-            ASK_AHEAD
+    const bnfast_coefficients *c = &w->coefficients;
+    const ptrdiff_t length = w->runs.length, row_length = w->runs.n_channels * length;
+    while (n > 0 && !FN(written)(w)) {
+        const T *x = w->x, *u = w->u;
+        T *out = w->out;
+        ptrdiff_t j = w->at;
+        const struct FN(map) map = FN(map_of_channel)(c, w->channel, gradient);
+        if (w->end == 0) {
+            w->end = length;
+            if (stream) {
+                j = FN(to_aligned)(out, row_length);
+                if (j > 0)
+                    FN(map_elements)(&map, x, u, out, 1, 0, 0, j, gradient, 0);
+                n -= j;
+            }
+        }
+        for (; n > 0 && w->end - j >= VN; n -= VN, j += VN)
             FN(map_elements)(&map, x + j, u + j, out + j, 1, 0, 0, VN, gradient, stream);
+        if (w->end - j < VN) {
+            const ptrdiff_t left = w->end - j;
+            if (w->end == row_length) {
+                if (left > 0)
+                    FN(map_elements)(&map, x + j, u + j, out + j, 1, 0, 0, left, gradient, 0);
+                n -= left;
+                w->row++;
+                w->x = x + w->runs.stride;
+                w->u = u + w->runs.stride;
+                w->out = out + w->runs.stride;
+                w->channel = j = w->end = 0;
+            }
+            else {
+                w->channel++;
+                w->end += length;
+                if (left > 0) {
+                    const struct FN(map) next = FN(map_of_channel)(c, w->channel, gradient);
+                    const struct FN(map) both = FN(map_of_two)(left, map, next, gradient);
+                    FN(map_elements)(&both, x + j, u + j, out + j, 1, 0, 0, VN, gradient, stream);
+                    n -= VN;
+                    j += VN;
+                }
+            }
         }
-        i++;
-        if (i == n_channels)
-            break;
-        const struct FN(map) next = FN(map_of_channel)(c, i, gradient);
-        if (j < end) {
-            const struct FN(map) both = FN(map_of_two)(end - j, map, next, gradient);
-            ASK_AHEAD
-            FN(map_elements)(&both, x + j, u + j, out + j, 1, 0, 0, VN, gradient, stream);
-            j += VN;
-        }
-        map = next;
-        end += length;
+        w->at = j;
     }
-#undef ASK_AHEAD
-    if (j < n)
-        FN(map_elements)(&map, x + j, u + j, out + j, 1, 0, 0, n - j, gradient, 0);
 }
+
+static void FN(write_some)(bnfast_writer *w, ptrdiff_t n)
+{
+    if (w->gradient && w->stream)
+        FN(write_map)(w, n, 1, 1);
+    else if (w->gradient)
+        FN(write_map)(w, n, 1, 0);
+    else if (w->stream)
+        FN(write_map)(w, n, 0, 1);
+    else
+        FN(write_map)(w, n, 0, 0);
+}
+
+static void FN(write_rest)(bnfast_writer *w) { FN(write_some)(w, PTRDIFF_MAX); }
 
 /* `rows` rows of interleaved columns at once, whose coefficients are loaded once for all of them. */
 static ALWAYS_INLINE void FN(map_rows)(const T *x, const T *u, T *out, const T *next_x, const T *next_u, ptrdiff_t rows,
@@ -220,31 +247,6 @@ static ALWAYS_INLINE void FN(map_columns)(const T *x, const T *u, T *out, const 
     while (r < n_rows)
         DO_ROWS(1);
 #undef DO_ROWS
-}
-
-static ALWAYS_INLINE void FN(map_planar)(const T *x, const T *u, T *out, const bnfast_runs *runs,
-                                         const bnfast_coefficients *c, ptrdiff_t ahead, int gradient, int stream)
-{
-    for (ptrdiff_t r = 0; r < runs->n_rows; r++, x += runs->stride, u += runs->stride, out += runs->stride)
-        FN(map_channels)(x, u, out, runs->n_channels, runs->length, c, ahead * (ptrdiff_t)sizeof(T), gradient, stream);
-}
-
-static void FN(normalize_planar)(const void *x, void *out, const bnfast_runs *runs, const bnfast_coefficients *c,
-                                 int stream, ptrdiff_t ahead)
-{
-    if (stream)
-        FN(map_planar)(x, x, out, runs, c, ahead, 0, 1);
-    else
-        FN(map_planar)(x, x, out, runs, c, ahead, 0, 0);
-}
-
-static void FN(gradient_planar)(const void *x, const void *u, void *out, const bnfast_runs *runs,
-                                const bnfast_coefficients *c, int stream, ptrdiff_t ahead)
-{
-    if (stream)
-        FN(map_planar)(x, u, out, runs, c, ahead, 1, 1);
-    else
-        FN(map_planar)(x, u, out, runs, c, ahead, 1, 0);
 }
 
 static void FN(normalize_interleaved)(const void *x, void *out, const bnfast_columns *columns,

@@ -4,7 +4,7 @@
  * channel: a part of one row where rows are long, several rows where they are short.
  *
  * What bounds the speed is memory, which reads and writes at the same time if it is asked to: so while a block of
- * channels is written, the next is brought into cache. */
+ * channels is written, the next is reduced, in one loop. */
 
 #include "block.h"
 
@@ -35,37 +35,50 @@ static double segment_count(const bnfast_job *job, ptrdiff_t s)
     return (double)n_rows * (double)length;
 }
 
-static void reduce(const bnfast_job *job, const bnfast_block *block, ptrdiff_t s, ptrdiff_t i)
+/* Segment s of n channels from the block's i-th on; `writer` goes on meanwhile, or NULL. states: scratch of n channels */
+static void reduce(const bnfast_job *job, const bnfast_block *block, ptrdiff_t s, ptrdiff_t i, ptrdiff_t n, void *states,
+                   bnfast_writer *writer)
 {
-    ptrdiff_t row, begin, n_rows, length;
-    segment(job, s, &row, &begin, &n_rows, &length);
-    const ptrdiff_t offset =
-        (row * row_stride(job) + (block->first + i) * job->inner + begin) * job->kernels->itemsize;
+    ptrdiff_t row, begin, next_row, next_begin, unused;
+    bnfast_runs runs = {.stride = row_stride(job), .n_channels = n};
+    segment(job, s, &row, &begin, &runs.n_rows, &runs.length);
+    const ptrdiff_t from = row * row_stride(job) + begin;
+    ptrdiff_t next = n * job->inner - from; /* the channels behind these, if this was their last segment */
+    if (s + 1 < job->n_segments) {
+        segment(job, s + 1, &next_row, &next_begin, &unused, &unused);
+        next = next_row * row_stride(job) + next_begin - from;
+    }
+    const ptrdiff_t size = job->kernels->itemsize, offset = (from + (block->first + i) * job->inner) * size;
     double *a = block->a + s * block->width + i, *b = block->b + s * block->width + i;
-    const void *center = (const char *)block->channel.center + i * job->kernels->itemsize;
+    const void *center = (const char *)block->channel.center + i * size;
     if (job->u)
-        job->kernels->sums_planar((const char *)job->x + offset, (const char *)job->u + offset, n_rows, row_stride(job),
-                                  length, center, a, b);
+        job->kernels->sums_planar((const char *)job->x + offset, (const char *)job->u + offset, &runs, next, center, a, b,
+                                  states, writer);
     else
-        job->kernels->moments_planar((const char *)job->x + offset, n_rows, row_stride(job), length, center, a, b);
+        job->kernels->moments_planar((const char *)job->x + offset, &runs, next, center, a, b, states, writer);
 }
 
-/* n_rows rows from `row` on, of n_channels channels from the block's i-th on; of one channel perhaps only `length`
- * elements from `begin` on */
-static void apply(const bnfast_job *job, const bnfast_block *block, ptrdiff_t i, ptrdiff_t n_channels, ptrdiff_t row,
-                  ptrdiff_t n_rows, ptrdiff_t begin, ptrdiff_t length, ptrdiff_t ahead)
+/* Writes n_rows rows from `row` on, of n_channels channels from the block's i-th on; of one channel perhaps only `length`
+ * elements from `begin` on. It has not begun; the block has to stay until it is done. */
+static bnfast_writer writer_of(const bnfast_job *job, const bnfast_block *block, ptrdiff_t i, ptrdiff_t n_channels,
+                               ptrdiff_t row, ptrdiff_t n_rows, ptrdiff_t begin, ptrdiff_t length)
 {
     const ptrdiff_t offset =
         (row * row_stride(job) + (block->first + i) * job->inner + begin) * job->kernels->itemsize;
-    const bnfast_coefficients c = bnfast_coefficients_at(job, &block->channel, i);
-    const char *x = (const char *)(bnfast_maps_u_only(job) ? job->u : job->x) + offset;
-    char *out = (char *)job->out + offset;
-    const bnfast_runs runs = {n_rows, row_stride(job), n_channels, length};
-    bnfast_note_infinity(job, x, n_rows, row_stride(job), n_channels * length);
-    if (bnfast_needs_gradient(job))
-        job->kernels->gradient_planar(x, (const char *)job->u + offset, out, &runs, &c, job->stream, ahead);
-    else
-        job->kernels->normalize_planar(x, out, &runs, &c, job->stream, ahead);
+    bnfast_writer writer = {
+        .x = (const char *)job->x + offset,
+        .u = (const char *)job->u + offset,
+        .out = (char *)job->out + offset,
+        .runs = {n_rows, row_stride(job), n_channels, length},
+        .coefficients = bnfast_coefficients_at(job, &block->channel, i),
+        .gradient = bnfast_needs_gradient(job),
+        .stream = job->stream,
+    };
+    if (bnfast_maps_u_only(job))
+        writer.x = writer.u;
+    if (!writer.gradient)
+        writer.u = writer.x;
+    return writer;
 }
 
 static void finish(const bnfast_job *job, const bnfast_block *block, ptrdiff_t i, ptrdiff_t n)
@@ -75,29 +88,45 @@ static void finish(const bnfast_job *job, const bnfast_block *block, ptrdiff_t i
     bnfast_finish(job, block, i, n);
 }
 
-/* All three steps for channels first .. first+n-1; `ahead`: elements to those that come next, or 0 */
-static void do_block(const bnfast_job *job, ptrdiff_t first, ptrdiff_t n, ptrdiff_t ahead, char *scratch)
+/* A block and the states of its channels, in block_bytes of scratch memory. */
+static ptrdiff_t block_bytes(const bnfast_job *job, ptrdiff_t n)
 {
-    const bnfast_block block = bnfast_block_in(job, scratch, first, n, 1);
-    if (bnfast_reduces(job)) {
-        bnfast_prepare(job, &block);
-        for (ptrdiff_t i = 0; i < n; i++)
-            for (ptrdiff_t s = 0; s < job->n_segments; s++)
-                reduce(job, &block, s, i);
-    }
-    finish(job, &block, 0, n);
-    if (bnfast_applies(job))
-        apply(job, &block, 0, n, 0, job->outer, 0, job->inner, ahead);
+    return bnfast_block_bytes(job, n, 1) + n * BNFAST_STATE_BYTES;
 }
 
-/* Some neighbouring blocks, one after another. */
+static bnfast_block block_in(const bnfast_job *job, char *scratch, ptrdiff_t first, ptrdiff_t n)
+{
+    bnfast_block block = bnfast_block_in(job, scratch, first, n, 1);
+    block.states = scratch + bnfast_block_bytes(job, n, 1);
+    return block;
+}
+
+/* Some neighbouring blocks: while one is written, the next is reduced. */
 static void blocks_task(const bnfast_job *job, ptrdiff_t index, int thread)
 {
+    char *scratch = job->workspace + thread * job->scratch_bytes;
     const ptrdiff_t begin = index * job->task_channels, end = least(begin + job->task_channels, job->channels);
-    for (ptrdiff_t first = begin; first < end; first += job->block_channels) {
+    bnfast_writer before, *writer = NULL; /* of the block before this one */
+    for (ptrdiff_t first = begin, odd = 0; first < end; first += job->block_channels, odd = !odd) {
         const ptrdiff_t n = least(job->block_channels, end - first);
-        do_block(job, first, n, first + n < end ? n * job->inner : 0, job->workspace + thread * job->scratch_bytes);
+        const bnfast_block block = block_in(job, scratch + odd * (job->scratch_bytes / 2), first, n);
+        bnfast_prepare(job, &block);
+        for (ptrdiff_t s = 0; s < job->n_segments; s++)
+            if (job->segment_length == job->inner)
+                reduce(job, &block, s, 0, n, block.states, writer);
+            else
+                for (ptrdiff_t i = 0; i < n; i++)
+                    reduce(job, &block, s, i, 1, block.states, writer);
+        if (writer)
+            job->kernels->write_rest(writer);
+        finish(job, &block, 0, n);
+        if (bnfast_applies(job)) {
+            before = writer_of(job, &block, 0, n, 0, job->outer, 0, job->inner);
+            writer = &before;
+        }
     }
+    if (writer)
+        job->kernels->write_rest(writer);
     if (job->stream)
         bnfast_stream_fence();
 }
@@ -122,6 +151,7 @@ static sweep sweep_of(const bnfast_job *job)
     return s;
 }
 
+/* Its states are the tasks' own. */
 static bnfast_block whole(const bnfast_job *job) { return bnfast_block_in(job, job->workspace, 0, job->channels, 1); }
 
 static void prepare_task(const bnfast_job *job, ptrdiff_t index, int thread)
@@ -133,10 +163,10 @@ static void prepare_task(const bnfast_job *job, ptrdiff_t index, int thread)
 
 static void reduce_task(const bnfast_job *job, ptrdiff_t index, int thread)
 {
-    (void)thread;
     const bnfast_block block = whole(job);
     const ptrdiff_t s = index / job->channels, i = index % job->channels;
-    reduce(job, &block, s, i);
+    char *states = job->workspace + job->scratch_bytes + thread * BNFAST_STATE_BYTES;
+    reduce(job, &block, s, i, 1, states, NULL);
 }
 
 static void finish_task(const bnfast_job *job, ptrdiff_t index, int thread)
@@ -154,8 +184,10 @@ static void apply_task(const bnfast_job *job, ptrdiff_t index, int thread)
     const sweep s = sweep_of(job);
     const ptrdiff_t begin = index % s.pieces * s.length, i = index / s.pieces % s.parts * s.n_channels,
                     row = index / s.pieces / s.parts * s.n_rows;
-    apply(job, &block, i, least(s.n_channels, job->channels - i), row, least(s.n_rows, job->outer - row), begin,
-          least(s.length, job->inner - begin), 0);
+    bnfast_writer writer = writer_of(job, &block, i, least(s.n_channels, job->channels - i), row,
+                                     least(s.n_rows, job->outer - row), begin, least(s.length, job->inner - begin));
+    bnfast_note_infinity(job, writer.x, writer.runs.n_rows, writer.runs.stride, writer.runs.n_channels * writer.runs.length);
+    job->kernels->write_rest(&writer);
     if (job->stream)
         bnfast_stream_fence();
 }
@@ -168,7 +200,7 @@ static void plan_blocks(bnfast_job *job, ptrdiff_t channel_bytes)
     const ptrdiff_t n = least(bnfast_l2_bytes() / 2 / channel_bytes, share);
     job->block_channels = n < 1 ? 1 : n;
     job->task_channels = share / job->block_channels * job->block_channels;
-    job->scratch_bytes = bnfast_block_bytes(job, job->block_channels, 1);
+    job->scratch_bytes = 2 * block_bytes(job, job->block_channels);
     job->workspace_bytes = job->scratch_bytes * threads;
     job->phases[job->n_phases++] =
         (bnfast_phase){blocks_task, quotient_up(job->channels, job->task_channels)};
@@ -180,6 +212,7 @@ static void plan_phases(bnfast_job *job)
     job->block_channels = job->channels;
     job->scratch_bytes = job->workspace_bytes = bnfast_block_bytes(job, job->channels, 1);
     if (bnfast_reduces(job)) {
+        job->workspace_bytes += job->n_threads * BNFAST_STATE_BYTES;
         job->phases[job->n_phases++] = (bnfast_phase){prepare_task, 1};
         job->phases[job->n_phases++] = (bnfast_phase){reduce_task, job->n_segments * job->channels};
     }

@@ -13,9 +13,9 @@
 #define COLUMNS ((ptrdiff_t)(4096 / sizeof(T)))
 #define TILE_ROWS 8
 
-/* How far ahead of the sums memory is asked for: the sums of a block are not the simple stream that the hardware
+/* How many elements ahead of the sums memory is asked for: the sums of a block are not the simple stream that the hardware
  * expects. */
-#define AHEAD_BYTES 2048
+#define AHEAD ((ptrdiff_t)(4096 / sizeof(T)))
 
 struct FN(pair) {
     FN(vec) sum, dot;
@@ -28,62 +28,162 @@ static ALWAYS_INLINE void FN(take)(struct FN(pair) * s, FN(vec) x, FN(vec) u, FN
     s->dot += v * d;
 }
 
-/* x, u: (n_rows, length), rows `stride` apart IN; u where with_u; sum, dot: scalars OUT */
-static ALWAYS_INLINE void FN(sums_of_rows)(const T *x, const T *u, ptrdiff_t n_rows, ptrdiff_t stride, ptrdiff_t length,
-                                           T center_value, int with_u, double *sum, double *dot)
-{
-    const FN(vec) center = FN(set1)(center_value), zero = FN(set1)(0);
+/* What is known of a channel between two of its rows. BNFAST_STATE_BYTES at most. */
+struct FN(state) {
     struct FN(pair) chain[2][VU];
-    FN(wide) wide_sum[VU * WIDE_PER_VEC], wide_dot[VU * WIDE_PER_VEC];
-    memset(wide_sum, 0, sizeof wide_sum);
-    memset(wide_dot, 0, sizeof wide_dot);
-    memset(chain, 0, sizeof chain);
-    ptrdiff_t room = CHAIN; /* terms a chain may still take */
-#define FLUSH_CHAINS                                                                                                   \
-    if (room == 0) {                                                                                                   \
-        for (int k = 0; k < VU; k++) {                                                                                 \
-            FN(widen_add)(wide_sum + k * WIDE_PER_VEC, chain[0][k].sum + chain[1][k].sum);                             \
-            FN(widen_add)(wide_dot + k * WIDE_PER_VEC, chain[0][k].dot + chain[1][k].dot);                             \
-        }                                                                                                              \
-        memset(chain, 0, sizeof chain);                                                                                \
-        room = CHAIN;                                                                                                  \
+    FN(wide) sum[VU * WIDE_PER_VEC], dot[VU * WIDE_PER_VEC];
+    T center;
+};
+
+static ALWAYS_INLINE void FN(flush_state)(struct FN(state) * state, struct FN(pair) chain[2][VU])
+{
+    for (int k = 0; k < VU; k++) {
+        FN(widen_add)(state->sum + k * WIDE_PER_VEC, chain[0][k].sum + chain[1][k].sum);
+        FN(widen_add)(state->dot + k * WIDE_PER_VEC, chain[0][k].dot + chain[1][k].dot);
     }
+    memset(chain, 0, 2 * VU * sizeof(struct FN(pair)));
+}
+
+/* Where a reduction reads. */
+struct FN(source) {
+    const T *x, *u;
+};
+
+static ALWAYS_INLINE void FN(advance)(struct FN(source) * from, ptrdiff_t n)
+{
+    from->x += n;
+    from->u += n;
+}
+
+/* The first n <= VN elements from the j-th on. */
+static ALWAYS_INLINE void FN(take_from)(struct FN(pair) * s, const struct FN(source) * from, ptrdiff_t j, ptrdiff_t n,
+                                        FN(vec) center, int with_u)
+{
+    const FN(vec) zero = FN(set1)(0), x = FN(load_up_to)(from->x + j, n, center);
+    FN(vec) u = zero;
+    if (with_u)
+        u = FN(load_up_to)(from->u + j, n, zero);
+    FN(take)(s, x, u, center, with_u);
+}
+
+/* `steps` terms for every lane of both chains; `ahead`: elements to what is to be brought into cache. Where together is
+ * not 0, w writes as many elements meanwhile, all of one channel. */
+static ALWAYS_INLINE void FN(take_steps)(struct FN(pair) chain[2][VU], struct FN(source) * from, ptrdiff_t steps,
+                                         ptrdiff_t ahead, FN(vec) center, int with_u, const bnfast_writer *w,
+                                         int gradient, int stream)
+{
+    struct FN(map) map;
+    const T *x = NULL, *u = NULL;
+    T *out = NULL;
+    if (w) {
+        map = FN(map_of_channel)(&w->coefficients, w->channel, gradient);
+        x = (const T *)w->x + w->at;
+        u = (const T *)w->u + w->at;
+        out = (T *)w->out + w->at;
+    }
+    for (ptrdiff_t s = 0; s < steps; s++, FN(advance)(from, 2 * VL))
+        for (int i = 0; i < 2; i++) {
+            PREFETCH(from->x + i * VL, ahead * (ptrdiff_t)sizeof(T));
+            if (with_u)
+                PREFETCH(from->u + i * VL, ahead * (ptrdiff_t)sizeof(T));
+            for (int k = 0; k < VU; k++) {
+                if (w) {
+                    FN(map_elements)(&map, x, u, out, 1, 0, 0, VN, gradient, stream);
+                    x += VN;
+                    u += VN;
+                    out += VN;
+                }
+                FN(take_from)(&chain[i][k], from, i * VL + k * VN, VN, center, with_u);
+            }
+        }
+}
+
+/* Reduces all channels of a segment row by row, as they lie in memory. from: (n_rows, n_channels, length), rows `stride`
+ * apart IN, u where with_u; next: elements to what is reduced next; states: (n_channels,) IN OUT; w: writes about as much
+ * meanwhile, or NULL; gradient: what it does. A chain goes to float64 at the end of a row, where it might get full in the
+ * next, and after CHAIN terms. */
+static ALWAYS_INLINE void FN(sums_of_runs)(struct FN(source) from, const bnfast_runs *runs, ptrdiff_t next,
+                                           struct FN(state) * states, int with_u, bnfast_writer *w, int gradient)
+{
+    const ptrdiff_t n_rows = runs->n_rows, stride = runs->stride, row_length = runs->n_channels * runs->length;
+    const ptrdiff_t rows_ahead = row_length < AHEAD ? AHEAD / row_length : 1;
+    const ptrdiff_t terms = (runs->length + 2 * VL - 1) / (2 * VL), flush_rows = terms < CHAIN ? CHAIN / terms : 1;
+    ptrdiff_t rows_to_flush = flush_rows;
     for (ptrdiff_t r = 0; r < n_rows; r++) {
-        const T *row = x + r * stride, *row_u = u + r * stride;
-        ptrdiff_t left = length;
-        while (left >= 2 * VL) {
-            const ptrdiff_t steps = left / (2 * VL) < room ? left / (2 * VL) : room;
-            for (ptrdiff_t s = 0; s < steps; s++, row += 2 * VL, row_u += 2 * VL)
-                for (int i = 0; i < 2; i++) {
-                    PREFETCH(row + i * VL, AHEAD_BYTES);
-                    if (with_u)
-                        PREFETCH(row_u + i * VL, AHEAD_BYTES);
-                    for (int k = 0; k < VU; k++)
-                        FN(take)(&chain[i][k], FN(load)(row + i * VL + k * VN),
-                                 with_u ? FN(load)(row_u + i * VL + k * VN) : zero, center, with_u);
+        /* to the same place some rows on; the last rows ask for the first ones of what comes next */
+        const ptrdiff_t to_row = r + rows_ahead < n_rows ? rows_ahead * stride : next + (rows_ahead - n_rows) * stride;
+        ptrdiff_t row_left = row_length;
+        rows_to_flush -= 1;
+        for (ptrdiff_t i = 0; i < runs->n_channels; i++) {
+            struct FN(state) *state = states + i;
+            struct FN(pair) chain[2][VU];
+            memcpy(chain, state->chain, sizeof chain);
+            const FN(vec) center = FN(set1)(state->center);
+            ptrdiff_t left = runs->length, room = CHAIN;
+            while (left >= 2 * VL) {
+                ptrdiff_t steps = left / (2 * VL) < room ? left / (2 * VL) : room, ahead = to_row;
+                if (row_left > AHEAD + 2 * VL) {
+                    const ptrdiff_t here = (row_left - AHEAD) / (2 * VL);
+                    steps = here < steps ? here : steps;
+                    ahead = AHEAD;
                 }
-            left -= steps * 2 * VL;
-            room -= steps;
-            FLUSH_CHAINS
-        }
-        if (left > 0) {
-            for (int i = 0; i < 2 && left > i * VL; i++)
-                for (int k = 0; k < VU; k++) {
-                    const ptrdiff_t j = i * VL + k * VN;
-                    FN(vec) u_values = zero;
-                    if (with_u)
-                        u_values = FN(load_part)(row_u + j, left - j, zero);
-                    FN(take)(&chain[i][k], FN(load_part)(row + j, left - j, center), u_values, center, with_u);
+                else if (row_length >= AHEAD)
+                    ahead = to_row - row_length + AHEAD;
+                const ptrdiff_t together = w ? FN(vectors_left)(w) / (2 * VU) : 0;
+                if (together > 0) {
+                    steps = together < steps ? together : steps;
+                    if (w->stream)
+                        FN(take_steps)(chain, &from, steps, ahead, center, with_u, w, gradient, 1);
+                    else
+                        FN(take_steps)(chain, &from, steps, ahead, center, with_u, w, gradient, 0);
+                    w->at += steps * 2 * VL;
                 }
-            room -= 1;
-            FLUSH_CHAINS
+                else {
+                    if (w && !FN(written)(w)) {
+                        FN(write_some)(w, 2 * VL);
+                        steps = 1;
+                    }
+                    FN(take_steps)(chain, &from, steps, ahead, center, with_u, NULL, 0, 0);
+                }
+                left -= steps * 2 * VL;
+                row_left -= steps * 2 * VL;
+                room -= steps;
+                if (room == 0) {
+                    FN(flush_state)(state, chain);
+                    room = CHAIN;
+                }
+            }
+            if (left > 0) {
+                if (w)
+                    FN(write_some)(w, left);
+                PREFETCH(from.x, to_row * (ptrdiff_t)sizeof(T));
+                if (with_u)
+                    PREFETCH(from.u, to_row * (ptrdiff_t)sizeof(T));
+                for (int h = 0; h < 2 && left > h * VL; h++)
+                    for (int k = 0; k < VU && left > h * VL + k * VN; k++) {
+                        const ptrdiff_t j = h * VL + k * VN;
+                        FN(take_from)(&chain[h][k], &from, j, left - j < VN ? left - j : VN, center, with_u);
+                    }
+                FN(advance)(&from, left);
+                row_left -= left;
+            }
+            if (rows_to_flush == 0)
+                FN(flush_state)(state, chain);
+            memcpy(state->chain, chain, sizeof chain);
         }
+        if (rows_to_flush == 0)
+            rows_to_flush = flush_rows;
+        from.x += stride - row_length;
+        from.u += stride - row_length;
     }
-    room = 0;
-    FLUSH_CHAINS
-#undef FLUSH_CHAINS
-    *sum = FN(fold_wide)(wide_sum);
-    *dot = FN(fold_wide)(wide_dot);
+    for (ptrdiff_t i = 0; i < runs->n_channels; i++)
+        FN(flush_state)(states + i, states[i].chain);
+}
+
+static void FN(begin_state)(struct FN(state) * state, T center)
+{
+    memset(state, 0, sizeof *state);
+    state->center = center;
 }
 
 /* Chains of many columns: 0 and 1, of sums and of dots. They are in memory between tiles. */
