@@ -28,27 +28,14 @@ static int FN(out_of_range)(double n, double sum, double dot)
 }
 
 static void FN(sums_planar)(const void *data, const void *data_u, const bnfast_runs *runs, ptrdiff_t next,
-                            const void *center_in, double *sum, double *dot, void *scratch,
-                            bnfast_writer *writer)
+                            const void *center_in, double *sum, double *dot, bnfast_writer *writer)
 {
     const T *x = data, *u = data_u, *centers = center_in;
-    const struct FN(source) from = {x, u};
-    struct FN(state) *states = scratch;
+    FN(sums_of_runs)(x, u, runs, next, centers, 1, sum, dot, writer);
     for (ptrdiff_t i = 0; i < runs->n_channels; i++)
-        FN(begin_state)(states + i, centers[i]);
-    if (writer && writer->gradient)
-        FN(sums_of_runs)(from, runs, next, states, 1, writer, 1);
-    else if (writer)
-        FN(sums_of_runs)(from, runs, next, states, 1, writer, 0);
-    else
-        FN(sums_of_runs)(from, runs, next, states, 1, NULL, 0);
-    for (ptrdiff_t i = 0; i < runs->n_channels; i++) {
-        const ptrdiff_t at = i * runs->length;
-        sum[i] = FN(fold_wide)(states[i].sum);
-        dot[i] = FN(fold_wide)(states[i].dot);
         if (FN(out_of_range)((double)runs->n_rows * (double)runs->length, sum[i], dot[i]))
-            FN(sums_wide)(x + at, u + at, runs->n_rows, runs->stride, runs->length, (double)centers[i], sum + i, dot + i);
-    }
+            FN(sums_wide)(x + i * runs->length, u + i * runs->length, runs->n_rows, runs->stride, runs->length,
+                          (double)centers[i], sum + i, dot + i);
 }
 
 static void FN(sums_interleaved)(const void *data, const void *data_u, ptrdiff_t n_rows, ptrdiff_t stride,

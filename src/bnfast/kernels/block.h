@@ -15,7 +15,6 @@ typedef struct {
     ptrdiff_t first, n, width;
     double *a, *b, *work;
     bnfast_coefficients channel, column;
-    void *states;              /* planar: (n,) BNFAST_STATE_BYTES each */
     void *packed_x, *packed_u; /* interleaved: (rows, width), what was reduced once more, lying together; or NULL */
 } bnfast_block;
 

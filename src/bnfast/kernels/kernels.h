@@ -31,7 +31,7 @@
  *   gradient   out = (u - u_center) * u_scale + ((x - center) * scale * hat_scale + shift), scale being inv_std:
  *              its square would leave the range of float32 for data beyond 1e19 or below 1e-19
  * Each pointer: (columns,) IN; interleaved: (columns + BNFAST_PAD,), the first ones again past the end. */
-enum { BNFAST_PAD = 16, BNFAST_SAMPLES = 5, BNFAST_STATE_BYTES = 576 };
+enum { BNFAST_PAD = 16, BNFAST_SAMPLES = 5 };
 
 typedef struct {
     void *center, *scale, *shift, *u_center, *u_scale, *hat_scale;
@@ -44,7 +44,8 @@ typedef struct {
 
 /* A map of planar runs, done little by little while something else is reduced: memory reads and writes at the same time
  * only if both stand in one loop. x, u: (n_rows, n_channels, length), rows `stride` apart IN; out: the same OUT; gradient: the map is gradient, not normalize; stream: write around the cache (the caller then issues
- * bnfast_stream_fence). The last four say how far it is; they begin as 0: row, channel of it, elements of the row that
+ * bnfast_stream_fence); ahead: where not 0, the elements so far behind those of x and u are brought into cache (only with
+ * stream). The last four say how far it is; they begin as 0: row, channel of it, elements of the row that
  * are written, and where the channel ends in the row (0: nothing of the row has been touched). */
 typedef struct {
     const void *x, *u;
@@ -52,6 +53,7 @@ typedef struct {
     bnfast_runs runs;
     bnfast_coefficients coefficients;
     int gradient, stream;
+    ptrdiff_t ahead;
     ptrdiff_t row, channel, at, end;
 } bnfast_writer;
 
@@ -69,18 +71,18 @@ typedef struct {
     /* Mean less center, and sum of squared deviations, of one segment of some channels. center: some value of the channel,
      * finite
      * planar: x: (n_rows, n_channels, length), rows `stride` apart IN; center: (n_channels,) IN; mean, m2: the same OUT;
-     * next: elements from x to what is reduced next, to be brought into cache; states: n_channels * BNFAST_STATE_BYTES of
-     * scratch, aligned to 64; writer: goes on about as fast as x is read, or NULL
+     * next: elements from x to what is reduced next, to be brought into cache; writer: may go on meanwhile, as fast as x is read;
+     * or NULL
      * interleaved: x: (n_rows, n_columns), rows `stride` apart IN; center: (n_columns,) IN; mean, m2: the same OUT;
      * packed: the elements of x once more, dense OUT, or NULL */
     void (*moments_planar)(const void *x, const bnfast_runs *runs, ptrdiff_t next, const void *center, double *mean,
-                           double *m2, void *states, bnfast_writer *writer);
+                           double *m2, bnfast_writer *writer);
     void (*moments_interleaved)(const void *x, ptrdiff_t n_rows, ptrdiff_t stride, ptrdiff_t n_columns,
                                 const void *center, double *mean, double *m2, void *packed);
 
     /* Sum of u, and of u * (x - center), over one segment; shapes as above, center: the mean, rounded */
     void (*sums_planar)(const void *x, const void *u, const bnfast_runs *runs, ptrdiff_t next, const void *center,
-                        double *sum, double *dot, void *states, bnfast_writer *writer);
+                        double *sum, double *dot, bnfast_writer *writer);
     void (*sums_interleaved)(const void *x, const void *u, ptrdiff_t n_rows, ptrdiff_t stride,
                              ptrdiff_t n_columns, const void *center, double *sum, double *dot, void *packed_x,
                              void *packed_u);

@@ -12,10 +12,11 @@
  * Relative error of m2 for float32: 1e-8 typically, 2e-7 in small segments, 1e-6 where one outlier is most of it.
  * Memory traffic: one read. */
 
-/* spread: elements sampled for the pivot, a power of two */
+/* SAMPLES: elements for a pivot, spread over the segment, a power of two. COLUMNS, CHANNELS: pivots at once */
 #define PIVOT_SAMPLES 16
 #define COLUMN_SAMPLES 8
 #define PIVOT_COLUMNS 256
+#define PIVOT_CHANNELS 64
 #define PIVOT_LOSS 3.0
 /* d*d of float32 is normal above 1.2e-38: a mean square below this is not trusted. float64 has nothing wider. */
 #define SMALLEST_MEAN_SQUARE (sizeof(T) == 4 ? 1e-30 : 0.0)
@@ -71,25 +72,28 @@ static T FN(pivot)(const T *x, ptrdiff_t n_rows, ptrdiff_t stride, ptrdiff_t len
 }
 
 static void FN(moments_planar)(const void *data, const bnfast_runs *runs, ptrdiff_t next, const void *center_in,
-                               double *mean, double *m2, void *scratch, bnfast_writer *writer)
+                               double *mean, double *m2, bnfast_writer *writer)
 {
     const T *x = data, *centers = center_in;
     const ptrdiff_t length = runs->length;
     const double n = (double)runs->n_rows * (double)length;
-    const struct FN(source) from = {x, x};
-    struct FN(state) *states = scratch;
-    for (ptrdiff_t i = 0; i < runs->n_channels; i++)
-        FN(begin_state)(states + i, FN(pivot)(x + i * length, runs->n_rows, runs->stride, length));
-    if (writer)
-        FN(sums_of_runs)(from, runs, next, states, 0, writer, 0);
-    else
-        FN(sums_of_runs)(from, runs, next, states, 0, NULL, 0);
-    for (ptrdiff_t i = 0; i < runs->n_channels; i++) {
-        const double center = (double)centers[i], sum = FN(fold_wide)(states[i].sum), square = FN(fold_wide)(states[i].dot);
-        mean[i] = ((double)states[i].center - center) + sum / n;
-        m2[i] = square - sum * (sum / n);
-        if (!FN(trusted)(n, sum, square, m2[i]))
-            FN(moments_wide)(x + i * length, runs->n_rows, runs->stride, length, center, mean + i, m2 + i);
+    for (ptrdiff_t first = 0; first < runs->n_channels; first += PIVOT_CHANNELS) {
+        bnfast_runs some = *runs;
+        some.n_channels = runs->n_channels - first < PIVOT_CHANNELS ? runs->n_channels - first : PIVOT_CHANNELS;
+        const ptrdiff_t behind = first + some.n_channels;
+        const T *from = x + first * length;
+        T pivots[PIVOT_CHANNELS];
+        for (ptrdiff_t i = 0; i < some.n_channels; i++)
+            pivots[i] = FN(pivot)(from + i * length, runs->n_rows, runs->stride, length);
+        FN(sums_of_runs)(from, from, &some, behind < runs->n_channels ? some.n_channels * length : next - first * length,
+                         pivots, 0, mean + first, m2 + first, writer);
+        for (ptrdiff_t i = first; i < behind; i++) {
+            const double center = (double)centers[i], sum = mean[i], square = m2[i];
+            mean[i] = ((double)pivots[i - first] - center) + sum / n;
+            m2[i] = square - sum * (sum / n);
+            if (!FN(trusted)(n, sum, square, m2[i]))
+                FN(moments_wide)(x + i * length, runs->n_rows, runs->stride, length, center, mean + i, m2 + i);
+        }
     }
 }
 

@@ -101,14 +101,15 @@ static ALWAYS_INLINE int FN(written)(const bnfast_writer *w) { return w->row == 
 static ALWAYS_INLINE void FN(write_map)(bnfast_writer *w, ptrdiff_t n, int gradient, int stream)
 {
     const bnfast_coefficients *c = &w->coefficients;
-    const ptrdiff_t length = w->runs.length, row_length = w->runs.n_channels * length;
-    while (n > 0 && !FN(written)(w)) {
-        const T *x = w->x, *u = w->u;
-        T *out = w->out;
-        ptrdiff_t j = w->at;
-        const struct FN(map) map = FN(map_of_channel)(c, w->channel, gradient);
-        if (w->end == 0) {
-            w->end = length;
+    const ptrdiff_t ahead = w->ahead * (ptrdiff_t)sizeof(T);
+    const ptrdiff_t length = w->runs.length, stride = w->runs.stride, row_length = w->runs.n_channels * length;
+    const T *x = w->x, *u = w->u;
+    T *out = w->out;
+    ptrdiff_t row = w->row, i = w->channel, j = w->at, end = w->end;
+    for (; n > 0 && row < w->runs.n_rows; row++, x += stride, u += stride, out += stride, i = j = end = 0) {
+        struct FN(map) map = FN(map_of_channel)(c, i, gradient);
+        if (end == 0) {
+            end = length;
             if (stream) {
                 j = FN(to_aligned)(out, row_length);
                 if (j > 0)
@@ -116,34 +117,41 @@ static ALWAYS_INLINE void FN(write_map)(bnfast_writer *w, ptrdiff_t n, int gradi
                 n -= j;
             }
         }
-        for (; n > 0 && w->end - j >= VN; n -= VN, j += VN)
-            FN(map_elements)(&map, x + j, u + j, out + j, 1, 0, 0, VN, gradient, stream);
-        if (w->end - j < VN) {
-            const ptrdiff_t left = w->end - j;
-            if (w->end == row_length) {
-                if (left > 0)
-                    FN(map_elements)(&map, x + j, u + j, out + j, 1, 0, 0, left, gradient, 0);
-                n -= left;
-                w->row++;
-                w->x = x + w->runs.stride;
-                w->u = u + w->runs.stride;
-                w->out = out + w->runs.stride;
-                w->channel = j = w->end = 0;
-            }
-            else {
-                w->channel++;
-                w->end += length;
-                if (left > 0) {
-                    const struct FN(map) next = FN(map_of_channel)(c, w->channel, gradient);
-                    const struct FN(map) both = FN(map_of_two)(left, map, next, gradient);
-                    FN(map_elements)(&both, x + j, u + j, out + j, 1, 0, 0, VN, gradient, stream);
-                    n -= VN;
-                    j += VN;
+        for (;;) {
+            for (; n > 0 && end - j >= VN; n -= VN, j += VN) {
+                if (stream && ahead) {
+                    PREFETCH_L2(x + j, ahead);
+                    if (gradient)
+                        PREFETCH_L2(u + j, ahead);
                 }
+                FN(map_elements)(&map, x + j, u + j, out + j, 1, 0, 0, VN, gradient, stream);
             }
+            if (n <= 0)
+                goto enough;
+            if (end == row_length)
+                break;
+            const struct FN(map) next = FN(map_of_channel)(c, ++i, gradient);
+            if (j < end) {
+                const struct FN(map) both = FN(map_of_two)(end - j, map, next, gradient);
+                FN(map_elements)(&both, x + j, u + j, out + j, 1, 0, 0, VN, gradient, stream);
+                n -= VN;
+                j += VN;
+            }
+            end += length;
+            map = next;
         }
-        w->at = j;
+        if (j < row_length)
+            FN(map_elements)(&map, x + j, u + j, out + j, 1, 0, 0, row_length - j, gradient, 0);
+        n -= row_length - j;
     }
+enough:
+    w->x = x;
+    w->u = u;
+    w->out = out;
+    w->row = row;
+    w->channel = i;
+    w->at = j;
+    w->end = end;
 }
 
 static void FN(write_some)(bnfast_writer *w, ptrdiff_t n)

@@ -4,13 +4,14 @@
  * channel: a part of one row where rows are long, several rows where they are short.
  *
  * What bounds the speed is memory, which reads and writes at the same time if it is asked to: so while a block of
- * channels is written, the next is reduced, in one loop. */
+ * channels is written, the next one is read. */
 
 #include "block.h"
 
 /* Elements of a segment: many, as each costs a division or two; fewer for float64, whose sums have nothing wider to go to.
- * TASKS: a thread, where there are enough channels. SWEEP: elements of a task where the channels do not matter. */
-enum { SEGMENT = 16384, SEGMENT_F64 = 4096, TASKS = 4, SWEEP = 1 << 16 };
+ * TASKS: a thread, where there are enough channels. SWEEP: elements of a task where the channels do not matter. LONG_ROW:
+ * bytes of a row that is read fast by itself. */
+enum { SEGMENT = 16384, SEGMENT_F64 = 4096, TASKS = 4, SWEEP = 1 << 16, LONG_ROW = 3584, PENDING_BYTES = 256 };
 
 
 static ptrdiff_t row_stride(const bnfast_job *job) { return job->channels * job->inner; }
@@ -35,8 +36,8 @@ static double segment_count(const bnfast_job *job, ptrdiff_t s)
     return (double)n_rows * (double)length;
 }
 
-/* Segment s of n channels from the block's i-th on; `writer` goes on meanwhile, or NULL. states: scratch of n channels */
-static void reduce(const bnfast_job *job, const bnfast_block *block, ptrdiff_t s, ptrdiff_t i, ptrdiff_t n, void *states,
+/* Segment s of n channels from the block's i-th on; `writer` goes on meanwhile, or NULL. */
+static void reduce(const bnfast_job *job, const bnfast_block *block, ptrdiff_t s, ptrdiff_t i, ptrdiff_t n,
                    bnfast_writer *writer)
 {
     ptrdiff_t row, begin, next_row, next_begin, unused;
@@ -53,9 +54,9 @@ static void reduce(const bnfast_job *job, const bnfast_block *block, ptrdiff_t s
     const void *center = (const char *)block->channel.center + i * size;
     if (job->u)
         job->kernels->sums_planar((const char *)job->x + offset, (const char *)job->u + offset, &runs, next, center, a, b,
-                                  states, writer);
+                                  writer);
     else
-        job->kernels->moments_planar((const char *)job->x + offset, &runs, next, center, a, b, states, writer);
+        job->kernels->moments_planar((const char *)job->x + offset, &runs, next, center, a, b, writer);
 }
 
 /* Writes n_rows rows from `row` on, of n_channels channels from the block's i-th on; of one channel perhaps only `length`
@@ -88,47 +89,82 @@ static void finish(const bnfast_job *job, const bnfast_block *block, ptrdiff_t i
     bnfast_finish(job, block, i, n);
 }
 
-/* A block and the states of its channels, in block_bytes of scratch memory. */
-static ptrdiff_t block_bytes(const bnfast_job *job, ptrdiff_t n)
+/* What a thread has reduced but not written yet, and which half of its scratch the next block gets. */
+typedef struct {
+    bnfast_writer writer;
+    int active, odd;
+} pending;
+
+static pending *pending_of(const bnfast_job *job, ptrdiff_t thread)
 {
-    return bnfast_block_bytes(job, n, 1) + n * BNFAST_STATE_BYTES;
+    return (pending *)(job->workspace + thread * job->scratch_bytes);
 }
 
-static bnfast_block block_in(const bnfast_job *job, char *scratch, ptrdiff_t first, ptrdiff_t n)
+static void write_pending(const bnfast_job *job, pending *p)
 {
-    bnfast_block block = bnfast_block_in(job, scratch, first, n, 1);
-    block.states = scratch + bnfast_block_bytes(job, n, 1);
-    return block;
-}
-
-/* Some neighbouring blocks: while one is written, the next is reduced. */
-static void blocks_task(const bnfast_job *job, ptrdiff_t index, int thread)
-{
-    char *scratch = job->workspace + thread * job->scratch_bytes;
-    const ptrdiff_t begin = index * job->task_channels, end = least(begin + job->task_channels, job->channels);
-    bnfast_writer before, *writer = NULL; /* of the block before this one */
-    for (ptrdiff_t first = begin, odd = 0; first < end; first += job->block_channels, odd = !odd) {
-        const ptrdiff_t n = least(job->block_channels, end - first);
-        const bnfast_block block = block_in(job, scratch + odd * (job->scratch_bytes / 2), first, n);
-        bnfast_prepare(job, &block);
-        for (ptrdiff_t s = 0; s < job->n_segments; s++)
-            if (job->segment_length == job->inner)
-                reduce(job, &block, s, 0, n, block.states, writer);
-            else
-                for (ptrdiff_t i = 0; i < n; i++)
-                    reduce(job, &block, s, i, 1, block.states, writer);
-        if (writer)
-            job->kernels->write_rest(writer);
-        finish(job, &block, 0, n);
-        if (bnfast_applies(job)) {
-            before = writer_of(job, &block, 0, n, 0, job->outer, 0, job->inner);
-            writer = &before;
-        }
-    }
-    if (writer)
-        job->kernels->write_rest(writer);
+    if (p->active)
+        job->kernels->write_rest(&p->writer);
+    p->active = 0;
     if (job->stream)
         bnfast_stream_fence();
+}
+
+static void begin_task(const bnfast_job *job, ptrdiff_t index, int thread)
+{
+    (void)index, (void)thread;
+    for (int t = 0; t < job->n_threads; t++)
+        pending_of(job, t)->active = pending_of(job, t)->odd = 0;
+}
+
+/* Whether a block is written while the next is reduced, in one loop. The backward pass, two arrays to read for one to write,
+ * and short rows, read best in the order of memory, are faster if the next block is asked for while this one is written. */
+static int writes_later(const bnfast_job *job)
+{
+    return bnfast_applies(job) && job->u == NULL && job->inner * job->kernels->itemsize >= LONG_ROW;
+}
+
+/* The steps for channels first .. first+n-1, but perhaps for the last. `next`: whether those behind them come next */
+static void do_block(const bnfast_job *job, ptrdiff_t first, ptrdiff_t n, int next, pending *p)
+{
+    char *scratch = (char *)p + PENDING_BYTES + p->odd * (job->scratch_bytes - PENDING_BYTES) / 2;
+    const bnfast_block block = bnfast_block_in(job, scratch, first, n, 1);
+    bnfast_writer *writer = p->active ? &p->writer : NULL;
+    bnfast_prepare(job, &block);
+    for (ptrdiff_t s = 0; s < job->n_segments; s++)
+        if (job->segment_length == job->inner)
+            reduce(job, &block, s, 0, n, writer);
+        else
+            for (ptrdiff_t i = 0; i < n; i++)
+                reduce(job, &block, s, i, 1, writer);
+    if (writer)
+        job->kernels->write_rest(writer);
+    finish(job, &block, 0, n);
+    if (!bnfast_applies(job))
+        return;
+    p->writer = writer_of(job, &block, 0, n, 0, job->outer, 0, job->inner);
+    p->active = 1;
+    p->odd = !p->odd;
+    if (!writes_later(job)) {
+        p->writer.ahead = next ? n * job->inner : 0;
+        write_pending(job, p);
+    }
+}
+
+/* Some neighbouring blocks. */
+static void blocks_task(const bnfast_job *job, ptrdiff_t index, int thread)
+{
+    const ptrdiff_t begin = index * job->task_channels, end = least(begin + job->task_channels, job->channels);
+    for (ptrdiff_t first = begin; first < end; first += job->block_channels) {
+        const ptrdiff_t n = least(job->block_channels, end - first);
+        do_block(job, first, n, first + n < end, pending_of(job, thread));
+    }
+}
+
+/* What the threads have left. */
+static void pending_task(const bnfast_job *job, ptrdiff_t index, int thread)
+{
+    (void)thread;
+    write_pending(job, pending_of(job, index));
 }
 
 /* The array cut into about SWEEP neighbouring elements each: several rows; several channels of one row; or a piece of
@@ -151,7 +187,6 @@ static sweep sweep_of(const bnfast_job *job)
     return s;
 }
 
-/* Its states are the tasks' own. */
 static bnfast_block whole(const bnfast_job *job) { return bnfast_block_in(job, job->workspace, 0, job->channels, 1); }
 
 static void prepare_task(const bnfast_job *job, ptrdiff_t index, int thread)
@@ -163,10 +198,10 @@ static void prepare_task(const bnfast_job *job, ptrdiff_t index, int thread)
 
 static void reduce_task(const bnfast_job *job, ptrdiff_t index, int thread)
 {
+    (void)thread;
     const bnfast_block block = whole(job);
     const ptrdiff_t s = index / job->channels, i = index % job->channels;
-    char *states = job->workspace + job->scratch_bytes + thread * BNFAST_STATE_BYTES;
-    reduce(job, &block, s, i, 1, states, NULL);
+    reduce(job, &block, s, i, 1, NULL);
 }
 
 static void finish_task(const bnfast_job *job, ptrdiff_t index, int thread)
@@ -200,10 +235,13 @@ static void plan_blocks(bnfast_job *job, ptrdiff_t channel_bytes)
     const ptrdiff_t n = least(bnfast_l2_bytes() / 2 / channel_bytes, share);
     job->block_channels = n < 1 ? 1 : n;
     job->task_channels = share / job->block_channels * job->block_channels;
-    job->scratch_bytes = 2 * block_bytes(job, job->block_channels);
+    job->scratch_bytes = PENDING_BYTES + 2 * bnfast_block_bytes(job, job->block_channels, 1);
     job->workspace_bytes = job->scratch_bytes * threads;
+    job->phases[job->n_phases++] = (bnfast_phase){begin_task, 1};
     job->phases[job->n_phases++] =
         (bnfast_phase){blocks_task, quotient_up(job->channels, job->task_channels)};
+    if (writes_later(job))
+        job->phases[job->n_phases++] = (bnfast_phase){pending_task, threads};
 }
 
 /* Few channels, or nothing to reduce: each step for the whole array. */
@@ -212,7 +250,6 @@ static void plan_phases(bnfast_job *job)
     job->block_channels = job->channels;
     job->scratch_bytes = job->workspace_bytes = bnfast_block_bytes(job, job->channels, 1);
     if (bnfast_reduces(job)) {
-        job->workspace_bytes += job->n_threads * BNFAST_STATE_BYTES;
         job->phases[job->n_phases++] = (bnfast_phase){prepare_task, 1};
         job->phases[job->n_phases++] = (bnfast_phase){reduce_task, job->n_segments * job->channels};
     }

@@ -12,6 +12,7 @@
  * memory that the hardware follows. */
 #define COLUMNS ((ptrdiff_t)(4096 / sizeof(T)))
 #define TILE_ROWS 8
+#define ROWS_AHEAD (2 * TILE_ROWS)
 
 /* How many elements ahead of the sums memory is asked for: the sums of a block are not the simple stream that the hardware
  * expects. */
@@ -28,162 +29,95 @@ static ALWAYS_INLINE void FN(take)(struct FN(pair) * s, FN(vec) x, FN(vec) u, FN
     s->dot += v * d;
 }
 
-/* What is known of a channel between two of its rows. BNFAST_STATE_BYTES at most. */
-struct FN(state) {
-    struct FN(pair) chain[2][VU];
-    FN(wide) sum[VU * WIDE_PER_VEC], dot[VU * WIDE_PER_VEC];
-    T center;
-};
-
-static ALWAYS_INLINE void FN(flush_state)(struct FN(state) * state, struct FN(pair) chain[2][VU])
-{
-    for (int k = 0; k < VU; k++) {
-        FN(widen_add)(state->sum + k * WIDE_PER_VEC, chain[0][k].sum + chain[1][k].sum);
-        FN(widen_add)(state->dot + k * WIDE_PER_VEC, chain[0][k].dot + chain[1][k].dot);
-    }
-    memset(chain, 0, 2 * VU * sizeof(struct FN(pair)));
-}
-
-/* Where a reduction reads. */
-struct FN(source) {
-    const T *x, *u;
-};
-
-static ALWAYS_INLINE void FN(advance)(struct FN(source) * from, ptrdiff_t n)
-{
-    from->x += n;
-    from->u += n;
-}
-
-/* The first n <= VN elements from the j-th on. */
-static ALWAYS_INLINE void FN(take_from)(struct FN(pair) * s, const struct FN(source) * from, ptrdiff_t j, ptrdiff_t n,
-                                        FN(vec) center, int with_u)
-{
-    const FN(vec) zero = FN(set1)(0), x = FN(load_up_to)(from->x + j, n, center);
-    FN(vec) u = zero;
-    if (with_u)
-        u = FN(load_up_to)(from->u + j, n, zero);
-    FN(take)(s, x, u, center, with_u);
-}
-
-/* `steps` terms for every lane of both chains; `ahead`: elements to what is to be brought into cache. Where together is
- * not 0, w writes as many elements meanwhile, all of one channel. */
-static ALWAYS_INLINE void FN(take_steps)(struct FN(pair) chain[2][VU], struct FN(source) * from, ptrdiff_t steps,
-                                         ptrdiff_t ahead, FN(vec) center, int with_u, const bnfast_writer *w,
-                                         int gradient, int stream)
-{
-    struct FN(map) map;
-    const T *x = NULL, *u = NULL;
-    T *out = NULL;
-    if (w) {
-        map = FN(map_of_channel)(&w->coefficients, w->channel, gradient);
-        x = (const T *)w->x + w->at;
-        u = (const T *)w->u + w->at;
-        out = (T *)w->out + w->at;
-    }
-    for (ptrdiff_t s = 0; s < steps; s++, FN(advance)(from, 2 * VL))
-        for (int i = 0; i < 2; i++) {
-            PREFETCH(from->x + i * VL, ahead * (ptrdiff_t)sizeof(T));
-            if (with_u)
-                PREFETCH(from->u + i * VL, ahead * (ptrdiff_t)sizeof(T));
-            for (int k = 0; k < VU; k++) {
-                if (w) {
-                    FN(map_elements)(&map, x, u, out, 1, 0, 0, VN, gradient, stream);
-                    x += VN;
-                    u += VN;
-                    out += VN;
-                }
-                FN(take_from)(&chain[i][k], from, i * VL + k * VN, VN, center, with_u);
-            }
+/* `steps` terms for every lane of both chains; `ahead`: elements to what is to be brought into cache. */
+#define TAKE_STEPS(more)                                                                                               \
+    for (ptrdiff_t s = 0; s < steps; s++, row += 2 * VL, row_u += 2 * VL)                                              \
+        for (int i = 0; i < 2; i++) {                                                                                  \
+            PREFETCH(row + i * VL, ahead * (ptrdiff_t)sizeof(T));                                                      \
+            if (with_u)                                                                                                \
+                PREFETCH(row_u + i * VL, ahead * (ptrdiff_t)sizeof(T));                                                \
+            for (int k = 0; k < VU; k++) {                                                                             \
+                more;                                                                                                  \
+                FN(take)(&chain[i][k], FN(load)(row + i * VL + k * VN),                                                \
+                         with_u ? FN(load)(row_u + i * VL + k * VN) : zero, center, with_u);                           \
+            }                                                                                                          \
         }
-}
 
-/* Reduces all channels of a segment row by row, as they lie in memory. from: (n_rows, n_channels, length), rows `stride`
- * apart IN, u where with_u; next: elements to what is reduced next; states: (n_channels,) IN OUT; w: writes about as much
- * meanwhile, or NULL; gradient: what it does. A chain goes to float64 at the end of a row, where it might get full in the
- * next, and after CHAIN terms. */
-static ALWAYS_INLINE void FN(sums_of_runs)(struct FN(source) from, const bnfast_runs *runs, ptrdiff_t next,
-                                           struct FN(state) * states, int with_u, bnfast_writer *w, int gradient)
+/* x, u: (n_rows, length), rows `stride` apart IN; u where with_u; next: elements to what is reduced next; sum, dot: scalars
+ * OUT; w: writes as much meanwhile, or NULL; gradient: what it does */
+static ALWAYS_INLINE void FN(sums_of_rows)(const T *x, const T *u, ptrdiff_t n_rows, ptrdiff_t stride, ptrdiff_t length,
+                                           ptrdiff_t next, T center_value, int with_u, double *sum, double *dot,
+                                           bnfast_writer *w, int gradient)
 {
-    const ptrdiff_t n_rows = runs->n_rows, stride = runs->stride, row_length = runs->n_channels * runs->length;
-    const ptrdiff_t rows_ahead = row_length < AHEAD ? AHEAD / row_length : 1;
-    const ptrdiff_t terms = (runs->length + 2 * VL - 1) / (2 * VL), flush_rows = terms < CHAIN ? CHAIN / terms : 1;
-    ptrdiff_t rows_to_flush = flush_rows;
+    const FN(vec) center = FN(set1)(center_value), zero = FN(set1)(0);
+    struct FN(pair) chain[2][VU];
+    FN(wide) wide_sum[VU * WIDE_PER_VEC], wide_dot[VU * WIDE_PER_VEC];
+    memset(wide_sum, 0, sizeof wide_sum);
+    memset(wide_dot, 0, sizeof wide_dot);
+    memset(chain, 0, sizeof chain);
+    ptrdiff_t room = CHAIN; /* terms a chain may still take */
+#define FLUSH_CHAINS                                                                                                   \
+    if (room == 0) {                                                                                                   \
+        for (int k = 0; k < VU; k++) {                                                                                 \
+            FN(widen_add)(wide_sum + k * WIDE_PER_VEC, chain[0][k].sum + chain[1][k].sum);                             \
+            FN(widen_add)(wide_dot + k * WIDE_PER_VEC, chain[0][k].dot + chain[1][k].dot);                             \
+        }                                                                                                              \
+        memset(chain, 0, sizeof chain);                                                                                \
+        room = CHAIN;                                                                                                  \
+    }
     for (ptrdiff_t r = 0; r < n_rows; r++) {
-        /* to the same place some rows on; the last rows ask for the first ones of what comes next */
-        const ptrdiff_t to_row = r + rows_ahead < n_rows ? rows_ahead * stride : next + (rows_ahead - n_rows) * stride;
-        ptrdiff_t row_left = row_length;
-        rows_to_flush -= 1;
-        for (ptrdiff_t i = 0; i < runs->n_channels; i++) {
-            struct FN(state) *state = states + i;
-            struct FN(pair) chain[2][VU];
-            memcpy(chain, state->chain, sizeof chain);
-            const FN(vec) center = FN(set1)(state->center);
-            ptrdiff_t left = runs->length, room = CHAIN;
-            while (left >= 2 * VL) {
-                ptrdiff_t steps = left / (2 * VL) < room ? left / (2 * VL) : room, ahead = to_row;
-                if (row_left > AHEAD + 2 * VL) {
-                    const ptrdiff_t here = (row_left - AHEAD) / (2 * VL);
-                    steps = here < steps ? here : steps;
-                    ahead = AHEAD;
-                }
-                else if (row_length >= AHEAD)
-                    ahead = to_row - row_length + AHEAD;
-                const ptrdiff_t together = w ? FN(vectors_left)(w) / (2 * VU) : 0;
-                if (together > 0) {
-                    steps = together < steps ? together : steps;
-                    if (w->stream)
-                        FN(take_steps)(chain, &from, steps, ahead, center, with_u, w, gradient, 1);
-                    else
-                        FN(take_steps)(chain, &from, steps, ahead, center, with_u, w, gradient, 0);
-                    w->at += steps * 2 * VL;
+        const T *row = x + r * stride, *row_u = u + r * stride;
+        /* past the end of the row: to its successor, or to what comes next */
+        const ptrdiff_t to_next = (r + 1 < n_rows ? stride : next - r * stride) - length + AHEAD;
+        ptrdiff_t left = length;
+        while (left >= 2 * VL) {
+            ptrdiff_t steps = left / (2 * VL) < room ? left / (2 * VL) : room;
+            const ptrdiff_t ahead = left > AHEAD ? AHEAD : to_next;
+            const ptrdiff_t together = w ? FN(vectors_left)(w) / (2 * VU) : 0;
+            if (together > 0) {
+                const struct FN(map) map = FN(map_of_channel)(&w->coefficients, w->channel, gradient);
+                const T *wx = (const T *)w->x + w->at, *wu = (const T *)w->u + w->at;
+                T *out = (T *)w->out + w->at;
+                steps = together < steps ? together : steps;
+                w->at += steps * 2 * VL;
+                if (w->stream) {
+                    TAKE_STEPS(FN(map_elements)(&map, wx, wu, out, 1, 0, 0, VN, gradient, 1); wx += VN; wu += VN; out += VN)
                 }
                 else {
-                    if (w && !FN(written)(w)) {
-                        FN(write_some)(w, 2 * VL);
-                        steps = 1;
-                    }
-                    FN(take_steps)(chain, &from, steps, ahead, center, with_u, NULL, 0, 0);
-                }
-                left -= steps * 2 * VL;
-                row_left -= steps * 2 * VL;
-                room -= steps;
-                if (room == 0) {
-                    FN(flush_state)(state, chain);
-                    room = CHAIN;
+                    TAKE_STEPS(FN(map_elements)(&map, wx, wu, out, 1, 0, 0, VN, gradient, 0); wx += VN; wu += VN; out += VN)
                 }
             }
-            if (left > 0) {
-                if (w)
-                    FN(write_some)(w, left);
-                PREFETCH(from.x, to_row * (ptrdiff_t)sizeof(T));
-                if (with_u)
-                    PREFETCH(from.u, to_row * (ptrdiff_t)sizeof(T));
-                for (int h = 0; h < 2 && left > h * VL; h++)
-                    for (int k = 0; k < VU && left > h * VL + k * VN; k++) {
-                        const ptrdiff_t j = h * VL + k * VN;
-                        FN(take_from)(&chain[h][k], &from, j, left - j < VN ? left - j : VN, center, with_u);
-                    }
-                FN(advance)(&from, left);
-                row_left -= left;
+            else {
+                if (w && !FN(written)(w)) {
+                    FN(write_some)(w, 2 * VL);
+                    steps = 1;
+                }
+                TAKE_STEPS()
             }
-            if (rows_to_flush == 0)
-                FN(flush_state)(state, chain);
-            memcpy(state->chain, chain, sizeof chain);
+            left -= steps * 2 * VL;
+            room -= steps;
+            FLUSH_CHAINS
         }
-        if (rows_to_flush == 0)
-            rows_to_flush = flush_rows;
-        from.x += stride - row_length;
-        from.u += stride - row_length;
+        if (left > 0) {
+            if (w)
+                FN(write_some)(w, left);
+            for (int i = 0; i < 2 && left > i * VL; i++)
+                for (int k = 0; k < VU; k++) {
+                    const ptrdiff_t j = i * VL + k * VN;
+                    FN(vec) u_values = zero;
+                    if (with_u)
+                        u_values = FN(load_part)(row_u + j, left - j, zero);
+                    FN(take)(&chain[i][k], FN(load_part)(row + j, left - j, center), u_values, center, with_u);
+                }
+            room -= 1;
+            FLUSH_CHAINS
+        }
     }
-    for (ptrdiff_t i = 0; i < runs->n_channels; i++)
-        FN(flush_state)(states + i, states[i].chain);
-}
-
-static void FN(begin_state)(struct FN(state) * state, T center)
-{
-    memset(state, 0, sizeof *state);
-    state->center = center;
+    room = 0;
+    FLUSH_CHAINS
+#undef FLUSH_CHAINS
+    *sum = FN(fold_wide)(wide_sum);
+    *dot = FN(fold_wide)(wide_dot);
 }
 
 /* Chains of many columns: 0 and 1, of sums and of dots. They are in memory between tiles. */
@@ -195,7 +129,8 @@ struct FN(chains) {
  * packed_x, packed_u: (n_rows, .) OUT, rows `packed_stride` apart, the same elements again; or NULL */
 static ALWAYS_INLINE void FN(sums_of_tile)(const T *x, const T *u, ptrdiff_t n_rows, ptrdiff_t stride, T *packed_x,
                                            T *packed_u, ptrdiff_t packed_stride, const T *centers, ptrdiff_t c,
-                                           int vectors, ptrdiff_t n, int with_u, struct FN(chains) * chains)
+                                           int vectors, ptrdiff_t n, int with_u, struct FN(chains) * chains,
+                                           ptrdiff_t ahead)
 {
     const FN(vec) zero = FN(set1)(0);
     FN(vec) center[COLUMN_VECTORS];
@@ -215,13 +150,13 @@ static ALWAYS_INLINE void FN(sums_of_tile)(const T *x, const T *u, ptrdiff_t n_r
     }
 #define TAKE_ROW(i)                                                                                                    \
     for (int k = 0; k < vectors; k++) {                                                                                \
-        PREFETCH_L2(x + k * VN, 2 * TILE_ROWS * stride * (ptrdiff_t)sizeof(T));                                            \
+        PREFETCH_L2(x + k * VN, ahead * (ptrdiff_t)sizeof(T));                                                         \
         const FN(vec) x_values = FN(load_up_to)(x + k * VN, n, center[k]);                                             \
         FN(vec) u_values = zero;                                                                                       \
         if (packed_x)                                                                                                  \
             FN(store_up_to)(packed_x + k * VN, n, x_values);                                                           \
         if (with_u) {                                                                                                  \
-            PREFETCH_L2(u + k * VN, 2 * TILE_ROWS * stride * (ptrdiff_t)sizeof(T));                                        \
+            PREFETCH_L2(u + k * VN, ahead * (ptrdiff_t)sizeof(T));                                                     \
             u_values = FN(load_up_to)(u + k * VN, n, zero);                                                            \
             if (packed_x)                                                                                              \
                 FN(store_up_to)(packed_u + k * VN, n, u_values);                                                       \
@@ -267,7 +202,8 @@ static void FN(flush_chains)(struct FN(chains) * chains, ptrdiff_t n_columns, do
 
 static ALWAYS_INLINE void FN(sums_of_columns_as)(const T *x, const T *u, ptrdiff_t n_rows, ptrdiff_t stride, T *packed_x,
                                                  T *packed_u, ptrdiff_t packed_stride, ptrdiff_t n_columns,
-                                                 const T *centers, int with_u, double *sum, double *dot)
+                                                 const T *centers, int with_u, double *sum, double *dot,
+                                                 ptrdiff_t next)
 {
     struct FN(chains) chains;
     for (ptrdiff_t c = 0; c < n_columns; c++)
@@ -278,11 +214,13 @@ static ALWAYS_INLINE void FN(sums_of_columns_as)(const T *x, const T *u, ptrdiff
     }
     for (ptrdiff_t r = 0; r < n_rows; r += TILE_ROWS) {
         const ptrdiff_t rows = n_rows - r < TILE_ROWS ? n_rows - r : TILE_ROWS;
-        ptrdiff_t c = 0;
+        ptrdiff_t c = 0, ahead = ROWS_AHEAD * stride;
+        if (r + ROWS_AHEAD >= n_rows)
+            ahead = next + (n_rows < ROWS_AHEAD ? 0 : ROWS_AHEAD - n_rows) * stride;
 #define TILE(vectors, n)                                                                                               \
     FN(sums_of_tile)(x + r * stride, u + r * stride, rows, stride, packed_x ? packed_x + r * packed_stride : NULL,     \
                      packed_x ? packed_u + r * packed_stride : NULL, packed_stride, centers, c, vectors, n, with_u,    \
-                     &chains)
+                     &chains, ahead)
         for (; c + COLUMN_VECTORS * VN <= n_columns; c += COLUMN_VECTORS * VN)
             TILE(COLUMN_VECTORS, VN);
         for (; c + VN <= n_columns; c += VN)
@@ -301,8 +239,83 @@ static ALWAYS_INLINE void FN(sums_of_columns)(const T *x, const T *u, ptrdiff_t 
                                               T *packed_u, ptrdiff_t packed_stride, ptrdiff_t n_columns, const T *centers,
                                               int with_u, double *sum, double *dot)
 {
+    const ptrdiff_t next = n_rows * stride;
     if (packed_x)
-        FN(sums_of_columns_as)(x, u, n_rows, stride, packed_x, packed_u, packed_stride, n_columns, centers, with_u, sum, dot);
+        FN(sums_of_columns_as)(x, u, n_rows, stride, packed_x, packed_u, packed_stride, n_columns, centers, with_u, sum, dot,
+                               next);
     else
-        FN(sums_of_columns_as)(x, u, n_rows, stride, NULL, NULL, 0, n_columns, centers, with_u, sum, dot);
+        FN(sums_of_columns_as)(x, u, n_rows, stride, NULL, NULL, 0, n_columns, centers, with_u, sum, dot, next);
+}
+
+/* Where rows are short and many, their elements are summed as columns, and the columns of a channel added at the end: rows
+ * that do not fill vectors cost nothing then. */
+static int FN(summed_as_columns)(const bnfast_runs *runs)
+{
+    return runs->length < 4 * VL && runs->n_rows >= CHAIN;
+}
+
+/* Sum of a channel's columns, VL at a time. columns: (length,) IN */
+static double FN(fold_columns)(const double *columns, ptrdiff_t length)
+{
+    double lanes[64 / sizeof(T)] = {0};
+    ptrdiff_t j = 0;
+    for (; j + VL <= length; j += VL)
+        for (ptrdiff_t i = 0; i < VL; i++)
+            lanes[i] += columns[j + i];
+    for (ptrdiff_t i = 0; j + i < length; i++)
+        lanes[i] += columns[j + i];
+    return FN(fold_lanes)(lanes);
+}
+
+/* x, u: (n_rows, n_channels, length) IN; centers, sum, dot: (n_channels,) IN, OUT, OUT; the rest as for sums_of_rows */
+static void FN(sums_of_short_rows)(const T *x, const T *u, const bnfast_runs *runs, ptrdiff_t next, const T *centers,
+                                   int with_u, double *sum, double *dot)
+{
+    const ptrdiff_t length = runs->length, n_channels = runs->n_channels, group = COLUMNS / length;
+    T column_centers[COLUMNS];
+    double column_sum[COLUMNS], column_dot[COLUMNS];
+    for (ptrdiff_t i = 0; i < n_channels; i += group) {
+        const ptrdiff_t n = n_channels - i < group ? n_channels - i : group;
+        const ptrdiff_t to_next = i + n < n_channels ? n * length : next - i * length;
+        for (ptrdiff_t c = 0; c < n; c++)
+            for (ptrdiff_t j = 0; j < length; j++)
+                column_centers[c * length + j] = centers[i + c];
+        if (with_u)
+            FN(sums_of_columns_as)(x + i * length, u + i * length, runs->n_rows, runs->stride, NULL, NULL, 0, n * length,
+                                   column_centers, 1, column_sum, column_dot, to_next);
+        else
+            FN(sums_of_columns_as)(x + i * length, u + i * length, runs->n_rows, runs->stride, NULL, NULL, 0, n * length,
+                                   column_centers, 0, column_sum, column_dot, to_next);
+        for (ptrdiff_t c = 0; c < n; c++) {
+            sum[i + c] = FN(fold_columns)(column_sum + c * length, length);
+            dot[i + c] = FN(fold_columns)(column_dot + c * length, length);
+        }
+    }
+}
+
+/* The sums of some channels. Shapes as for sums_of_short_rows. w: may go on meanwhile, or NULL */
+static void FN(sums_of_runs)(const T *x, const T *u, const bnfast_runs *runs, ptrdiff_t next, const T *centers, int with_u,
+                             double *sum, double *dot, bnfast_writer *w)
+{
+    if (FN(summed_as_columns)(runs)) {
+        FN(sums_of_short_rows)(x, u, runs, next, centers, with_u, sum, dot);
+        return;
+    }
+    for (ptrdiff_t i = 0; i < runs->n_channels; i++) {
+        const ptrdiff_t at = i * runs->length, to_next = i + 1 < runs->n_channels ? runs->length : next - at;
+#define SUMS(with_u, w, gradient)                                                                                      \
+    FN(sums_of_rows)(x + at, u + at, runs->n_rows, runs->stride, runs->length, to_next, centers[i], with_u, sum + i, dot + i, \
+                     w, gradient)
+        if (w && with_u && w->gradient)
+            SUMS(1, w, 1);
+        else if (w && with_u)
+            SUMS(1, w, 0);
+        else if (w)
+            SUMS(0, w, 0);
+        else if (with_u)
+            SUMS(1, NULL, 0);
+        else
+            SUMS(0, NULL, 0);
+#undef SUMS
+    }
 }
