@@ -24,7 +24,6 @@ enum {
     APPLY_BYTES = 1 << 18
 };
 
-
 static ptrdiff_t period(const bnfast_job *job) { return job->channels * job->inner; }
 static ptrdiff_t row_stride(const bnfast_job *job) { return job->fold * period(job); }
 static ptrdiff_t folded_rows(const bnfast_job *job) { return job->outer / job->fold; }
@@ -266,13 +265,15 @@ static void apply_task(const bnfast_job *job, ptrdiff_t index, int thread)
         bnfast_stream_fence();
 }
 
-/* Channels of a block all rows of which stay in L2 when they lie together; whole cache lines of columns. 0: too few. */
+/* Channels of a block all rows of which stay in L2 when they lie together; whole cache lines of columns. 0: too few, or the
+ * whole array stays in the last-level cache between reduction and map, which is faster. */
 static ptrdiff_t channels_of_block(const bnfast_job *job)
 {
     const ptrdiff_t size = job->kernels->itemsize, line = 64 / size;
     const ptrdiff_t channel_bytes = job->outer * job->inner * size * (job->u ? 2 : 1);
     ptrdiff_t n = bnfast_l2_bytes() / 2 / channel_bytes / line * line;
-    if (job->fold > 1 || period(job) % line != 0)
+    if (job->fold > 1 || period(job) % line != 0 ||
+        (bnfast_applies(job) && channel_bytes * job->channels <= bnfast_last_level_bytes() / 2))
         return 0;
     n = least(n, job->channels / (TASKS * job->n_threads) / line * line);
     return n * job->inner * size < BLOCK_BYTES ? 0 : n;

@@ -13,7 +13,6 @@
  * bytes of a row that is read fast by itself. */
 enum { SEGMENT = 16384, SEGMENT_F64 = 4096, TASKS = 4, SWEEP = 1 << 16, LONG_ROW = 3584, PENDING_BYTES = 256 };
 
-
 static ptrdiff_t row_stride(const bnfast_job *job) { return job->channels * job->inner; }
 
 static ptrdiff_t pieces_of_row(const bnfast_job *job) { return quotient_up(job->inner, job->segment_length); }

@@ -11,8 +11,8 @@
 /* At most this many columns at once, so that what is gathered for them stays in cache; and this many rows, streams of
  * memory that the hardware follows. */
 #define COLUMNS ((ptrdiff_t)(4096 / sizeof(T)))
-#define TILE_ROWS 8
-#define ROWS_AHEAD (2 * TILE_ROWS)
+#define TILE_ROWS 16
+#define ROWS_AHEAD TILE_ROWS
 
 /* How many elements ahead of the sums memory is asked for: the sums of a block are not the simple stream that the hardware
  * expects. */
@@ -33,9 +33,9 @@ static ALWAYS_INLINE void FN(take)(struct FN(pair) * s, FN(vec) x, FN(vec) u, FN
 #define TAKE_STEPS(more)                                                                                               \
     for (ptrdiff_t s = 0; s < steps; s++, row += 2 * VL, row_u += 2 * VL)                                              \
         for (int i = 0; i < 2; i++) {                                                                                  \
-            PREFETCH(row + i * VL, ahead * (ptrdiff_t)sizeof(T));                                                      \
+            PREFETCH_L2(row + i * VL, ahead * (ptrdiff_t)sizeof(T));                                                   \
             if (with_u)                                                                                                \
-                PREFETCH(row_u + i * VL, ahead * (ptrdiff_t)sizeof(T));                                                \
+                PREFETCH_L2(row_u + i * VL, ahead * (ptrdiff_t)sizeof(T));                                             \
             for (int k = 0; k < VU; k++) {                                                                             \
                 more;                                                                                                  \
                 FN(take)(&chain[i][k], FN(load)(row + i * VL + k * VN),                                                \
