@@ -28,10 +28,10 @@ static int FN(out_of_range)(double n, double sum, double dot)
 }
 
 static void FN(sums_planar)(const void *data, const void *data_u, const bnfast_runs *runs, ptrdiff_t next,
-                            const void *center_in, double *sum, double *dot, bnfast_writer *writer)
+                            const void *center_in, double *sum, double *dot)
 {
     const T *x = data, *u = data_u, *centers = center_in;
-    FN(sums_of_runs)(x, u, runs, next, centers, 1, sum, dot, writer);
+    FN(sums_of_runs)(x, u, runs, next, centers, 1, sum, dot, NULL);
     for (ptrdiff_t i = 0; i < runs->n_channels; i++)
         if (FN(out_of_range)((double)runs->n_rows * (double)runs->length, sum[i], dot[i]))
             FN(sums_wide)(x + i * runs->length, u + i * runs->length, runs->n_rows, runs->stride, runs->length,

@@ -42,11 +42,12 @@ typedef struct {
     ptrdiff_t n_rows, stride, n_channels, length;
 } bnfast_runs;
 
-/* A map of planar runs, done little by little while something else is reduced: memory reads and writes at the same time
- * only if both stand in one loop. x, u: (n_rows, n_channels, length), rows `stride` apart IN; out: the same OUT; gradient: the map is gradient, not normalize; stream: write around the cache (the caller then issues
- * bnfast_stream_fence); ahead: where not 0, the elements so far behind those of x and u are brought into cache (only with
- * stream). The last four say how far it is; they begin as 0: row, channel of it, elements of the row that
- * are written, and where the channel ends in the row (0: nothing of the row has been touched). */
+/* A map of planar runs that can be done little by little, while something else is reduced: memory reads and writes at the
+ * same time only if both stand in one loop. x, u: (n_rows, n_channels, length), rows `stride` apart IN; out: the same OUT;
+ * gradient: the map is gradient, not normalize; stream: write around the cache (the caller then issues bnfast_stream_fence);
+ * ahead: where not 0, the elements so far behind those of x and u are brought into cache (only with stream).
+ * The last four say how far it is; they begin as 0: row, channel of it, elements of the row that are written, and where the
+ * channel ends in the row (0: nothing of the row has been touched). */
 typedef struct {
     const void *x, *u;
     void *out;
@@ -71,7 +72,7 @@ typedef struct {
     /* Mean less center, and sum of squared deviations, of one segment of some channels. center: some value of the channel,
      * finite
      * planar: x: (n_rows, n_channels, length), rows `stride` apart IN; center: (n_channels,) IN; mean, m2: the same OUT;
-     * next: elements from x to what is reduced next, to be brought into cache; writer: may go on meanwhile, as fast as x is read;
+     * next: elements from x to what is reduced next, to be brought into cache; writer: a normalize that may go on meanwhile,
      * or NULL
      * interleaved: x: (n_rows, n_columns), rows `stride` apart IN; center: (n_columns,) IN; mean, m2: the same OUT;
      * packed: the elements of x once more, dense OUT, or NULL */
@@ -82,7 +83,7 @@ typedef struct {
 
     /* Sum of u, and of u * (x - center), over one segment; shapes as above, center: the mean, rounded */
     void (*sums_planar)(const void *x, const void *u, const bnfast_runs *runs, ptrdiff_t next, const void *center,
-                        double *sum, double *dot, bnfast_writer *writer);
+                        double *sum, double *dot);
     void (*sums_interleaved)(const void *x, const void *u, ptrdiff_t n_rows, ptrdiff_t stride,
                              ptrdiff_t n_columns, const void *center, double *sum, double *dot, void *packed_x,
                              void *packed_u);

@@ -52,8 +52,7 @@ static void reduce(const bnfast_job *job, const bnfast_block *block, ptrdiff_t s
     double *a = block->a + s * block->width + i, *b = block->b + s * block->width + i;
     const void *center = (const char *)block->channel.center + i * size;
     if (job->u)
-        job->kernels->sums_planar((const char *)job->x + offset, (const char *)job->u + offset, &runs, next, center, a, b,
-                                  writer);
+        job->kernels->sums_planar((const char *)job->x + offset, (const char *)job->u + offset, &runs, next, center, a, b);
     else
         job->kernels->moments_planar((const char *)job->x + offset, &runs, next, center, a, b, writer);
 }
@@ -93,6 +92,7 @@ typedef struct {
     bnfast_writer writer;
     int active, odd;
 } pending;
+_Static_assert(sizeof(pending) <= PENDING_BYTES, "it has its place before a thread's scratch");
 
 static pending *pending_of(const bnfast_job *job, ptrdiff_t thread)
 {

@@ -44,10 +44,10 @@ static ALWAYS_INLINE void FN(take)(struct FN(pair) * s, FN(vec) x, FN(vec) u, FN
         }
 
 /* x, u: (n_rows, length), rows `stride` apart IN; u where with_u; next: elements to what is reduced next; sum, dot: scalars
- * OUT; w: writes as much meanwhile, or NULL; gradient: what it does */
+ * OUT; w: a normalize that goes on meanwhile, or NULL */
 static ALWAYS_INLINE void FN(sums_of_rows)(const T *x, const T *u, ptrdiff_t n_rows, ptrdiff_t stride, ptrdiff_t length,
                                            ptrdiff_t next, T center_value, int with_u, double *sum, double *dot,
-                                           bnfast_writer *w, int gradient)
+                                           bnfast_writer *w)
 {
     const FN(vec) center = FN(set1)(center_value), zero = FN(set1)(0);
     struct FN(pair) chain[2][VU];
@@ -75,16 +75,16 @@ static ALWAYS_INLINE void FN(sums_of_rows)(const T *x, const T *u, ptrdiff_t n_r
             const ptrdiff_t ahead = left > AHEAD ? AHEAD : to_next;
             const ptrdiff_t together = w ? FN(vectors_left)(w) / (2 * VU) : 0;
             if (together > 0) {
-                const struct FN(map) map = FN(map_of_channel)(&w->coefficients, w->channel, gradient);
-                const T *wx = (const T *)w->x + w->at, *wu = (const T *)w->u + w->at;
+                const struct FN(map) map = FN(map_of_channel)(&w->coefficients, w->channel, 0);
+                const T *from = (const T *)w->x + w->at;
                 T *out = (T *)w->out + w->at;
                 steps = together < steps ? together : steps;
                 w->at += steps * 2 * VL;
                 if (w->stream) {
-                    TAKE_STEPS(FN(map_elements)(&map, wx, wu, out, 1, 0, 0, VN, gradient, 1); wx += VN; wu += VN; out += VN)
+                    TAKE_STEPS(FN(map_elements)(&map, from, from, out, 1, 0, 0, VN, 0, 1); from += VN; out += VN)
                 }
                 else {
-                    TAKE_STEPS(FN(map_elements)(&map, wx, wu, out, 1, 0, 0, VN, gradient, 0); wx += VN; wu += VN; out += VN)
+                    TAKE_STEPS(FN(map_elements)(&map, from, from, out, 1, 0, 0, VN, 0, 0); from += VN; out += VN)
                 }
             }
             else {
@@ -293,7 +293,7 @@ static void FN(sums_of_short_rows)(const T *x, const T *u, const bnfast_runs *ru
     }
 }
 
-/* The sums of some channels. Shapes as for sums_of_short_rows. w: may go on meanwhile, or NULL */
+/* The sums of some channels. Shapes as for sums_of_short_rows. w: may go on meanwhile, not with_u; or NULL */
 static void FN(sums_of_runs)(const T *x, const T *u, const bnfast_runs *runs, ptrdiff_t next, const T *centers, int with_u,
                              double *sum, double *dot, bnfast_writer *w)
 {
@@ -303,19 +303,15 @@ static void FN(sums_of_runs)(const T *x, const T *u, const bnfast_runs *runs, pt
     }
     for (ptrdiff_t i = 0; i < runs->n_channels; i++) {
         const ptrdiff_t at = i * runs->length, to_next = i + 1 < runs->n_channels ? runs->length : next - at;
-#define SUMS(with_u, w, gradient)                                                                                      \
-    FN(sums_of_rows)(x + at, u + at, runs->n_rows, runs->stride, runs->length, to_next, centers[i], with_u, sum + i, dot + i, \
-                     w, gradient)
-        if (w && with_u && w->gradient)
-            SUMS(1, w, 1);
-        else if (w && with_u)
-            SUMS(1, w, 0);
+#define SUMS(with_u, w)                                                                                                \
+    FN(sums_of_rows)(x + at, u + at, runs->n_rows, runs->stride, runs->length, to_next, centers[i], with_u, sum + i,   \
+                     dot + i, w)
+        if (with_u)
+            SUMS(1, NULL);
         else if (w)
-            SUMS(0, w, 0);
-        else if (with_u)
-            SUMS(1, NULL, 0);
+            SUMS(0, w);
         else
-            SUMS(0, NULL, 0);
+            SUMS(0, NULL);
 #undef SUMS
     }
 }
