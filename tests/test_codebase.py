@@ -330,6 +330,8 @@ PUBLIC = {
     "BatchNorm.gradients": "(self)",
     "BatchNorm.state_dict": "(self)",
     "BatchNorm.load_state_dict": "(self, state)",
+    "BatchNorm.save": "(self, path)",
+    "BatchNorm.load": "(path, *, max_bytes=1073741824)",
     "BatchNorm.reset_parameters": "(self)",
     "BatchNorm.reset_running_stats": "(self)",
     "BatchNorm.calibrate": "(self)",

@@ -7,6 +7,7 @@ no lock.
 """
 
 import math
+import os
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, Literal, NamedTuple, Self, SupportsIndex
@@ -19,7 +20,7 @@ from ._checks import integer
 from .functional import Array, Statistics
 from .moments import Moments
 from .report import StatisticsReport
-from .state import StateError
+from .state import FORMAT, StateError, decode, encode, read, replace
 
 __all__ = ["BatchNorm"]
 
@@ -676,12 +677,10 @@ class BatchNorm:
 
     def _load(self, state: Mapping[str, ArrayLike], nan_allowed: bool) -> None:
         """nan_allowed: whether running_var may hold NaN, as after data with NaN."""
-        expected = self.state_dict()
         if not isinstance(state, Mapping):
             raise StateError(f"state: expected a mapping, got {type(state).__name__}")
-        missing, unknown = sorted(expected.keys() - state.keys()), sorted(map(str, state.keys() - expected.keys()))
-        if missing or unknown:
-            raise StateError(f"state: expected the keys {list(expected)}; missing {missing}, unknown {unknown}")
+        expected = _names(self.affine, self.track_running_stats)
+        _check_names(state, expected)
         new = {
             name: _converted(state[name], name, self.num_features, self.dtype, StateError, StateError)
             for name in ("weight", "bias")
@@ -696,24 +695,171 @@ class BatchNorm:
 
     def __getstate__(self) -> dict[str, Any]:
         attributes = {name: value for name, value in self.__dict__.items() if name not in _NOT_PICKLED}
-        attributes.update(eps=self.eps, momentum=self.momentum)
-        state = self._state
+        return {"format": FORMAT, "attributes": {**attributes, **self._options()}, **self._statistics_of(self._state)}
+
+    def _options(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in ("num_features", *_OPTIONS)} | {"training": bool(self.training)}
+
+    def _statistics_of(self, state: _State) -> dict[str, Any]:
         exact = None if state.exact is None else (state.exact, state.exact_batches)
-        return {"attributes": attributes, "state": self._dict_of(state), "exact": exact, "averaged": state.averaged}
+        return {"state": self._dict_of(state), "exact": exact, "averaged": state.averaged}
 
     def __setstate__(self, pickled: dict[str, Any]) -> None:
         try:
-            attributes, state = dict(pickled["attributes"]), dict(pickled["state"])
-            fresh = BatchNorm(
-                attributes["num_features"],
-                **{name: attributes.pop(name) for name in _OPTIONS},
-            )
-            fresh._load(state, nan_allowed=True)
-            fresh._load_others(pickled.get("exact"), pickled.get("averaged"))
+            attributes = dict(pickled["attributes"])
+            if any(type(name) is not str for name in attributes):
+                raise StateError("attributes: expected names")
+            made_by = pickled.get("format", 1)
+            if type(made_by) is not int or not 1 <= made_by <= FORMAT:
+                raise StateError(f"format: expected one up to {FORMAT} (newer ones need a newer bnfast), got {made_by!r}")
+            known = {"format", "attributes", "state", "exact", "averaged"}
+            if not pickled.keys() <= known:
+                raise StateError(f"expected the keys {sorted(known)}, got {sorted(map(str, pickled))}")
+            options = {name: attributes.pop(name) for name in ("num_features", *_OPTIONS)}
+            options["training"] = attributes.pop("training", True)
+            fresh = BatchNorm._restored(options, pickled["state"], pickled.get("exact"), pickled.get("averaged"))
         except (TypeError, KeyError, ValueError, AttributeError, RuntimeError) as error:
             raise StateError(f"pickle: {error}") from error
-        attributes.update(fresh.__dict__, training=bool(attributes.get("training", True)))
-        self.__dict__.update(attributes)
+        self.__dict__.update(attributes | fresh.__dict__)
+
+    @staticmethod
+    def _restored(options: dict[str, Any], state: Any, exact: Any, averaged: Any) -> "BatchNorm":
+        """The layer of a pickle or a file. Whatever is wrong with them raises, before anything large is made."""
+        state, options = dict(state), dict(options)
+        features, training = options.pop("num_features"), options.pop("training")
+        for name, value in (*((name, options[name]) for name in _FLAGS), ("training", training)):
+            if not isinstance(value, bool | np.bool_):
+                raise StateError(f"{name}: expected a bool, got {type(value).__name__}")
+        _check_names(state, _names(options["affine"], options["track_running_stats"]))
+        for name, value in state.items():
+            if name != "num_batches_tracked" and np.shape(value) != (features,):
+                raise StateError(f"{name}: expected shape ({features},), got {np.shape(value)}")
+        fresh = BatchNorm(features, **options)
+        fresh._load(state, nan_allowed=True)
+        fresh._load_others(exact, averaged)
+        fresh.training = bool(training)
+        return fresh
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the layer to a file, from which `load` makes an equal one.
+
+        Kept are the parameters, the statistics (the ones in use and those set aside), the mode and the arguments of
+        the constructor, to the bit; not the gradients, nor attributes of your own. The file is an `.npz` with
+        PyTorch's names: `numpy.load` reads it. The same state gives the same bytes.
+
+        The file at `path` is replaced as a whole, once the new one is on disk: after an exception, a crash or a loss
+        of power there is the old one or the new one. Several processes may save to one path. The permissions of a file
+        that is there are kept; of a symbolic link, what it points to is replaced.
+
+        Parameters
+        ----------
+        path : str or os.PathLike
+            Taken as it is: no extension is added.
+
+        Raises
+        ------
+        StateError
+            If the layer could not be loaded again, as a parameter or statistic is not finite, or was replaced by
+            something that does not fit. Nothing is written.
+        OSError
+            If the file cannot be written. The one that is there is unchanged.
+
+        Examples
+        --------
+        >>> import os, tempfile, bnfast
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = os.path.join(folder, "bn.npz")
+        ...     bnfast.BatchNorm(3, eps=1e-3).eval().save(path)
+        ...     bnfast.BatchNorm.load(path)
+        BatchNorm(3, axis=1, eps=0.001, momentum=0.1)
+        """
+        replace(path, self._encoded())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], *, max_bytes: int = 1 << 30) -> Self:
+        """The layer that `save` wrote to a file.
+
+        Nothing in the file is executed or unpickled. All of it is covered by a checksum, so a damaged file is refused.
+        A checksum is not a signature: it does not show whether somebody changed the file on purpose.
+
+        Parameters
+        ----------
+        path : str or os.PathLike
+        max_bytes : int
+            A larger file is refused before it is read. Loading takes up to four times the size of the file.
+
+        Returns
+        -------
+        BatchNorm
+            Of this class: a subclass gives its own, without calling its constructor.
+
+        Raises
+        ------
+        StateError
+            If the file was not written by `save`, is damaged, too large, or written by a newer bnfast.
+        OSError
+            If it cannot be read.
+        """
+        limit = integer(max_bytes, "max_bytes")
+        try:
+            fresh = cls._decoded(read(path, limit))
+        except StateError as error:
+            raise StateError(f"{os.fspath(path)}: {error}") from (error.__cause__ or error)
+        layer = cls.__new__(cls)
+        layer.__dict__.update(fresh.__dict__)
+        return layer
+
+    def _encoded(self) -> bytes:
+        """The bytes of a file, which `_decoded` accepts."""
+        kept = self._statistics_of(self._state)
+        arrays, exact, averaged = kept["state"], kept["exact"], kept["averaged"]
+        description = {**self._options(), "dtype": self.dtype.name, "exact": None, "averaged": None}
+        if exact is not None:
+            moments, batches = exact
+            description["exact"] = {"count": moments.count, "batches": batches}
+            arrays |= {"exact_mean": moments.mean, "exact_m2": moments.m2}
+        if averaged is not None:
+            description["averaged"] = {"batches": averaged.batches}
+            arrays |= {"averaged_mean": averaged.mean, "averaged_var": averaged.var}
+        try:
+            data = encode(description, arrays)
+        except (TypeError, ValueError) as error:  # an attribute was replaced by something else
+            raise StateError(f"the layer cannot be written: {error}") from error
+        self._decoded(data)
+        return data
+
+    @staticmethod
+    def _decoded(data: bytes) -> "BatchNorm":
+        description, arrays = decode(data)
+        try:
+            for name, kind in _DESCRIPTION.items():
+                if not isinstance(description[name], kind) or (isinstance(description[name], bool) and kind is not bool):
+                    raise StateError(f"{name}: expected another type than {type(description[name]).__name__}")
+            if description.keys() != _DESCRIPTION.keys():
+                raise StateError(f"unknown {sorted(description.keys() - _DESCRIPTION.keys())}")
+            exact, averaged = description.pop("exact"), description.pop("averaged")
+            if description["dtype"] not in ("float32", "float64"):
+                raise StateError(f"dtype: expected float32 or float64, got {description['dtype']!r:.80}")
+            for name, array in arrays.items():
+                dtype = {"weight": description["dtype"], "bias": description["dtype"], "num_batches_tracked": "int64"}
+                if array.dtype != dtype.get(name, "float64"):
+                    raise StateError(f"{name}: expected dtype {dtype.get(name, 'float64')}, got {array.dtype}")
+                if not np.isfinite(array).all():
+                    raise StateError(f"{name}: expected finite numbers, got {array[~np.isfinite(array)][0]}")
+            if exact is not None:
+                _check_names(exact, ["count", "batches"])
+                _batches(exact["count"])
+                exact = Moments(exact["count"], arrays.pop("exact_mean"), arrays.pop("exact_m2")), exact["batches"]
+            if averaged is not None:
+                _check_names(averaged, ["batches"])
+                averaged = arrays.pop("averaged_mean"), arrays.pop("averaged_var"), averaged["batches"]
+            return BatchNorm._restored(description, arrays, exact, averaged)
+        except StateError:
+            raise
+        except KeyError as error:
+            raise StateError(f"missing {error}") from error
+        except Exception as error:
+            raise StateError(str(error)) from error
 
     def _load_others(self, exact: Any, averaged: Any) -> None:
         """The statistics that are not in use, of a pickle."""
@@ -750,6 +896,32 @@ class BatchNorm:
 _NOT_PICKLED = ("gamma", "beta", "_eps", "_momentum", "_state", "_calibration")  # or not under these names
 _FLAGS = {"affine": True, "track_running_stats": True, "unbiased_running_var": True}
 _OPTIONS = ("axis", "eps", "momentum", "affine", "track_running_stats", "unbiased_running_var", "dtype")
+_DESCRIPTION: dict[str, Any] = {  # of a file: what a layer consists of beside arrays, and the types that JSON gives
+    "num_features": int,
+    "axis": int,
+    "eps": float | int,
+    "momentum": float | int | None,
+    "affine": bool,
+    "track_running_stats": bool,
+    "unbiased_running_var": bool,
+    "dtype": str,
+    "training": bool,
+    "exact": dict | None,
+    "averaged": dict | None,
+}
+
+
+def _names(affine: bool, tracked: bool) -> list[str]:
+    """The keys of a state."""
+    parameters = ["weight", "bias"] if affine else []
+    return parameters + (["running_mean", "running_var", "num_batches_tracked"] if tracked else [])
+
+
+def _check_names(state: Mapping[str, Any], expected: list[str]) -> None:
+    missing = sorted(set(expected) - state.keys())
+    unknown = sorted(map(str, state.keys() - set(expected)))
+    if missing or unknown:
+        raise StateError(f"state: expected the keys {expected}; missing {missing}, unknown {unknown}")
 
 
 def _dtype(value: DTypeLike) -> np.dtype[Any]:

@@ -1,7 +1,271 @@
-"""What is wrong with a saved state: one exception for all of it."""
+"""Files of a layer's state: what is in one, how it is checked, how it replaces another.
 
-__all__ = ["StateError"]
+A file is a zip archive of `.npy` members, as `numpy.savez` writes it, so `numpy.load` reads it. Beside the arrays the
+member `__bnfast__` holds a description, JSON as bytes. The archive's comment, the last bytes of the file, is the sha256
+of all bytes before it. It is looked at first: nothing of a file that was damaged is interpreted. It is a checksum, not a
+signature: who changes a file on purpose computes it again. So what is interpreted is not trusted either. No member may
+be compressed, be larger than the file, or hold anything but the few dtypes of a layer; nothing is ever unpickled.
+
+A new file is complete on disk under a temporary name before it gets the name of the old one. Its writer holds a lock on
+it, which ends with the process: a temporary file without a lock was left by a process that died, and is removed.
+"""
+
+import contextlib
+import errno
+import hashlib
+import io
+import json
+import os
+import re
+import secrets
+import stat
+import zipfile
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+__all__ = ["FORMAT", "StateError", "decode", "encode", "read", "replace", "sealed"]
+
+FORMAT = 1
+DESCRIPTION = "__bnfast__"
+DTYPES = {np.dtype(name) for name in ("<f4", "<f8", "<i8", "u1")}
+MAX_MEMBERS = 16
+MAX_HEADER = 1024  # characters; those of ours have less than 128
+MARK = b"bnfast sha256 "
+SEAL = len(MARK) + 64
+TEMPORARY = re.compile(r"\.tmp-bnfast-[0-9a-f]{16}")
 
 
 class StateError(ValueError):
-    """A state (a dictionary, a pickle) does not fit the layer, or is damaged. The layer is unchanged."""
+    """A state (a dictionary, a pickle, a file) does not fit the layer, or is damaged. The layer is unchanged."""
+
+
+# --- bytes ---------------------------------------------------------------------------------------------------
+
+
+def sealed(body: bytes) -> bytes:
+    """The body of an archive (with the length of a seal as that of its comment) and its checksum."""
+    return body + _seal(memoryview(body))
+
+
+def _seal(body: memoryview) -> bytes:
+    return MARK + hashlib.sha256(body).hexdigest().encode()
+
+
+def encode(description: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> bytes:
+    """A file's bytes: the same ones for the same state."""
+    text = json.dumps({"format": FORMAT, **description}, indent=1, sort_keys=True)
+    members = {DESCRIPTION: np.frombuffer(text.encode(), np.uint8), **arrays}
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
+        archive.comment = bytes(SEAL)
+        for name, array in members.items():
+            member = io.BytesIO()
+            little = array.astype(array.dtype.newbyteorder("<"), copy=False)
+            np.lib.format.write_array(member, little, version=(1, 0), allow_pickle=False)
+            info = zipfile.ZipInfo(f"{name}.npy")  # of 1980
+            info.create_system = 3
+            info.external_attr = 0o644 << 16
+            archive.writestr(info, member.getbuffer())
+    return sealed(buffer.getvalue()[:-SEAL])
+
+
+def decode(data: bytes) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
+    """Description and arrays of a file's bytes; StateError, with its cause, for whatever is wrong with them."""
+    if data[-SEAL:][: len(MARK)] != MARK:
+        raise StateError(
+            "expected a file written by BatchNorm.save, got another one, or a part of one: its checksum is missing"
+        )
+    if _seal(memoryview(data)[:-SEAL]) != data[-SEAL:]:
+        raise StateError("damaged: its checksum does not belong to its contents")
+    try:
+        arrays = _members(data)
+        description = json.loads(arrays.pop(DESCRIPTION).tobytes())
+        found = description.pop("format")
+    except StateError:
+        raise
+    except Exception as error:  # zipfile, NumPy and json raise a dozen kinds
+        raise StateError(f"not the archive of a layer ({type(error).__name__})") from error
+    if type(found) is not int or found < 1:
+        raise StateError(f"format: expected an integer of at least 1, got {found!r:.80}")
+    if found > FORMAT:
+        raise StateError(f"format {found} is of a newer bnfast; this one reads formats up to {FORMAT}")
+    return description, arrays
+
+
+def _members(data: bytes) -> dict[str, NDArray[Any]]:
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        infos = archive.infolist()
+        if len(infos) > MAX_MEMBERS:
+            raise StateError(f"expected at most {MAX_MEMBERS} members, got {len(infos)}")
+        if len({info.filename for info in infos}) < len(infos):
+            raise StateError("expected members of different names")
+        if any(info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size for info in infos):
+            raise StateError("expected members that are not compressed")
+        if sum(info.file_size for info in infos) > len(data):
+            raise StateError("expected members that are together not larger than the file")
+        return {_name(info.filename): _array(info.filename, archive.read(info)) for info in infos}
+
+
+def _name(filename: str) -> str:
+    if not filename.endswith(".npy"):
+        raise StateError(f"expected members that end in .npy, got {filename!r:.80}")
+    return filename.removesuffix(".npy")
+
+
+def _array(filename: str, member: bytes) -> NDArray[Any]:
+    """The array of an .npy file. No more memory than the file has bytes, whatever its header claims."""
+    stream = io.BytesIO(member)
+    if np.lib.format.read_magic(stream) != (1, 0):
+        raise StateError(f"{filename}: expected .npy version 1.0")
+    shape, _, dtype = np.lib.format.read_array_header_1_0(stream, max_header_size=MAX_HEADER)
+    if dtype not in DTYPES:
+        raise StateError(f"{filename}: expected one of the dtypes of a layer, got {dtype!r:.80}")
+    if len(shape) > 1:
+        raise StateError(f"{filename}: expected at most one dimension, got {len(shape)}")
+    count = shape[0] if shape else 1
+    start = stream.tell()
+    if count < 0 or count * dtype.itemsize != len(member) - start:
+        raise StateError(f"{filename}: expected as many bytes as its shape says")
+    array: NDArray[Any] = np.frombuffer(member, dtype, count, start) if count else np.empty(0, dtype)
+    return array.reshape(shape).astype(dtype.newbyteorder("="))  # a copy
+
+
+# --- files ---------------------------------------------------------------------------------------------------
+
+
+def read(path: str | os.PathLike[str], max_bytes: int) -> bytes:
+    """All bytes of a regular file that has at most `max_bytes` of them."""
+    with open(_named(path), "rb", buffering=0, opener=_not_waiting) as file:
+        found = os.fstat(file.fileno())
+        if not stat.S_ISREG(found.st_mode):
+            raise StateError("expected a regular file")
+        if found.st_size > max_bytes:
+            raise StateError(f"expected at most {max_bytes} bytes (max_bytes), got {found.st_size}")
+        parts, left = [], found.st_size
+        while left and (part := file.read(left)):
+            parts.append(part)
+            left -= len(part)
+    return b"".join(parts) if len(parts) != 1 else parts[0]
+
+
+def replace(path: str | os.PathLike[str], data: bytes) -> None:
+    """Make `data` the contents of the file at `path`: all of them or, after an exception or a crash, the old ones.
+
+    The order is: write, fsync, rename, fsync of the directory. A symbolic link stays; what it points to is replaced.
+    """
+    target = os.path.realpath(_named(path))
+    folder = os.path.dirname(target)
+    mode = _mode(target)
+    _remove_stale(folder)
+    while not _written(os.path.join(folder, f".tmp-bnfast-{secrets.token_hex(8)}"), target, mode, data):
+        pass
+    _sync_folder(folder)
+
+
+def _written(temporary: str, target: str, mode: int | None, data: bytes) -> bool:
+    """Whether it worked: another process may have removed the temporary file before it was locked."""
+
+    def new(name: str, flags: int) -> int:
+        return os.open(name, flags, 0o666 if mode is None else 0o600)
+
+    try:
+        with open(temporary, "xb", opener=new) as file:
+            _lock(file.fileno(), wait=True)
+            if not os.fstat(file.fileno()).st_nlink:
+                return False
+            if mode is not None:
+                os.chmod(temporary, mode)
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+            if not fcntl:  # Windows renames closed files only
+                file.close()
+            os.replace(temporary, target)  # under the lock
+    except BaseException:
+        _unlink(temporary)
+        raise
+    return True
+
+
+def _named(path: str | os.PathLike[str]) -> str:
+    name = os.fspath(path)
+    if not isinstance(name, str):
+        raise TypeError(f"path: expected str or os.PathLike of str, got {type(path).__name__}")
+    return name
+
+
+def _not_waiting(name: str, flags: int) -> int:
+    """To open a pipe without waiting for its other end, and then refuse it."""
+    return os.open(name, flags | getattr(os, "O_NONBLOCK", 0))
+
+
+def _mode(target: str) -> int | None:
+    """Permissions of a file, None if there is none; OSError if it may not be written, or is not a file."""
+    try:
+        descriptor = _not_waiting(target, os.O_WRONLY)
+    except FileNotFoundError:
+        return None
+    try:
+        mode = os.fstat(descriptor).st_mode
+    finally:
+        os.close(descriptor)
+    if not stat.S_ISREG(mode):
+        raise OSError(errno.EINVAL, "expected a regular file", target)
+    return stat.S_IMODE(mode)
+
+
+def _remove_stale(folder: str) -> None:
+    """Remove the temporary files of processes that have died."""
+    if not fcntl:
+        return
+    for name in os.listdir(folder):
+        if not TEMPORARY.fullmatch(name):
+            continue
+        path = os.path.join(folder, name)
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        except OSError:  # gone, somebody else's, or not a file
+            continue
+        try:
+            if _lock(descriptor, wait=False):
+                _unlink(path)
+        finally:
+            os.close(descriptor)
+
+
+def _lock(descriptor: int, wait: bool) -> bool:
+    """Whether the file is locked now, by this descriptor; file systems without locks lock nothing."""
+    if not fcntl:
+        return wait
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError:
+        return False
+    return True
+
+
+def _unlink(path: str) -> None:
+    with contextlib.suppress(OSError):
+        os.unlink(path)
+
+
+def _sync_folder(folder: str) -> None:
+    """So that the new name is on disk, too."""
+    if not fcntl:  # Windows cannot
+        return
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # of file systems that cannot
+            raise
+    finally:
+        os.close(descriptor)
