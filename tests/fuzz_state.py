@@ -5,26 +5,30 @@ the limit (`-max_total_time=600`). Inputs are not only files: a checksum would e
 says what the rest is, and the parts that a fuzzer cannot guess (checksum, CRCs) are made right.
 """
 
-import io
-import struct
 import sys
-import zipfile
-
-import numpy as np
 
 if __name__ == "__main__":
     import atheris
 
+    for name in ("zipfile", "json", "json.decoder", "json.scanner", "ast"):  # to be imported again, instrumented
+        sys.modules.pop(name, None)
     with atheris.instrument_imports(
         include=["bnfast.state", "bnfast.layer", "bnfast.moments", "zipfile", "json", "ast", "numpy.lib._format_impl"]
     ):
-        import json
+        import ast  # noqa: F401
+        import json  # noqa: F401
         import zipfile
 
         import numpy.lib.format
 
-        import bnfast.layer
-        import bnfast.moments
+        import bnfast.layer  # noqa: F401
+
+import io
+import struct
+import warnings
+import zipfile
+
+import numpy as np
 
 from bnfast import BatchNorm, StateError, state
 
@@ -109,7 +113,7 @@ def check(given):
     try:
         layer = BatchNorm._decoded(data)
     except StateError as error:
-        assert "pickle" not in str(error)  # NumPy's advice
+        assert "pickle" not in str(error)  # noqa: PT017  (NumPy's advice)
         return False
     again = layer._encoded()
     assert BatchNorm._decoded(again)._encoded() == again
@@ -117,8 +121,6 @@ def check(given):
 
 
 def fuzz(given):
-    import warnings
-
     with warnings.catch_warnings():  # zipfile's about names that are there twice, made by archive()
         warnings.simplefilter("ignore")
         check(given)

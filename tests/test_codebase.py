@@ -48,7 +48,7 @@ MAY_IMPORT = {
     "report": {"_table"},
     "layer": {"_checks", "_core", "functional", "moments", "report", "state"},
     "_estimator": set(),
-    "scaler": {"_checks", "_core", "_estimator"},
+    "scaler": {"_checks", "_core", "_estimator", "state"},
     "gradient": {"_checks", "_table"},  # and not the layer: it checks anybody's
     "network": {"layer"},
     "demo": {"network"},

@@ -711,7 +711,9 @@ class BatchNorm:
                 raise StateError("attributes: expected names")
             made_by = pickled.get("format", 1)
             if type(made_by) is not int or not 1 <= made_by <= FORMAT:
-                raise StateError(f"format: expected one up to {FORMAT} (newer ones need a newer bnfast), got {made_by!r}")
+                raise StateError(
+                    f"format: expected one up to {FORMAT} (newer ones need a newer bnfast), got {made_by!r}"
+                )
             known = {"format", "attributes", "state", "exact", "averaged"}
             if not pickled.keys() <= known:
                 raise StateError(f"expected the keys {sorted(known)}, got {sorted(map(str, pickled))}")
@@ -786,7 +788,7 @@ class BatchNorm:
         ----------
         path : str or os.PathLike
         max_bytes : int
-            A larger file is refused before it is read. Loading takes up to four times the size of the file.
+            A larger file is refused before it is read. Loading takes up to five times the size of the file.
 
         Returns
         -------
@@ -833,7 +835,9 @@ class BatchNorm:
         description, arrays = decode(data)
         try:
             for name, kind in _DESCRIPTION.items():
-                if not isinstance(description[name], kind) or (isinstance(description[name], bool) and kind is not bool):
+                if not isinstance(description[name], kind) or (
+                    isinstance(description[name], bool) and kind is not bool
+                ):
                     raise StateError(f"{name}: expected another type than {type(description[name]).__name__}")
             if description.keys() != _DESCRIPTION.keys():
                 raise StateError(f"unknown {sorted(description.keys() - _DESCRIPTION.keys())}")

@@ -14,6 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 from . import _core
 from ._checks import integer
 from ._estimator import Names, Transformer, feature_names
+from .state import StateError
 
 __all__ = ["StandardScaler"]
 
@@ -21,6 +22,7 @@ Array = NDArray[Any]
 Float64 = NDArray[np.float64]
 
 FITTED = ("mean_", "var_", "scale_", "n_samples_seen_", "n_features_in_", "feature_names_in_")
+FITTED_ALWAYS = frozenset(FITTED) - {"feature_names_in_"}
 
 # Elements that are converted, or searched for NaN, at a time: their float64 copies stay in cache.
 CHUNK = 1 << 17
@@ -259,6 +261,16 @@ class StandardScaler(Transformer):
             state["var_"], state["scale_"] = var, scale
         self.__dict__ = {name: value for name, value in vars(self).items() if name not in FITTED} | state
 
+    def __setstate__(self, pickled: dict[str, Any]) -> None:
+        """Of a pickle or copy: refused with StateError where its parts do not fit each other."""
+        try:
+            state = dict(pickled)
+            if not FITTED_ALWAYS.isdisjoint(state):
+                _check_fitted(state)
+        except (TypeError, ValueError, KeyError, AttributeError) as error:
+            raise StateError(f"pickle: {error}") from error
+        self.__dict__.update(state)
+
     # --- transform ---
 
     def transform(self, X: ArrayLike, copy: bool | None = None, *, out: Array | None = None) -> Any:
@@ -455,6 +467,26 @@ class StandardScaler(Transformer):
 
 
 # --- arguments ---
+
+
+def _check_fitted(state: dict[str, Any]) -> None:
+    """Raises if what a fitted scaler consists of is not complete, or parts of it do not fit."""
+    if missing := FITTED_ALWAYS - state.keys():
+        raise ValueError(f"missing {sorted(missing)}")
+    features = integer(state["n_features_in_"], "n_features_in_")
+    for name, smallest in (("mean_", -np.inf), ("var_", 0), ("scale_", 0), ("n_samples_seen_", 0)):
+        if state[name] is None and name != "n_samples_seen_":
+            continue
+        array = np.asarray(state[name])
+        if array.dtype.kind not in "fiu":
+            raise TypeError(f"{name}: expected real numbers, got dtype {array.dtype}")
+        if array.shape != (features,) and not (name == "n_samples_seen_" and array.shape == ()):
+            raise ValueError(f"{name}: expected shape ({features},), got {array.shape}")
+        if bool((array < smallest).any()):
+            raise ValueError(f"{name}: expected values of at least {smallest}")
+    names = state.get("feature_names_in_")
+    if names is not None and np.shape(names) != (features,):
+        raise ValueError(f"feature_names_in_: expected shape ({features},), got {np.shape(names)}")
 
 
 def as_table(x: object) -> Array:

@@ -2,7 +2,7 @@
 
 A file is a zip archive of `.npy` members, as `numpy.savez` writes it, so `numpy.load` reads it. Beside the arrays the
 member `__bnfast__` holds a description, JSON as bytes. The archive's comment, the last bytes of the file, is the sha256
-of all bytes before it. It is looked at first: nothing of a file that was damaged is interpreted. It is a checksum, not a
+of all bytes before it. It is looked at first: nothing of a damaged file is interpreted. It is a checksum, not a
 signature: who changes a file on purpose computes it again. So what is interpreted is not trusted either. No member may
 be compressed, be larger than the file, or hold anything but the few dtypes of a layer; nothing is ever unpickled.
 

@@ -1,0 +1,176 @@
+"""Layers that say which one they are, and processes that save them until they are killed; for test_state_saving.py.
+
+`python saving.py WHAT FOLDER NUMBER` does in a process of one thread what forks many children, and prints counts as
+JSON: no child may be forked where a test runner has threads.
+"""
+
+import atexit
+import json
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+from bnfast import BatchNorm
+
+HOOKS = ("fstat", "chmod", "fsync", "replace", "listdir")
+
+
+def marked(number, channels=20_000):
+    """A layer in which every value says which it is; of 640 KB."""
+    bn = BatchNorm(channels, dtype=np.float64)
+    values = np.full(channels, float(number))
+    names = ("weight", "bias", "running_mean", "running_var")
+    bn.load_state_dict({**dict.fromkeys(names, values), "num_batches_tracked": number})
+    return bn
+
+
+def mark_of(bn):
+    """Its number; an assertion if there is a second one in it."""
+    values = {float(value) for array in bn.state_dict().values() for value in np.unique(array)}
+    assert len(values) == 1
+    return int(values.pop())
+
+
+def temporaries(folder):
+    return [name for name in os.listdir(folder) if name.startswith(".tmp-")]
+
+
+def child(function, *arguments):
+    """The process id of one that does this, and then ends."""
+    pid = os.fork()
+    if pid:
+        return pid
+    try:
+        function(*arguments)
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+        os._exit(1)
+    os._exit(0)
+
+
+def save_for_ever(path):
+    bns = [marked(number) for number in range(1, 4)]
+    while True:
+        for bn in bns:
+            bn.save(path)
+
+
+def kills(folder, number):
+    """Kills at random moments of 0 to 50 ms; a save after every other."""
+    path, rng = folder / "bn", random.Random(number)
+    found = {"loaded": 0, "left_a_temporary": 0, "cleaned": 0}
+    marked(0).save(path)
+    for n in range(number):
+        pid = child(save_for_ever, path)
+        time.sleep(rng.uniform(0, 0.05) + 0.005 * (n % 2))
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        assert mark_of(BatchNorm.load(path)) in range(4)
+        found["loaded"] += 1
+        left = temporaries(folder)
+        assert len(left) <= 1, left
+        found["left_a_temporary"] += len(left)
+        if n % 2:
+            marked(0).save(path)
+            assert temporaries(folder) == []
+            found["cleaned"] += len(left)
+    return found
+
+
+def save_and_die(path, name, count):
+    """Dies before the count-th call of os.name in a save; or, with a negative one, after it."""
+    real, calls = getattr(os, name), 0
+
+    def hooked(*arguments, **keywords):
+        nonlocal calls
+        calls += 1
+        if calls == count:
+            os.kill(os.getpid(), signal.SIGKILL)
+        result = real(*arguments, **keywords)
+        if calls == -count:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+
+    setattr(os, name, hooked)
+    marked(1).save(path)
+
+
+def stages(folder, _):
+    """[killed, number that is there, temporaries left, and after the next save] for death at every stage of a save."""
+    path, found = folder / "bn", {}
+    for name in HOOKS:
+        for count in (1, -1, 2, -2):
+            marked(0).save(path)
+            pid = child(save_and_die, path, name, count)
+            _, status = os.waitpid(pid, 0)
+            there, left = mark_of(BatchNorm.load(path)), len(temporaries(folder))
+            marked(2).save(path)
+            found[f"{name}{count:+}"] = [os.WIFSIGNALED(status), there, left, len(temporaries(folder))]
+    return found
+
+
+def write_until(path, number, end):
+    bn = marked(number, channels=1000 * number)
+    while time.monotonic() < end:
+        bn.save(path)
+
+
+def read_until(path, counts, end):
+    count = 0
+    while time.monotonic() < end:
+        bn = BatchNorm.load(path)
+        assert bn.num_features == 1000 * mark_of(bn)
+        count += 1
+    os.write(counts, f"{count}\n".encode())
+
+
+def writers(folder, seconds):
+    """Eight writers and two readers of one path."""
+    path, end = folder / "bn", time.monotonic() + seconds
+    marked(1, channels=1000).save(path)
+    reading, writing = os.pipe()
+    pids = [child(write_until, path, number, end) for number in range(1, 9)]
+    pids += [child(read_until, path, writing, end) for _ in range(2)]
+    failed = sum(os.waitpid(pid, 0)[1] != 0 for pid in pids)
+    os.close(writing)
+    with open(reading) as file:
+        reads = [int(line) for line in file]
+    mark_of(BatchNorm.load(path))
+    return {"failed": failed, "reads": sum(reads), "readers": len(reads), "temporaries": len(temporaries(folder))}
+
+
+def terms(folder, number):
+    """SIGTERM in training, with a save at exit; in every third case SIGKILL soon after it."""
+    path, rng, loaded = folder / "bn", random.Random(number), []
+    marked(0).save(path)
+    for n in range(number):
+        pid = os.fork()
+        if not pid:
+            atexit.register(lambda: marked(1).save(path))
+            signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+            bn, x = BatchNorm(50), np.ones((100, 50))
+            while True:
+                bn(x)
+        time.sleep(0.05)
+        os.kill(pid, signal.SIGTERM)
+        if n % 3 == 2:
+            time.sleep(rng.uniform(0, 0.02))
+            os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        loaded.append(mark_of(BatchNorm.load(path)))
+        assert n % 3 == 2 or loaded[-1] == 1
+        marked(0).save(path)
+        assert temporaries(folder) == []
+    return {"old": loaded.count(0), "new": loaded.count(1)}
+
+
+if __name__ == "__main__":
+    what = {function.__name__: function for function in (kills, stages, writers, terms)}[sys.argv[1]]
+    print(json.dumps(what(Path(sys.argv[2]), int(sys.argv[3]))))

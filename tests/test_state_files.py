@@ -1,0 +1,578 @@
+"""Files of a layer: exact round trips, nothing lost by kills, full disks or other writers, no damage that is accepted.
+
+Pickles are here as far as they are damaged; test_layer.py has the rest of them.
+"""
+
+import copy
+import hashlib
+import io
+import json
+import os
+import pickle
+import random
+import subprocess
+import sys
+import tracemalloc
+import zipfile
+from pathlib import Path
+
+import fuzz_state
+import numpy as np
+import pytest
+from campaign import short_and_long
+from fuzz_state import archive, check, fuzz, layers, members, npy, seeds
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from bnfast import BatchNorm, Moments, StandardScaler, StateError, state
+
+FIXTURES = Path(__file__).parent / "fixtures"
+
+
+def everything(bn):
+    """All that a file keeps, as bytes; so that NaN and -0.0 count."""
+    kept = bn.__getstate__()
+    arrays = {name: (value.dtype.str, value.tobytes()) for name, value in kept["state"].items()}
+    exact = kept["exact"] and (
+        kept["exact"][0].count,
+        *(a.tobytes() for a in (kept["exact"][0].mean, kept["exact"][0].m2)),
+    )
+    batches = kept["exact"] and kept["exact"][1]
+    averaged = kept["averaged"] and tuple(np.asarray(part).tobytes() for part in kept["averaged"])
+    return bn._options(), arrays, exact, batches, averaged
+
+
+# --- round trips ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bn", layers(), ids=["usual", "exact", "no_parameters", "nothing"])
+def test_a_file_keeps_everything(bn, tmp_path):
+    path = tmp_path / "bn"
+    bn.save(path)
+    again = BatchNorm.load(path)
+    assert type(again) is BatchNorm
+    assert everything(again) == everything(bn)
+    again.save(str(tmp_path / "again"))
+    assert (tmp_path / "again").read_bytes() == path.read_bytes()
+    assert sorted(os.listdir(tmp_path)) == ["again", "bn"]
+    if bn.exact_statistics is not None:
+        assert again.statistics_in_use == "exact"
+        assert everything(again.use_statistics("running")) == everything(bn.use_statistics("running"))
+
+
+finite = st.floats(allow_nan=False, allow_infinity=False)
+
+
+@st.composite
+def any_layer(draw):
+    channels = draw(st.integers(1, 5))
+    dtype = draw(st.sampled_from([np.float32, np.float64]))
+    bn = BatchNorm(
+        channels,
+        axis=draw(st.integers(-4, 4)),
+        eps=draw(st.floats(5e-324, 1e300)),
+        momentum=draw(st.none() | st.floats(0, 1)),
+        affine=draw(st.booleans()),
+        track_running_stats=draw(st.booleans()),
+        unbiased_running_var=draw(st.booleans()),
+        dtype=dtype,
+    )
+    array = hnp.arrays(np.float64, channels, elements=finite)
+    positive = hnp.arrays(np.float64, channels, elements=st.floats(0, 1e300))
+    if bn.affine:
+        narrow = hnp.arrays(
+            dtype, channels, elements=st.floats(-(2.0**127), 2.0**127, width=np.dtype(dtype).itemsize * 8)
+        )
+        bn.gamma[:], bn.beta[:] = draw(narrow), draw(narrow)
+    if bn.track_running_stats:
+        batches = np.int64(draw(st.integers(0, 2**63 - 1)))
+        bn.load_state_dict(
+            {
+                **bn.state_dict(),
+                "running_mean": draw(array),
+                "running_var": draw(positive),
+                "num_batches_tracked": batches,
+            }
+        )
+        if draw(st.booleans()):
+            bn.use_statistics(Moments(draw(st.integers(2, 2**63 - 1)), draw(array), draw(positive)))
+            bn.use_statistics(draw(st.sampled_from(["running", "exact"])))
+    return bn.train(draw(st.booleans()))
+
+
+@given(any_layer())
+def test_any_layer_comes_back_to_the_bit(bn):
+    again = BatchNorm._decoded(bn._encoded())
+    assert everything(again) == everything(bn)
+    assert again._encoded() == bn._encoded()
+    assert everything(pickle.loads(pickle.dumps(bn))) == everything(bn)
+
+
+def test_numpy_reads_it_under_the_names_of_pytorch(tmp_path):
+    bn = layers()[0]
+    bn.save(tmp_path / "bn.npz")
+    with np.load(tmp_path / "bn.npz") as file:
+        found = {name: file[name] for name in bn.state_dict()}
+        description = json.loads(file["__bnfast__"].tobytes())
+    for name, value in bn.state_dict().items():
+        assert found[name].dtype == value.dtype
+        np.testing.assert_array_equal(found[name], value)
+    assert description["eps"] == bn.eps
+    other = BatchNorm(2)
+    other.load_state_dict(found)
+    np.testing.assert_array_equal(other.running_var, bn.running_var)
+
+
+class Labelled(BatchNorm):
+    def __init__(self, label):
+        super().__init__(2)
+        self.label = label
+
+
+def test_a_subclass_loads_its_own_without_its_constructor(tmp_path):
+    Labelled("a").save(tmp_path / "bn")
+    again = Labelled.load(tmp_path / "bn")
+    assert type(again) is Labelled
+    assert not hasattr(again, "label")
+    assert type(BatchNorm.load(tmp_path / "bn")) is BatchNorm
+
+
+def test_the_fixture_of_the_first_version_loads_for_ever():
+    """Written by 0.1.0, by `write_fixture` below. Never write it again."""
+    bn = BatchNorm.load(FIXTURES / "layer-format1.npz")
+    expected = json.loads((FIXTURES / "layer-format1.json").read_text())
+    assert repr(bn) == expected["repr"]
+    assert bn.training is expected["training"]
+    assert bn.statistics_in_use == expected["statistics_in_use"]
+    assert bn.num_batches_tracked == expected["num_batches_tracked"]
+    assert digests(bn) == expected["sha256"]
+
+
+def digests(bn):
+    exact, running = bn.exact_statistics, copy.copy(bn).use_statistics("running")
+    found = {**bn.state_dict(), "exact_mean": exact.mean, "exact_m2": exact.m2}
+    found |= {"averaged_mean": running.running_mean, "averaged_var": running.running_var}
+    return {name: hashlib.sha256(value.tobytes()).hexdigest() for name, value in found.items()}
+
+
+def write_fixture():
+    rng = np.random.default_rng(1)
+    bn = BatchNorm(5, axis=-1, eps=1e-3, momentum=None, unbiased_running_var=False)
+    for _ in range(3):
+        bn.gamma += bn(rng.normal(3.0, 2.0, (7, 5)).astype(np.float32))[0]
+    bn.beta += rng.normal(size=5)
+    with bn.calibrate():
+        bn(rng.normal(3.0, 2.0, (9, 5)))
+    bn.eval().save(FIXTURES / "layer-format1.npz")
+    kept = {name: getattr(bn, name) for name in ("training", "statistics_in_use", "num_batches_tracked")}
+    text = json.dumps({"repr": repr(bn), **kept, "sha256": digests(bn)}, indent=1)
+    (FIXTURES / "layer-format1.json").write_text(text + "\n")
+
+
+# --- what is not written -------------------------------------------------------------------------------------
+
+
+UNFIT = {
+    "nan_in_gamma": lambda bn: bn.gamma.__setitem__(1, np.nan),
+    "infinite_variance": lambda bn: setattr(bn, "running_var", np.array([1.0, np.inf])),
+    "negative_variance": lambda bn: setattr(bn, "running_var", np.array([1.0, -1.0])),
+    "gamma_of_another_length": lambda bn: setattr(bn, "gamma", np.ones(3, np.float32)),
+    "gamma_of_another_dtype": lambda bn: setattr(bn, "gamma", np.ones(2)),
+    "gamma_of_objects": lambda bn: setattr(bn, "gamma", np.array([None, 1])),
+    "axis_of_no_integer": lambda bn: setattr(bn, "axis", 1.5),
+    "axis_of_an_object": lambda bn: setattr(bn, "axis", object()),
+}
+
+
+@pytest.mark.parametrize("change", UNFIT.values(), ids=UNFIT)
+def test_a_layer_that_could_not_be_loaded_is_not_written(change, tmp_path):
+    BatchNorm(1).save(tmp_path / "bn")
+    bn = BatchNorm(2)
+    change(bn)
+    with pytest.raises(StateError):
+        bn.save(tmp_path / "bn")
+    assert BatchNorm.load(tmp_path / "bn").num_features == 1
+
+
+@pytest.mark.parametrize("path", [b"bytes", 3, None])
+def test_a_path_is_text(path):
+    with pytest.raises(TypeError):
+        BatchNorm(2).save(path)
+    with pytest.raises(TypeError):
+        BatchNorm.load(path)
+
+
+# --- damage --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def good():
+    bn = BatchNorm(300, dtype=np.float64)
+    bn(np.random.default_rng(0).normal(5, 2, (4, 300)))
+    bn.gamma[:], bn.beta[:] = bn.running_mean, bn.running_var
+    return bn._encoded()
+
+
+def refused(data, match=None):
+    """A cause for everything, and never NumPy's advice to unpickle."""
+    with pytest.raises(StateError, match=match) as caught:
+        BatchNorm._decoded(bytes(data))
+    assert "pickle" not in str(caught.value).lower()
+    return caught.value
+
+
+@pytest.mark.parametrize("flips", short_and_long(150, 2000))
+def test_a_flipped_bit_is_refused(good, flips):
+    bits = range(len(good) * 8)
+    for bit in [*random.Random(1).sample(bits, flips), bits[0], bits[-1]]:
+        damaged = bytearray(good)
+        damaged[bit // 8] ^= 1 << bit % 8
+        refused(damaged)
+
+
+def test_a_part_of_a_file_is_refused(good):
+    for length in [*range(0, len(good), 512), len(good) - 1]:
+        refused(good[:length])
+        refused(good[length + 1 :])
+
+
+def test_zeros_are_refused(good):
+    refused(bytes(len(good)))
+    for start in range(0, len(good), 512):
+        refused(good[:start] + bytes(min(512, len(good) - start)) + good[start + 512 :])
+    refused(good + b"\0")
+
+
+def resealed(change):
+    """A usual file with changed members, and a right checksum."""
+    found = dict(members(layers()[1]._encoded()))
+    changed = change(found)
+    return archive(list((found if changed is None else changed).items()))
+
+
+def described(**changes):
+    def change(found):
+        text = json.loads(np.load(io.BytesIO(found["__bnfast__.npy"])).tobytes()) | changes
+        text = {name: value for name, value in text.items() if value is not ...}
+        found["__bnfast__.npy"] = npy(np.frombuffer(json.dumps(text).encode(), np.uint8))
+
+    return change
+
+
+def held(name, value):
+    return lambda found: found.update({f"{name}.npy": value if isinstance(value, bytes) else npy(value)})
+
+
+def header(text, content=bytes(16), version=1):
+    size = len(text).to_bytes(2 if version == 1 else 4, "little")
+    return b"\x93NUMPY" + bytes([version, 0]) + size + text + content
+
+
+def shaped(*shape):
+    return header(f"{{'descr': '<f8', 'fortran_order': False, 'shape': {shape}}}\n".encode())
+
+
+CANARY = []
+
+
+class Canary:
+    """Unpickled, it shows."""
+
+    def __reduce__(self):
+        return CANARY.append, (1,)
+
+
+def swapped(found):
+    found["running_mean.npy"], found["running_var.npy"] = (
+        found["running_var.npy"],
+        found["running_mean.npy"][:-1] + b"\xbf",
+    )
+
+
+FORGED = {
+    "no_description": lambda f: f.pop("__bnfast__.npy") and None,
+    "description_no_json": held("__bnfast__", np.frombuffer(b"{", np.uint8)),
+    "description_a_list": held("__bnfast__", np.frombuffer(b"[]", np.uint8)),
+    "description_deep": held("__bnfast__", np.frombuffer(b"[" * 100_000, np.uint8)),
+    "no_format": described(format=...),
+    "format_newer": described(format=2),
+    "format_true": described(format=True),
+    "format_zero": described(format=0),
+    "unknown_in_description": described(other=1),
+    "missing_in_description": described(eps=...),
+    "features_another": described(num_features=3),
+    "features_huge": described(num_features=2**62),
+    "features_beyond_int64": described(num_features=10**400),
+    "features_negative": described(num_features=-2),
+    "features_true": described(num_features=True),
+    "eps_text": described(eps="1e-5"),
+    "eps_nan": described(eps=float("nan")),
+    "eps_negative": described(eps=-1.0),
+    "momentum_two": described(momentum=2),
+    "dtype_object": described(dtype="object"),
+    "dtype_another": described(dtype="float32"),
+    "affine_number": described(affine=1),
+    "affine_false": described(affine=False),
+    "statistics_not_tracked": described(track_running_stats=False),
+    "training_null": described(training=None),
+    "exact_missing": described(exact=None),
+    "exact_empty": described(exact={}),
+    "exact_of_one_value": described(exact={"count": 1, "batches": 1}),
+    "exact_count_huge": described(exact={"count": 10**400, "batches": 1}),
+    "averaged_missing": described(averaged=None),
+    "averaged_negative": described(averaged={"batches": -1}),
+    "no_weight": lambda f: f.pop("weight.npy") and None,
+    "no_exact_mean": lambda f: f.pop("exact_mean.npy") and None,
+    "unknown_member": held("other", np.ones(2)),
+    "too_many_members": lambda f: f.update({f"{n}.npy": npy(1.0) for n in range(50)}),
+    "member_no_npy": lambda f: f.update({"weight": f.pop("weight.npy")}),
+    "swapped": swapped,
+    "objects": held(
+        "weight", header(b"{'descr': '|O', 'fortran_order': False, 'shape': (1,)}\n", pickle.dumps([Canary()]))
+    ),
+    "a_pickle": held("weight", pickle.dumps(Canary())),
+    "empty_member": held("weight", b""),
+    "longer": held("weight", np.ones(3)),
+    "two_dimensions": held("weight", np.ones((2, 1))),
+    "another_dtype": held("weight", np.ones(2, np.float32)),
+    "integers": held("weight", np.ones(2, np.int64)),
+    "big_endian": held("weight", np.ones(2, ">f8")),
+    "complex": held("weight", np.ones(2, complex)),
+    "structured": held("weight", np.ones(2, "f4,f4")),
+    "text": held("weight", np.array(["a", "b"])),
+    "nan": held("running_mean", np.array([1.0, np.nan])),
+    "nan_variance": held("running_var", np.array([1.0, np.nan])),
+    "infinite": held("bias", np.array([1.0, -np.inf])),
+    "negative_variance": held("running_var", np.array([1.0, -1e-300])),
+    "negative_m2": held("exact_m2", np.array([1.0, -1.0])),
+    "negative_averaged": held("averaged_var", np.array([1.0, -1.0])),
+    "batches_negative": held("num_batches_tracked", np.int64(-1)),
+    "header_10_mb": held("weight", header(b"{" + b" " * 10_000_000, version=2)),
+    "header_60_kb": held("weight", header(b"{" + b" " * 60_000)),
+    "header_of_expressions": held("weight", header(b"(" * 900)),
+    "header_calls": held("weight", header(b"{'descr': CANARY.append(1), 'fortran_order': False, 'shape': (2,)}\n")),
+    "shape_huge": held("weight", shaped(2**62)),
+    "shape_overflows_to_fit": held("weight", shaped(2**61 + 2)),
+    "shape_negative": held("weight", shaped(-1)),
+    "bytes_behind": lambda f: f.update({"weight.npy": f["weight.npy"] + b"\0"}),
+    "bytes_missing": lambda f: f.update({"weight.npy": f["weight.npy"][:-1]}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("change", FORGED.values(), ids=FORGED)
+def test_a_forged_file_with_a_right_checksum_is_refused(change):
+    data = resealed(change)
+    before = tracemalloc_peak(lambda: None)
+    peak = tracemalloc_peak(lambda: refused(data))
+    assert peak - before < 6 * len(data) + 2_000_000
+    assert CANARY == []
+
+
+def tracemalloc_peak(function):
+    tracemalloc.start()
+    try:
+        function()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def test_an_unforged_file_is_accepted():
+    assert everything(BatchNorm._decoded(resealed(lambda f: None))) == everything(layers()[1])
+    assert everything(BatchNorm._decoded(resealed(described()))) == everything(layers()[1])
+
+
+def zipped(write):
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as file:
+        file.comment = bytes(state.SEAL)
+        write(file)
+    return bytearray(buffer.getvalue()[: -state.SEAL])
+
+
+def test_a_member_that_is_there_twice_is_refused():
+    found = members(layers()[0]._encoded())
+    with pytest.warns(UserWarning, match="Duplicate"):
+        data = archive([*found, found[1]])
+    refused(data, match="different names")
+
+
+def test_a_bomb_is_refused_before_it_is_unpacked():
+    body = zipped(lambda file: file.writestr("weight.npy", bytes(100_000_000), zipfile.ZIP_DEFLATED))
+    assert len(body) < 200_000
+    peak = tracemalloc_peak(lambda: refused(state.sealed(bytes(body)), match="not compressed"))
+    assert peak < 5_000_000
+
+
+def test_declared_sizes_beyond_the_file_are_refused():
+    """Sizes in the central directory that agree with each other and with nothing else."""
+    body = zipped(lambda file: file.writestr("weight.npy", bytes(100)))
+    start = body.rindex(b"PK\x01\x02")
+    body[start + 20 : start + 28] = (0x70000000).to_bytes(4, "little") * 2
+    peak = tracemalloc_peak(lambda: refused(state.sealed(bytes(body)), match="larger than the file"))
+    assert peak < 2_000_000
+
+
+def test_a_wrong_size_or_crc_in_the_directory_is_refused():
+    for offset in (16, 20, 24, 42):  # crc, compressed size, size, place
+        body = zipped(lambda file: file.writestr("weight.npy", bytes(100)))
+        body[body.rindex(b"PK\x01\x02") + offset] ^= 4
+        refused(state.sealed(bytes(body)))
+
+
+def test_other_files_are_refused(tmp_path):
+    path = tmp_path / "bn.npz"
+    refused(b"")
+    refused(pickle.dumps(Canary()), match="written by BatchNorm.save")
+    refused(state.sealed(pickle.dumps(Canary())))
+    refused(state.sealed(b""))
+    np.savez(path, **BatchNorm(2).state_dict())
+    with pytest.raises(StateError, match=r"bn\.npz: expected a file written by BatchNorm\.save") as caught:
+        BatchNorm.load(path)
+    assert caught.value.__cause__ is not None
+    assert CANARY == []
+
+
+def test_an_error_names_the_file_and_keeps_its_cause(tmp_path):
+    path = tmp_path / "some.npz"
+    path.write_bytes(state.sealed(b"PK no zip"))
+    with pytest.raises(StateError, match=r"some\.npz: .*BadZipFile") as caught:
+        BatchNorm.load(path)
+    assert isinstance(caught.value.__cause__, zipfile.BadZipFile)
+
+
+def test_max_bytes_is_looked_at_before_anything_is_read(tmp_path):
+    path = tmp_path / "large"
+    with open(path, "wb") as file:
+        file.truncate(1 << 40)  # takes no space
+
+    def load():
+        with pytest.raises(StateError, match="max_bytes"):
+            BatchNorm.load(path)
+
+    assert tracemalloc_peak(load) < 1_000_000
+    BatchNorm(2).save(path)
+    size = path.stat().st_size
+    BatchNorm.load(path, max_bytes=size)
+    with pytest.raises(StateError, match=f"at most {size - 1} bytes"):
+        BatchNorm.load(path, max_bytes=size - 1)
+    with pytest.raises(TypeError):
+        BatchNorm.load(path, max_bytes=1.5)
+
+
+def test_loading_takes_at_most_five_times_the_file(tmp_path):
+    bn = BatchNorm(200_000, dtype=np.float64)
+    bn.save(tmp_path / "bn")
+    size = (tmp_path / "bn").stat().st_size
+    assert tracemalloc_peak(lambda: BatchNorm.load(tmp_path / "bn")) < 5 * size
+
+
+def test_what_cannot_be_read_is_an_oserror(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        BatchNorm.load(tmp_path / "none")
+    with pytest.raises(IsADirectoryError):
+        BatchNorm.load(tmp_path)
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", "/dev/zero"):
+        with pytest.raises(StateError, match="regular file"):
+            BatchNorm.load(path)
+
+
+@pytest.mark.parametrize("rounds", short_and_long(2000, 100_000))
+def test_changed_inputs_of_the_fuzzer_give_a_layer_or_stateerror(rounds):
+    """The corpus without a fuzzer: seeds, and seeds with a few bytes changed, cut or repeated."""
+    assert all(check(seed) for seed in seeds())
+    inputs, rng = list(seeds()), random.Random(5)
+    for _ in range(rounds):
+        data = bytearray(rng.choice(inputs))
+        for _ in range(rng.randint(1, 4)):
+            place, other = rng.randrange(len(data)), rng.randrange(len(data))
+            data[place : place + rng.choice((0, 1, 1, 1, 8))] = rng.choice(
+                (bytes([rng.randrange(256)]), data[other : other + rng.randrange(9)], b"\xff" * 8, b"-1", b"null")
+            )
+        fuzz(bytes(data))
+
+
+@pytest.mark.campaign
+def test_the_fuzzer_finds_nothing(tmp_path):
+    pytest.importorskip("atheris", reason="atheris is not installed")
+    command = [sys.executable, fuzz_state.__file__, str(tmp_path / "corpus"), "-max_total_time=600", "-max_len=4096"]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=900, check=False)
+    assert run.returncode == 0, run.stderr[-5000:]
+
+
+# --- pickles -------------------------------------------------------------------------------------------------
+
+
+def test_a_pickle_says_its_format_and_a_newer_one_is_refused():
+    kept = layers()[1].__getstate__()
+    assert kept["format"] == 1
+    for found in (2, 0, "1", True, None):
+        bn = layers()[0]
+        before = everything(bn)
+        with pytest.raises(StateError, match="format"):
+            bn.__setstate__({**kept, "format": found})
+        assert everything(bn) == before
+    bn.__setstate__({name: value for name, value in kept.items() if name != "format"})  # of before there were formats
+    assert everything(bn) == everything(layers()[1])
+
+
+PICKLES = {
+    "extra_part": lambda s: s.update(other=1),
+    "attributes_not_named": lambda s: s["attributes"].update({1: 2}),
+    "training_a_list": lambda s: s["attributes"].update(training=[]),
+    "affine_a_number": lambda s: s["attributes"].update(affine=1),
+    "features_huge": lambda s: (s["attributes"].update(num_features=2**50, affine=False), s.update(state={})),
+    "features_huge_with_arrays": lambda s: s["attributes"].update(num_features=2**50),
+    "features_true": lambda s: s["attributes"].update(num_features=True),
+    "exact_short": lambda s: s.update(exact=(Moments(3, [0.0], [0.0]), 1)),
+    "exact_no_moments": lambda s: s.update(exact=(1, 2)),
+    "exact_one_part": lambda s: s.update(exact=(1,)),
+    "averaged_alone": lambda s: s.update(exact=None),
+    "averaged_short": lambda s: s.update(averaged=(np.ones(1), np.ones(1), 1)),
+    "averaged_negative": lambda s: s.update(averaged=(np.ones(2), -np.ones(2), 1)),
+}
+
+
+@pytest.mark.parametrize("change", PICKLES.values(), ids=PICKLES)
+def test_a_tampered_pickle_leaves_the_layer_as_it_was(change):
+    kept, bn = layers()[1].__getstate__(), layers()[0]
+    before, attributes = everything(bn), dict(vars(bn))
+    change(kept)
+    with pytest.raises(StateError):
+        bn.__setstate__(kept)
+    assert everything(bn) == before
+    assert vars(bn) == attributes
+
+
+SCALERS = {
+    "missing": lambda s: s.pop("mean_") is None or None,
+    "features": lambda s: s.update(n_features_in_=3),
+    "features_text": lambda s: s.update(n_features_in_="2"),
+    "mean_short": lambda s: s.update(mean_=np.ones(1)),
+    "mean_text": lambda s: s.update(mean_=np.array(["a", "b"])),
+    "mean_objects": lambda s: s.update(mean_=np.array([None, 1.0])),
+    "var_negative": lambda s: s.update(var_=-np.ones(2)),
+    "scale_a_table": lambda s: s.update(scale_=np.ones((2, 2))),
+    "samples_negative": lambda s: s.update(n_samples_seen_=-1),
+    "samples_none": lambda s: s.update(n_samples_seen_=None),
+    "names_short": lambda s: s.update(feature_names_in_=np.array(["a"], object)),
+}
+
+
+@pytest.mark.parametrize("change", SCALERS.values(), ids=SCALERS)
+def test_a_tampered_pickle_of_a_scaler_is_refused(change):
+    scaler = StandardScaler().fit([[1.0, 2.0], [3.0, 5.0]])
+    kept, other = dict(vars(scaler)), StandardScaler(copy=False)
+    change(kept)
+    with pytest.raises(StateError):
+        other.__setstate__(kept)
+    assert vars(other) == vars(StandardScaler(copy=False))
+
+
+def test_a_tampered_pickle_of_moments_is_refused():
+    make, (count, mean, m2) = Moments(3, [1.0], [2.0]).__reduce__()
+    for arguments in ((-1, mean, m2), (count, mean, -m2), (count, mean, [1.0, 2.0]), (2.5, mean, m2)):
+        with pytest.raises((TypeError, ValueError)):
+            make(*arguments)
