@@ -42,8 +42,9 @@ def run(page: str, name: str) -> set[str]:
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # Keras's tensors
 @pytest.mark.parametrize("path", [pytest.param(path, id=str(path.relative_to(DOCS))) for path in PAGES])
-def test_the_python_of_a_page_runs(path: Path) -> None:
+def test_the_python_of_a_page_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page = path.read_text(encoding="utf-8")
+    monkeypatch.chdir(tmp_path)  # for what it writes
     assert page.count("```python") == len(blocks(page)), "a block is not closed, or is indented"
     missing = run(page, str(path))
     if os.environ.get("BNFAST_REQUIRE_TORCH"):  # one CI job has to have it
