@@ -150,15 +150,18 @@ def terms(folder, number):
     """SIGTERM in training, with a save at exit; in every third case SIGKILL soon after it."""
     path, rng, loaded = folder / "bn", random.Random(number), []
     marked(0).save(path)
+    reading, writing = os.pipe()
     for n in range(number):
         pid = os.fork()
         if not pid:
             atexit.register(lambda: marked(1).save(path))
             signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
             bn, x = BatchNorm(50), np.ones((100, 50))
+            os.write(writing, b"x")
             while True:
                 bn(x)
-        time.sleep(0.05)
+        os.read(reading, 1)
+        time.sleep(rng.uniform(0, 0.02))
         os.kill(pid, signal.SIGTERM)
         if n % 3 == 2:
             time.sleep(rng.uniform(0, 0.02))

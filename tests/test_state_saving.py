@@ -126,11 +126,12 @@ def test_a_temporary_file_that_is_removed_before_it_is_locked_is_made_again(tmp_
 # --- the order of things ---------------------------------------------------------------------------------------
 
 
-def test_everything_is_written_then_synced_then_renamed_then_the_folder_synced(tmp_path, monkeypatch):
+@pytest.mark.parametrize("channels", [3, 20_000])  # less and more than a buffer
+def test_everything_is_written_then_synced_then_renamed_then_the_folder_synced(channels, tmp_path, monkeypatch):
     """The order that a loss of power asks for. At fsync the kernel has all bytes, and the old file is still there."""
     path, steps = tmp_path / "bn", []
-    marked(0).save(path)
-    expected, fsync, replace = marked(1)._encoded(), os.fsync, os.replace
+    marked(0, channels).save(path)
+    expected, fsync, replace = marked(1, channels)._encoded(), os.fsync, os.replace
 
     def recorded_fsync(descriptor):
         found = os.fstat(descriptor)
@@ -154,7 +155,7 @@ def test_everything_is_written_then_synced_then_renamed_then_the_folder_synced(t
 
     monkeypatch.setattr(os, "fsync", recorded_fsync)
     monkeypatch.setattr(os, "replace", recorded_replace)
-    marked(1).save(path)
+    marked(1, channels).save(path)
     assert steps == ["fsync file", "rename", "fsync folder"]
 
 

@@ -36,7 +36,9 @@ __all__ = ["FORMAT", "StateError", "decode", "encode", "read", "replace", "seale
 FORMAT = 1
 DESCRIPTION = "__bnfast__"
 DTYPES = {np.dtype(name) for name in ("<f4", "<f8", "<i8", "u1")}
+ENTRY = b"PK\x01\x02"  # of the archive's directory: a member; or, once in 4 GiB, any four bytes
 MAX_MEMBERS = 16
+MAX_DESCRIPTION = 4096  # bytes; ours have about 400
 MAX_HEADER = 1024  # characters; those of ours have less than 128
 MARK = b"bnfast sha256 "
 SEAL = len(MARK) + 64
@@ -87,7 +89,10 @@ def decode(data: bytes) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
         raise StateError("damaged: its checksum does not belong to its contents")
     try:
         arrays = _members(data)
-        description = json.loads(arrays.pop(DESCRIPTION).tobytes())
+        text = arrays.pop(DESCRIPTION).tobytes()
+        if len(text) > MAX_DESCRIPTION:
+            raise StateError(f"expected a description of at most {MAX_DESCRIPTION} bytes, got {len(text)}")
+        description = json.loads(text)
         found = description.pop("format")
     except StateError:
         raise
@@ -101,10 +106,10 @@ def decode(data: bytes) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
 
 
 def _members(data: bytes) -> dict[str, NDArray[Any]]:
+    if data.count(ENTRY) > MAX_MEMBERS:  # zipfile makes an object of each at once
+        raise StateError(f"expected at most {MAX_MEMBERS} members, got {data.count(ENTRY)}")
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         infos = archive.infolist()
-        if len(infos) > MAX_MEMBERS:
-            raise StateError(f"expected at most {MAX_MEMBERS} members, got {len(infos)}")
         if len({info.filename for info in infos}) < len(infos):
             raise StateError("expected members of different names")
         if any(info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size for info in infos):
