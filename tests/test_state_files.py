@@ -244,6 +244,15 @@ def test_zeros_are_refused(good):
     refused(good + b"\0")
 
 
+def test_swapped_members_are_refused(good):
+    found = members(good)
+    (mean,) = (index for index, (name, _) in enumerate(found) if name == "running_mean.npy")
+    found[mean], found[mean + 1] = (found[mean][0], found[mean + 1][1]), (found[mean + 1][0], found[mean][1])
+    data = archive(found)
+    BatchNorm._decoded(data)  # nothing is wrong with it but the numbers, and so the checksum
+    refused(data[: -state.SEAL] + good[-state.SEAL :], match="checksum")
+
+
 def resealed(change):
     """A usual file with changed members, and a right checksum."""
     found = dict(members(layers()[1]._encoded()))

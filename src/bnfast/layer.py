@@ -839,8 +839,6 @@ class BatchNorm:
                     isinstance(description[name], bool) and kind is not bool
                 ):
                     raise StateError(f"{name}: expected another type than {type(description[name]).__name__}")
-            if description.keys() != _DESCRIPTION.keys():
-                raise StateError(f"unknown {sorted(description.keys() - _DESCRIPTION.keys())}")
             exact, averaged = description.pop("exact"), description.pop("averaged")
             if description["dtype"] not in ("float32", "float64"):
                 raise StateError(f"dtype: expected float32 or float64, got {description['dtype']!r:.80}")
