@@ -91,7 +91,7 @@ cdef extern from "openmp.h" nogil:
     void bnfast_openmp_handle_fork(int on) noexcept
     int bnfast_openmp_forked_serial() noexcept
     int bnfast_openmp_enter(int budget) noexcept
-    void bnfast_openmp_leave() noexcept
+    void bnfast_openmp_leave(int budget, int team) noexcept
     int bnfast_openmp_take_shortage() noexcept
     unsigned long long bnfast_float_control() noexcept
     void bnfast_set_float_control(unsigned long long control) noexcept
@@ -464,15 +464,17 @@ cdef int compute(bnfast_job *job, cnp.ndarray x) except -1:
     cdef Py_ssize_t elements = job.outer * job.channels * job.inner
     cdef char *memory
     cdef bint small = elements < SMALL
+    cdef int budget = 1
     job.kernels = bnfast_active(cnp.PyArray_ITEMSIZE(x))
     job.n_threads = 1
     if not small:
-        job.n_threads = bnfast_openmp_enter(team_for(elements))
+        budget = team_for(elements)
+        job.n_threads = bnfast_openmp_enter(budget)
     bnfast_plan(job)
     memory = <char *>PyMem_RawMalloc(job.workspace_bytes + 64)
     if memory == NULL:
         if not small:
-            bnfast_openmp_leave()
+            bnfast_openmp_leave(budget, job.n_threads)
         raise MemoryError(f"no memory for {job.workspace_bytes} bytes of workspace")
     job.workspace = memory + (-<uintptr_t>memory & 63)
     if small:
@@ -480,7 +482,7 @@ cdef int compute(bnfast_job *job, cnp.ndarray x) except -1:
     else:
         with nogil:
             run(job, job.n_threads, bnfast_float_control())
-        bnfast_openmp_leave()
+        bnfast_openmp_leave(budget, job.n_threads)
     PyMem_RawFree(memory)
     if bnfast_openmp_take_shortage():
         warnings.warn("bnfast: the system refused to start threads; calls go on with fewer", RuntimeWarning,

@@ -13,6 +13,7 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 
 #if defined(_OPENMP)
 #include <omp.h>
@@ -30,12 +31,16 @@
 
 #if defined(_MSC_VER)
 #include <intrin.h>
-static volatile long active;
-static long atomic_add(long n) { return _InterlockedExchangeAdd(&active, n) + n; }
+typedef volatile long counter;
+static long add(counter *to, long n) { return _InterlockedExchangeAdd(to, n) + n; }
 #else
-static long active; /* threads inside a region of ours */
-static long atomic_add(long n) { return __atomic_add_fetch(&active, n, __ATOMIC_RELAXED); }
+typedef long counter;
+static long add(counter *to, long n) { return __atomic_add_fetch(to, n, __ATOMIC_RELAXED); }
 #endif
+
+static counter callers; /* threads inside a call of ours */
+static counter busy;    /* workers of theirs */
+static counter started; /* workers of all pools, asleep or not */
 
 static int forked_serial, shortage;
 
@@ -93,33 +98,46 @@ static int has_pause(void)
 #endif
 }
 
-static int handlers_installed, handlers_off, pool_survives;
+static int handlers_installed, handlers_off, pool_survives, gives_pools_back;
 
-static pthread_key_t team_key; /* a thread's value: the largest team it has had, as a pointer */
-static int has_team_key;
+/* A thread's value: how many workers its pool has, as a pointer. libgomp's pool has the size of the last team: a smaller
+ * team ends the threads it has no use for, and the next larger one starts them again. */
+static pthread_key_t pool_key;
+static int has_pool_key;
+
+static int pool_size(void) { return has_pool_key ? (int)(intptr_t)pthread_getspecific(pool_key) : 0; }
+
+static void set_pool_size(int workers)
+{
+    const int before = pool_size();
+    if (workers != before && has_pool_key && pthread_setspecific(pool_key, (void *)(intptr_t)workers) == 0)
+        add(&started, workers - before);
+}
+
+static void thread_ended(void *workers) { add(&started, -(long)(intptr_t)workers); }
 
 /* The pool is the calling thread's, whoever has used it: another library may share this runtime. Without a pool the
  * pause does nothing. */
 static void before_fork(void)
 {
     pool_survives = !handlers_off && is_libgomp() && !pause_pool();
-    if (has_team_key)
-        pthread_setspecific(team_key, NULL);
+    set_pool_size(0);
 }
 
 static void after_fork_in_child(void)
 {
-    active = 0; /* this is the only thread */
+    callers = busy = started = 0; /* this is the only thread */
     if (pool_survives)
         forked_serial = 1;
 }
 
 void bnfast_openmp_init(void)
 {
-    if (!has_team_key)
-        has_team_key = pthread_key_create(&team_key, NULL) == 0;
+    if (!has_pool_key)
+        has_pool_key = pthread_key_create(&pool_key, thread_ended) == 0;
     if (!handlers_installed)
         handlers_installed = pthread_atfork(before_fork, NULL, after_fork_in_child) == 0;
+    gives_pools_back = is_libgomp() && has_pause();
 }
 
 int bnfast_openmp_fork_handled(void) { return handlers_installed && !handlers_off && (!is_libgomp() || has_pause()); }
@@ -138,35 +156,62 @@ static int startable(int n)
 {
     pthread_mutex_t gate = PTHREAD_MUTEX_INITIALIZER;
     pthread_t *const threads = malloc((size_t)n * sizeof *threads);
-    int started = 0;
+    int count = 0;
     if (threads == NULL)
         return 0;
     pthread_mutex_lock(&gate);
-    while (started < n && pthread_create(&threads[started], NULL, wait_for, &gate) == 0)
-        started++;
+    while (count < n && pthread_create(&threads[count], NULL, wait_for, &gate) == 0)
+        count++;
     pthread_mutex_unlock(&gate);
-    for (int i = 0; i < started; i++)
+    for (int i = 0; i < count; i++)
         pthread_join(threads[i], NULL);
     free(threads);
-    return started;
+    return count;
+}
+
+static int64_t now(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (int64_t)t.tv_sec * 1000000000 + t.tv_nsec;
 }
 
 /* libgomp ends the process when it cannot start a thread. So before the pool of the calling thread grows, as many
- * threads are started for a try; a team that cannot be had is made smaller. Between the try and the region others may
- * still take the room. */
+ * threads are started for a try; a team that cannot be had is made smaller, and for a second no pool grows. Between the
+ * try and the region others may still take the room. */
 static int possible_team(int team)
 {
-    if (!has_team_key || team <= (int)(intptr_t)pthread_getspecific(team_key))
+    static int64_t refused; /* when; 0: the last try went well */
+    const int workers = pool_size();
+    if (!has_pool_key || team - 1 <= workers)
         return team;
-    const int possible = 1 + startable(team - 1);
-    if (possible < team)
-        shortage = 1;
-    pthread_setspecific(team_key, (void *)(intptr_t)possible);
+    if (refused != 0 && now() - refused < 1000000000)
+        return 1 + workers;
+    const int possible = 1 + workers + startable(team - 1 - workers);
+    if (possible == team) {
+        refused = 0;
+    } else {
+        shortage |= refused == 0;
+        refused = now();
+    }
     return possible;
+}
+
+/* A pool that is asleep is kept for its thread's next call, unless all that are asleep have more workers than two of
+ * the largest teams: then this thread's goes, for some tens of microseconds now and as many when it calls again. */
+static void keep_or_give_back(int budget)
+{
+    static int largest_budget;
+    if (budget > largest_budget)
+        largest_budget = budget;
+    if (gives_pools_back && pool_size() > 0 && add(&started, 0) - add(&busy, 0) > 2 * (largest_budget - 1) && pause_pool())
+        set_pool_size(0);
 }
 
 #else /* no fork */
 static int possible_team(int team) { return team; }
+static void set_pool_size(int workers) { (void)workers; }
+static void keep_or_give_back(int budget) { (void)budget; }
 
 const char *bnfast_openmp_library(void) { return ""; }
 void bnfast_openmp_init(void) {}
@@ -175,13 +220,35 @@ void bnfast_openmp_handle_fork(int on) { (void)on; }
 
 #endif
 
+/* Workers for this call, of the budget that other calls have left. */
+static int take_workers(int budget, int wanted)
+{
+    const long over = add(&busy, wanted) - budget;
+    const int refused = over <= 0 ? 0 : over < wanted ? (int)over : wanted;
+    if (refused > 0)
+        add(&busy, -refused);
+    return wanted - refused;
+}
+
 int bnfast_openmp_enter(int budget)
 {
-    const long callers = atomic_add(1);
-    const int team = (int)(budget / callers);
-    if (forked_serial || team <= 1 || omp_in_parallel())
+    const int share = (int)(budget / add(&callers, 1));
+    if (forked_serial || share <= 1 || omp_in_parallel())
         return 1;
-    return possible_team(team);
+    const int workers = take_workers(budget, share - 1), team = workers > 0 ? possible_team(1 + workers) : 1;
+    if (team - 1 < workers)
+        add(&busy, team - 1 - workers);
+    if (team > 1)
+        set_pool_size(team - 1);
+    return team;
+}
+
+void bnfast_openmp_leave(int budget, int team)
+{
+    if (team > 1)
+        add(&busy, 1 - team);
+    keep_or_give_back(budget);
+    add(&callers, -1);
 }
 
 int bnfast_openmp_run_together(int n, void (*job)(int i, void *context), void *context)
@@ -189,14 +256,15 @@ int bnfast_openmp_run_together(int n, void (*job)(int i, void *context), void *c
     int together = 0;
     if (forked_serial || omp_in_parallel() || possible_team(n) < n)
         return 0;
-    atomic_add(1);
+    add(&callers, 1);
+    set_pool_size(n - 1);
 #pragma omp parallel num_threads(n)
     if (omp_get_num_threads() == n) { /* less: OMP_THREAD_LIMIT, OMP_DYNAMIC; the same for all that are here */
         if (omp_get_thread_num() == 0)
             together = 1;
         job(omp_get_thread_num(), context);
     }
-    atomic_add(-1);
+    add(&callers, -1);
     return together;
 }
 
@@ -209,7 +277,8 @@ int bnfast_openmp_thread_limit(void) { return 1; }
 void bnfast_openmp_init(void) {}
 int bnfast_openmp_fork_handled(void) { return 1; }
 void bnfast_openmp_handle_fork(int on) { (void)on; }
-int bnfast_openmp_enter(int budget) { return (void)budget, atomic_add(1), 1; }
+int bnfast_openmp_enter(int budget) { return (void)budget, 1; }
+void bnfast_openmp_leave(int budget, int team) { (void)budget, (void)team; }
 int bnfast_openmp_run_together(int n, void (*job)(int i, void *context), void *context)
 {
     return (void)n, (void)job, (void)context, 0;
@@ -223,8 +292,6 @@ int bnfast_openmp_take_shortage(void)
     shortage = 0;
     return taken;
 }
-
-void bnfast_openmp_leave(void) { atomic_add(-1); }
 
 /* Exception flags are left out: only what changes results. */
 unsigned long long bnfast_float_control(void)

@@ -17,10 +17,11 @@ void bnfast_openmp_handle_fork(int on);   /* off: for the test that shows what h
 int bnfast_openmp_forked_serial(void);    /* this is a child whose pool could not be paused: one thread */
 
 /* Around every parallel region. enter returns the team to ask for: the budget shared among the threads that are
- * calling right now, at least 1. */
+ * calling right now, at least 1. All teams together have no more workers than the budget; pools that are asleep, no
+ * more than two budgets. */
 int bnfast_openmp_enter(int budget);
-void bnfast_openmp_leave(void);
-int bnfast_openmp_take_shortage(void);    /* whether, since the last time this was asked, threads could not be started */
+void bnfast_openmp_leave(int budget, int team);
+int bnfast_openmp_take_shortage(void);    /* whether, since the last time this was asked, threads were refused anew */
 
 /* Runs job(i, context) for i = 0 .. n - 1, each on a thread of its own and all at the same time. Returns whether it
  * did; if a team of n cannot be had it returns 0 and has run nothing. */
