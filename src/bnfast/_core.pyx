@@ -438,6 +438,7 @@ cdef void run(bnfast_job *job, int n_threads, unsigned long long control) noexce
     """The parallel loop: the phases one after another, the tasks of each on n_threads threads."""
     cdef int phase
     cdef Py_ssize_t i, n
+    cdef unsigned long long workers_own
     for phase in range(job.n_phases):
         n = job.phases[phase].n_tasks
         if n_threads == 1 or n == 1:
@@ -446,8 +447,10 @@ cdef void run(bnfast_job *job, int n_threads, unsigned long long control) noexce
         else:
             for i in prange(n, schedule="dynamic", chunksize=1, num_threads=n_threads):
                 bnfast_rivals_exclude_me()
+                workers_own = bnfast_float_control()
                 bnfast_set_float_control(control)
                 job.phases[phase].task(job, i, threadid())
+                bnfast_set_float_control(workers_own)
 
 
 cpdef int team_for(Py_ssize_t elements) except -1:

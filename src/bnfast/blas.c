@@ -71,8 +71,10 @@ static void run_job(int i, void *context)
     const call_t *call = context;
     pthread_setspecific(inside, call);
     bnfast_rivals_exclude_me();
+    const unsigned long long own = bnfast_float_control();
     bnfast_set_float_control(call->control);
     call->run(call->first_place + i, call->jobs + (size_t)i * call->job_bytes, call->data);
+    bnfast_set_float_control(own);
     pthread_setspecific(inside, NULL);
 }
 

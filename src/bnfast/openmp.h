@@ -27,8 +27,8 @@ int bnfast_openmp_take_shortage(void);    /* whether, since the last time this w
  * did; if a team of n cannot be had it returns 0 and has run nothing. */
 int bnfast_openmp_run_together(int n, void (*job)(int i, void *context), void *context);
 
-/* Control bits of the float environment (rounding, flush to zero). Workers start with their own, so each task
- * takes the caller's. */
+/* Control bits of the float environment (rounding, flush to zero). Workers have their own, so each task takes the
+ * caller's and puts the worker's back: another library may use the same threads. */
 unsigned long long bnfast_float_control(void);
 void bnfast_set_float_control(unsigned long long control);
 

@@ -1,0 +1,57 @@
+"""Scripts in processes of their own, and small C libraries for them to load."""
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+
+import pytest
+
+# Variables that decide about threads; a script gets exactly those its test gives it.
+DECIDING = ("BNFAST_", "OMP_", "GOMP_", "KMP_")
+
+# A library with a parallel region of its own, on the same OpenMP runtime as bnfast if that is the system's.
+TEAM_LIBRARY = """
+int team(void)
+{
+    int n = 0;
+    #pragma omp parallel num_threads(2) reduction(+ : n)
+    n += 1;
+    return n;
+}
+"""
+
+
+def run_script(script, *arguments, timeout=60, options=(), error_ok=False, cwd=None, **environment):
+    """What a script printed, without the space around it. The test fails if it fails, hangs or is killed."""
+    run = completed(script, *arguments, timeout=timeout, options=options, cwd=cwd, **environment)
+    assert error_ok or run.returncode == 0, f"exit status {run.returncode}\n{run.stdout[-2000:]}\n{run.stderr[-4000:]}"
+    return run.stdout.strip()
+
+
+def completed(script, *arguments, timeout=60, options=(), cwd=None, command=(), **environment):
+    """The finished process of a script."""
+    env = {name: value for name, value in os.environ.items() if not name.startswith(DECIDING)}
+    env.update(environment)
+    whole = [*command, sys.executable, "-W", "error", *options, "-c", script, *map(str, arguments)]
+    try:
+        return subprocess.run(
+            whole, env=env, cwd=cwd, capture_output=True, text=True, timeout=timeout, check=False, errors="replace"
+        )
+    except subprocess.TimeoutExpired as expired:
+        pytest.fail(f"hangs: {(expired.stdout or b'').decode()[-2000:]}\n{(expired.stderr or b'').decode()[-4000:]}")
+
+
+def c_library(folder, source, *flags):
+    """Path of a shared library made from C source; skips the test where no compiler makes it."""
+    compiler = shutil.which((sysconfig.get_config_var("CC") or "cc").split()[0]) or shutil.which("gcc")
+    if compiler is None:
+        pytest.skip("there is no C compiler to make a library with")
+    file, library = folder / "library.c", folder / "library.so"
+    file.write_text(source)
+    command = [compiler, "-shared", "-fPIC", str(file), "-o", str(library), *flags]
+    compilation = subprocess.run(command, capture_output=True, text=True, check=False)
+    if compilation.returncode:
+        pytest.skip(f"the C compiler here does not make it: {compilation.stderr[-300:]}")
+    return str(library)
