@@ -6,12 +6,12 @@ process of its own with a time limit; a child that hangs is killed and makes its
 """
 
 import os
-import shutil
 import subprocess
 import sys
-import sysconfig
 
 import pytest
+from campaign import short_and_long
+from scripts import TEAM_LIBRARY, c_library
 
 import bnfast
 
@@ -89,15 +89,16 @@ def warm():
 '''
 
 
-def run_script(body, tmp_path, *arguments, head=HEAD):
-    """Output of a script; it fails the test if it fails or takes longer than TIME_LIMIT."""
+def run_script(body, tmp_path, *arguments, head=HEAD, limit=TIME_LIMIT, **environment):
+    """Output of a script; it fails the test if it fails or takes longer than `limit` seconds."""
     script = tmp_path / "script.py"
     script.write_text(head + body)
     env = {name: value for name, value in os.environ.items() if not name.startswith(("BNFAST_", "OMP_", "GOMP_"))}
+    env.update(environment)
     try:
         run = subprocess.run(
             [sys.executable, "-W", "error", str(script), *map(str, arguments)],
-            env=env, capture_output=True, text=True, timeout=TIME_LIMIT, check=False,
+            env=env, capture_output=True, text=True, timeout=limit, check=False,
         )  # fmt: skip
     except subprocess.TimeoutExpired as expired:
         pytest.fail(f"hangs: {(expired.stderr or b'').decode()}")
@@ -211,7 +212,8 @@ print(results, warm())
     assert run_script(body, tmp_path) == "[True] True"
 
 
-def test_forks_in_a_row_while_threads_run_kernels(tmp_path):
+@pytest.mark.parametrize("forks", short_and_long(20, 200))
+def test_forks_in_a_row_while_threads_run_kernels(tmp_path, forks):
     body = """
 stop, wrong, rounds = threading.Event(), [], [0] * 4
 def compute(i):
@@ -223,13 +225,68 @@ threads = [threading.Thread(target=compute, args=(i,)) for i in range(4)]
 for thread in threads:
     thread.start()
 warm()
-fine = [child_is_fine() for _ in range(20)]
+fine = [child_is_fine() for _ in range(int(sys.argv[1]))]
 stop.set()
 for thread in threads:
     thread.join()
 print(sum(fine), len(wrong), all(rounds))
 """
-    assert run_script(body, tmp_path) == "20 0 True"
+    assert run_script(body, tmp_path, forks, limit=20 + forks) == f"{forks} 0 True"
+
+
+@pytest.mark.parametrize("forks", short_and_long(10, 200))
+def test_forks_in_a_row_each_with_a_fork_of_its_own(tmp_path, forks):
+    body = """
+def child():
+    return warm() and child_is_fine()
+fine = 0
+for _ in range(int(sys.argv[1])):
+    warm()
+    fine += child_is_fine(child)
+print(fine, warm())
+"""
+    assert run_script(body, tmp_path, forks, limit=20 + forks) == f"{forks} True"
+
+
+@needs_libgomp
+@needs_proc
+def test_the_child_has_the_team_of_its_parent(tmp_path):
+    body = """
+child_is_fine(lambda: True) # OpenBLAS gives its threads up for a fork
+others = tasks()
+for team in (2, 3, 8, 4):
+    def work():
+        alone = tasks()
+        return step(team=team) == BITS and tasks() - alone == team - 1
+    assert step(team=team) == BITS
+    assert tasks() - others == team - 1
+    assert child_is_fine(lambda: work() and child_is_fine(work)), team
+    assert step(team=team) == BITS
+    assert tasks() - others == team - 1
+print("the same")
+"""
+    assert run_script(body, tmp_path) == "the same"
+
+
+NO_PAUSE = "int omp_pause_resource_all(int kind) { (void)kind; return -1; }"
+
+
+@needs_libgomp
+@needs_proc
+def test_where_the_pool_cannot_be_paused_the_child_stays_on_one_thread(tmp_path):
+    body = """
+def work():
+    config = bnfast.config()
+    assert config["forked_serial"] is True and config["threads"] == 1, config
+    assert config["threads_why"] == "a forked child whose OpenMP threads could not be paused"
+    assert bnfast.get_num_threads() == 1
+    alone = tasks()
+    return step() == BITS and tasks() == alone and child_is_fine(lambda: step() == BITS)
+warm()
+print(child_is_fine(work), bnfast.config()["forked_serial"], warm())
+"""
+    preloaded = c_library(tmp_path, NO_PAUSE)
+    assert run_script(body, tmp_path, LD_PRELOAD=preloaded) == "True False True"
 
 
 def test_a_layer_trains_on_in_the_child(tmp_path):
@@ -332,6 +389,21 @@ def use():
 OTHERS = {"torch": ("torch", use_torch()), "scikit-learn": ("sklearn", use_scikit_learn())}
 
 
+def test_fork_after_pytorch_and_scikit_learn_were_imported_first_and_used(tmp_path):
+    """Three copies of libgomp, each with a pool."""
+    for module, _ in OTHERS.values():
+        pytest.importorskip(module, reason=f"{module} is not installed")
+    use = "".join(f"{use}use_{module} = use\n" for module, use in OTHERS.values())
+    body = """
+for _ in range(5):
+    use_torch(), use_sklearn(), warm()
+    assert child_is_fine(lambda: warm() and child_is_fine())
+print(warm())
+"""
+    head = "import warnings\nwarnings.simplefilter('ignore')\nimport numpy as np\n" + use + HEAD
+    assert run_script(body, tmp_path, head=head, limit=60) == "True"
+
+
 @pytest.mark.parametrize("bnfast_used_too", [True, False], ids=["both_used_in_the_parent", "only_the_other_used"])
 @pytest.mark.parametrize(("module", "use"), OTHERS.values(), ids=OTHERS.keys())
 def test_fork_after_another_library_was_imported_first_and_used(tmp_path, module, use, bnfast_used_too):
@@ -343,32 +415,12 @@ def test_fork_after_another_library_was_imported_first_and_used(tmp_path, module
     assert run_script(body, tmp_path, head=head) == "True"
 
 
-SMALL_LIBRARY = """
-int team(void)
-{
-    int n = 0;
-    #pragma omp parallel num_threads(2) reduction(+ : n)
-    n += 1;
-    return n;
-}
-"""
-
-
 @needs_libgomp
 @pytest.mark.parametrize("order", ["library_first", "bnfast_first"])
 def test_fork_after_another_user_of_the_same_libgomp(tmp_path, order):
     """As in a conda environment, or where everything comes from the system: one libgomp for all."""
-    compiler = shutil.which((sysconfig.get_config_var("CC") or "cc").split()[0]) or shutil.which("gcc")
-    if compiler is None:
-        pytest.skip("there is no C compiler to make the other library with")
-    source, library = tmp_path / "team.c", tmp_path / "team.so"
-    source.write_text(SMALL_LIBRARY)
-    compilation = subprocess.run(
-        [compiler, "-shared", "-fPIC", "-fopenmp", str(source), "-o", str(library)], capture_output=True, check=False
-    )
-    if compilation.returncode:
-        pytest.skip("the C compiler here makes no libraries with OpenMP")
-    load = f"import ctypes\nlibrary = ctypes.CDLL({str(library)!r})\n"
+    library = c_library(tmp_path, TEAM_LIBRARY, "-fopenmp")
+    load = f"import ctypes\nlibrary = ctypes.CDLL({library!r})\n"
     head = load + HEAD if order == "library_first" else HEAD + load
     body = "assert library.team() == 2\nprint(child_is_fine())\nassert library.team() == 2\nwarm()\n"
     assert run_script(body, tmp_path, head=head) == "True"
