@@ -956,6 +956,8 @@ def _converted(
     """A new (channels,) array of `dtype` from floating data."""
     try:
         array = np.asarray(value)
+    except MemoryError:
+        raise
     except Exception as error:  # whatever an object's __array__ raises
         raise type_error(f"{name}: expected an array, got {type(value).__name__} ({error})") from error
     if array.dtype.kind != "f":
@@ -969,6 +971,8 @@ def _converted(
 def _batches(value: ArrayLike) -> int:
     try:
         array = np.asarray(value)
+    except MemoryError:
+        raise
     except Exception as error:  # whatever an object's __array__ raises
         raise StateError(f"num_batches_tracked: expected one integer, got {type(value).__name__} ({error})") from error
     if array.dtype.kind not in "iu" or array.size != 1 or not 0 <= array.item() <= np.iinfo(np.int64).max:

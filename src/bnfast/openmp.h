@@ -18,7 +18,7 @@ int bnfast_openmp_forked_serial(void);    /* this is a child whose pool could no
 
 /* Around every parallel region. enter returns the team to ask for: the budget shared among the threads that are
  * calling right now, at least 1. All teams together have no more workers than the budget; pools that are asleep, no
- * more than two budgets. */
+ * more than 64, or two budgets if that is more. */
 int bnfast_openmp_enter(int budget);
 void bnfast_openmp_leave(int budget, int team);
 int bnfast_openmp_take_shortage(void);    /* whether, since the last time this was asked, threads were refused anew */
