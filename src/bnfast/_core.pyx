@@ -434,23 +434,38 @@ cdef bnfast_job new_job(bnfast_operation operation) noexcept:
 
 # --- running a job --------------------------------------------------------------------------------------------
 
-cdef void run(bnfast_job *job, int n_threads, unsigned long long control) noexcept nogil:
-    """The parallel loop: the phases one after another, the tasks of each on n_threads threads."""
+cdef void run_alone(bnfast_job *job) noexcept nogil:
+    """The phases one after another, on this thread."""
     cdef int phase
-    cdef Py_ssize_t i, n
-    cdef unsigned long long workers_own
+    cdef Py_ssize_t i
     for phase in range(job.n_phases):
-        n = job.phases[phase].n_tasks
-        if n_threads == 1 or n == 1:
-            for i in range(n):
-                job.phases[phase].task(job, i, 0)
-        else:
-            for i in prange(n, schedule="dynamic", chunksize=1, num_threads=n_threads):
-                bnfast_rivals_exclude_me()
-                workers_own = bnfast_float_control()
-                bnfast_set_float_control(control)
-                job.phases[phase].task(job, i, threadid())
-                bnfast_set_float_control(workers_own)
+        for i in range(job.phases[phase].n_tasks):
+            job.phases[phase].task(job, i, 0)
+
+
+cdef void run(bnfast_job *job) noexcept:
+    """The parallel loop: the phases one after another, the tasks of each on job.n_threads threads, without the GIL.
+
+    It lets go of the GIL itself: in a function without it, Cython's prange asks CPython whether there is one to let go
+    of, and before 3.12 the answer is wrong once there has been a sub-interpreter; the process aborts.
+    """
+    cdef int phase, n_threads = job.n_threads
+    cdef Py_ssize_t i, n
+    cdef unsigned long long control, workers_own
+    with nogil:
+        control = bnfast_float_control()
+        for phase in range(job.n_phases):
+            n = job.phases[phase].n_tasks
+            if n_threads == 1 or n == 1:
+                for i in range(n):
+                    job.phases[phase].task(job, i, 0)
+            else:
+                for i in prange(n, schedule="dynamic", chunksize=1, num_threads=n_threads):
+                    bnfast_rivals_exclude_me()
+                    workers_own = bnfast_float_control()
+                    bnfast_set_float_control(control)
+                    job.phases[phase].task(job, i, threadid())
+                    bnfast_set_float_control(workers_own)
 
 
 cpdef int team_for(Py_ssize_t elements) except -1:
@@ -481,10 +496,9 @@ cdef int compute(bnfast_job *job, cnp.ndarray x) except -1:
         raise MemoryError(f"no memory for {job.workspace_bytes} bytes of workspace")
     job.workspace = memory + (-<uintptr_t>memory & 63)
     if small:
-        run(job, 1, 0)
+        run_alone(job)
     else:
-        with nogil:
-            run(job, job.n_threads, bnfast_float_control())
+        run(job)
         bnfast_openmp_leave(budget, job.n_threads)
     PyMem_RawFree(memory)
     if bnfast_openmp_take_shortage():
