@@ -11,6 +11,8 @@ import sys
 
 import numpy as np
 import pytest
+from campaign import short_and_long
+from conftest import LAYOUTS
 from tolerances import assert_same_bits
 
 import bnfast
@@ -137,6 +139,28 @@ def test_bits_do_not_depend_on_threads_or_instruction_set(case, dtype):
     assert not unlike, f"these differ from {ISAS[0]} on one thread: {sorted(unlike)}"
 
 
+def random_shapes(n):
+    """(N, C, ...) of rank 2 to 5, the first large enough for 16 threads."""
+    rng = np.random.default_rng(50)
+    for i in range(n):
+        elements = 2**19 + 2**14 if i % 5 == 0 else int(2 ** rng.uniform(16, 18.5))
+        inner = [(), (7, 7), (1,), (3, 5, 2), (28, 28), (2,), (49,), (4, 4), (200,)][int(rng.integers(9))]
+        channels = int(2 ** rng.uniform(0, 8))
+        yield (max(2, elements // (channels * int(np.prod(inner)))), channels, *inner)
+
+
+@pytest.mark.parametrize("n_shapes", short_and_long(1, 50))
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_bits_do_not_depend_on_1_to_16_threads(make_data, dtype, layout, n_shapes):
+    for shape in random_shapes(n_shapes):
+        data = make_data(shape, dtype).placed(layout)
+        found = set()
+        for n_threads in range(1, 17):
+            with bnfast.num_threads(n_threads):
+                found.add(digest(results(*data, axis=layout.axis)))
+        assert len(found) == 1, shape
+
+
 def test_the_cases_are_large_enough_for_every_team():
     sizes = [int(np.prod(shape)) for shape, _, _ in CASES]
     assert max(sizes) >= LARGEST >= N_THREADS[-1] * 2**15
@@ -165,10 +189,17 @@ def at(array, offset):
     return moved
 
 
+OFFSET_CASES = [((5, 4, 33), 1, "C"), ((600, 3), 1, "C"), ((17, 70), 1, "C"), ((9, 5, 7), 1, "C"), ((70_000, 3), 1, "C")]
+
+
 @pytest.mark.parametrize(
     "case",
-    [((5, 4, 33), 1, "C"), ((600, 3), 1, "C"), ((17, 70), 1, "C"), ((9, 5, 7), 1, "C"), ((70_000, 3), 1, "C")],
-    ids=case_name,
+    [pytest.param(case, id=case_name(case)) for case in OFFSET_CASES]
+    + [
+        pytest.param(case, id=case_name(case), marks=pytest.mark.campaign)
+        for case in CASES
+        if case[1] == 1 and case[2] == "C"
+    ],
 )
 def test_bits_do_not_depend_on_alignment(isa, dtype, case):
     x, dy, v, *parameters = arguments(case, dtype)
@@ -223,6 +254,17 @@ def test_a_fresh_process_gives_the_same_bits(digest_here, isa_name, n_threads):
         pytest.skip(f"{isa_name} is not compiled in or not on this CPU")
     run = fresh_process([__file__, "--digest"], BNFAST_ISA=isa_name, BNFAST_NUM_THREADS=str(n_threads))
     assert run.stdout.split() == [isa_name, str(n_threads), digest_here], run.stderr
+
+
+@pytest.mark.campaign
+def test_twenty_fresh_processes_give_the_same_bits(digest_here):
+    for i in range(20):
+        isa, n_threads = ISAS[i % len(ISAS)], 1 + i % 7
+        run = fresh_process(
+            [__file__, "--digest"], BNFAST_ISA=isa, BNFAST_NUM_THREADS=str(n_threads), MALLOC_ARENA_MAX=str(1 + i % 3),
+            PYTHONHASHSEED=str(i), PADDING="x" * (37 * i), MALLOC_PERTURB_=str(i),
+        )  # fmt: skip
+        assert run.stdout.split() == [isa, str(n_threads), digest_here], run.stderr
 
 
 @pytest.mark.parametrize("name", ["sse9", "AVX2", "avx2 "])
