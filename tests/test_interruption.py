@@ -1,10 +1,9 @@
-"""Where memory is refused or a signal arrives, a layer is as it was before the call or as it is after it, never between.
+"""Where memory is refused or a signal arrives, a layer is as before the call or as after it, never between.
 
-tests/test_layer.py interrupts at every point of the Python code and with a timer; here every allocation fails in turn, and
-signals come from outside.
+tests/test_layer.py interrupts at every point of the Python code and with a timer; here every allocation fails in turn,
+and signals come from outside.
 """
 
-import os
 import signal
 import subprocess
 import sys
@@ -21,7 +20,7 @@ import bnfast
 needs_posix = pytest.mark.skipif(not hasattr(signal, "pthread_kill"), reason="needs POSIX signals")
 
 # What is tried: name -> action on a trained layer. `look` is everything of it that a user sees.
-HEAD = '''
+HEAD = """
 import copy, gc, os, signal, sys, threading, time
 import numpy as np
 import bnfast
@@ -73,7 +72,7 @@ ACTIONS = {
     "use_moments": lambda bn, x: bn.use_statistics(bnfast.moments(x)),
     "copy": lambda bn, x: copy.deepcopy(bn),
 }
-'''
+"""
 
 # --- no memory -----------------------------------------------------------------------------------------------
 
@@ -203,7 +202,7 @@ print(tries, refused, len(torn), torn[:5])
 @pytest.mark.parametrize("cases", short_and_long(1, 3))
 def test_every_allocation_of_numpy_and_the_extension_refused_in_turn(tmp_path, cases):
     shim = c_library(tmp_path, REFUSING, "-O1", "-ldl")
-    done, refused, torn, first = run_script(NUMPYS_ALLOCATIONS, cases, LD_PRELOAD=shim, timeout=300).split(maxsplit=3)
+    _, refused, torn, first = run_script(NUMPYS_ALLOCATIONS, cases, LD_PRELOAD=shim, timeout=300).split(maxsplit=3)
     assert int(torn) == 0, first
     assert int(refused) >= 50 * cases
 

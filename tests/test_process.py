@@ -3,14 +3,13 @@
 import itertools
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from campaign import short_and_long
-from scripts import c_library, completed, run_script
+from scripts import completed, run_script
 
 import bnfast
 
@@ -24,11 +23,12 @@ x = np.random.default_rng(0).standard_normal((64, 32, 32, 32)).astype(np.float32
 def bits(team):
     with bnfast.num_threads(team):
         y, mean, inv_std = bnfast.functional.batch_norm(x)
-        return b"".join(a.tobytes() for a in (y, mean, inv_std, *bnfast.functional.batch_norm_backward(x, x, mean, inv_std)))
+        results = y, mean, inv_std, *bnfast.functional.batch_norm_backward(x, x, mean, inv_std)
+    return b"".join(a.tobytes() for a in results)
 def right():
     bn = bnfast.BatchNorm(32)
     bn(x)
-    return bits(1) == bits(2) and bn.num_batches_tracked == 1 and abs(bits(1)[0] - bits(2)[0]) == 0
+    return bits(1) == bits(2) and bn.num_batches_tracked == 1
 """
 
 
@@ -46,7 +46,8 @@ import ctypes, sys
 import numpy as np
 others = [ctypes.CDLL(path) for path in sys.argv[1:]]
 def look():
-    return [(o.omp_get_max_threads(), o.omp_get_dynamic(), o.omp_get_thread_limit(), o.omp_get_num_procs()) for o in others]
+    names = "omp_get_max_threads", "omp_get_dynamic", "omp_get_thread_limit", "omp_get_num_procs"
+    return [[getattr(other, name)() for name in names] for other in others]
 others[0].omp_set_num_threads(3)
 before = look()
 assert before[0][0] == 3
@@ -70,9 +71,12 @@ tasks = lambda: sorted(os.listdir("/proc/self/task"))
 files = lambda: sorted(os.readlink(f"/proc/self/fd/{n}") for n in os.listdir("/proc/self/fd") if int(n) > 2
                        and os.path.exists(f"/proc/self/fd/{n}"))
 import threading, warnings, random, locale
-before = tasks(), files(), random.getstate(), np.random.get_state()[1].tobytes(), locale.setlocale(locale.LC_ALL), sys.path[:]
+def look():
+    generators = random.getstate(), np.random.get_state()[1].tobytes()
+    return tasks(), files(), generators, locale.setlocale(locale.LC_ALL), sys.path[:]
+before = look()
 import bnfast
-assert before == (tasks(), files(), random.getstate(), np.random.get_state()[1].tobytes(), locale.setlocale(locale.LC_ALL), sys.path)
+assert before == look()
 print("none")
 """
     assert run_script(body) == "none"
@@ -152,7 +156,9 @@ def test_values_of_the_environment_that_are_wrong_or_unusual(name):
 
 @pytest.mark.parametrize("value", ["abc", "0", "99999999999999999999999", "1.5"])
 def test_bnfast_num_threads_that_is_wrong_is_named(value):
-    run = completed("import warnings; warnings.simplefilter('default')\n" + USE + "print(right())", BNFAST_NUM_THREADS=value)
+    run = completed(
+        "import warnings; warnings.simplefilter('default')\n" + USE + "print(right())", BNFAST_NUM_THREADS=value
+    )
     assert (run.returncode, run.stdout) == (0, "True\n"), run.stderr
     if value != "99999999999999999999999":  # a number, if a large one
         assert "BNFAST_NUM_THREADS" in run.stderr
@@ -162,7 +168,9 @@ def test_bnfast_num_threads_that_is_wrong_is_named(value):
 
 
 def test_reload():
-    script = USE + """
+    script = (
+        USE
+        + """
 import importlib, sys
 before, bn = bits(2), bnfast.BatchNorm(32)
 bn(x)
@@ -172,12 +180,15 @@ for name in [name for name in sys.modules if name.startswith("bnfast.") and name
 bn(x)
 print(right(), bits(2) == before, bn.num_batches_tracked)
 """
+    )
     assert run_script(script) == "True True 2"
 
 
 def test_import_after_all_modules_were_forgotten():
     """It works, or says clearly that it cannot."""
-    script = USE + """
+    script = (
+        USE
+        + """
 import sys
 before = bits(2)
 for name in [name for name in sys.modules if name.partition(".")[0] == "bnfast"]:
@@ -190,12 +201,15 @@ except ImportError as error:
 else:
     print(bits(2) == before and right())
 """
+    )
     assert run_script(script) == "True"
 
 
 def test_sub_interpreters():
     """NumPy allows one interpreter a process; the second import is a clean ImportError, or works."""
-    script = USE + """
+    script = (
+        USE
+        + """
 import warnings
 try:
     import _xxsubinterpreters as interpreters
@@ -217,7 +231,10 @@ assert failure is None, failure
 interpreters.destroy(interpreter)
 print(bits(2) == before and right())
 """
-    pytest.importorskip("_xxsubinterpreters" if sys.version_info < (3, 13) else "_interpreters", reason="no module for it")
+    )
+    pytest.importorskip(
+        "_xxsubinterpreters" if sys.version_info < (3, 13) else "_interpreters", reason="no module for it"
+    )
     run = completed(script, options=["-W", "ignore"])
     assert (run.returncode, run.stdout) == (0, "True\n"), run.stderr
 
@@ -252,8 +269,8 @@ KERNELS = {
     "(torch.nn.BatchNorm2d(32)(a) ** 2).sum().backward()",
     "sklearn": "from sklearn.cluster import KMeans\n"
     "KMeans(8, n_init=1, max_iter=5, random_state=0).fit(np.random.default_rng(0).random((4000, 8)))",
-    "numba": "import numba\n@numba.njit(parallel=True)\ndef total(v):\n    t = 0.0\n    for i in numba.prange(v.size):\n"
-    "        t += v[i]\n    return t\nassert total(np.ones(10**5)) == 10**5",
+    "numba": "import numba\n@numba.njit(parallel=True)\ndef total(v):\n    t = 0.0\n"
+    "    for i in numba.prange(v.size):\n        t += v[i]\n    return t\nassert total(np.ones(10**5)) == 10**5",
     "bnfast": "assert __import__('bnfast') and right()",
 }
 
@@ -262,7 +279,11 @@ KERNELS = {
 @pytest.mark.parametrize("orders", short_and_long(2, 24))
 def test_other_libraries_in_every_order_then_a_fork(orders):
     """Imported in one order, a kernel of each in the same, then a child that uses bnfast."""
-    present = [name for name in KERNELS if name == "bnfast" or completed(f"import {name}", options=["-W", "ignore"]).returncode == 0]
+    present = [
+        name
+        for name in KERNELS
+        if name == "bnfast" or completed(f"import {name}", options=["-W", "ignore"]).returncode == 0
+    ]
     if len(present) < 2:
         pytest.skip("none of PyTorch, scikit-learn and Numba is installed")
     every = list(itertools.permutations(present))
