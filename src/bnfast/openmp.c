@@ -29,6 +29,12 @@
 #include <xmmintrin.h>
 #endif
 
+static int forked_serial, shortage;
+
+int bnfast_openmp_forked_serial(void) { return forked_serial; }
+
+#if defined(_OPENMP)
+
 #if defined(_MSC_VER)
 #include <intrin.h>
 typedef volatile long counter;
@@ -41,12 +47,6 @@ static long add(counter *to, long n) { return __atomic_add_fetch(to, n, __ATOMIC
 static counter callers; /* threads inside a call of ours */
 static counter busy;    /* workers of theirs */
 static counter started; /* workers of all pools, asleep or not */
-
-static int forked_serial, shortage;
-
-int bnfast_openmp_forked_serial(void) { return forked_serial; }
-
-#if defined(_OPENMP)
 
 long bnfast_openmp_version(void) { return _OPENMP; }
 int bnfast_openmp_max_threads(void) { return omp_get_max_threads(); }
