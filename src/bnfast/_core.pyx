@@ -6,7 +6,6 @@ found here.
 """
 
 import math
-import operator
 import warnings
 
 import numpy as np
@@ -15,6 +14,7 @@ from numpy.exceptions import AxisError, TooHardError
 cimport cython
 cimport numpy as cnp
 from cpython.object cimport PyObject_GenericGetAttr, PyObject_GenericSetAttr
+from cpython.number cimport PyNumber_Index
 from cpython.mem cimport PyMem_RawFree, PyMem_RawMalloc
 from cython.parallel cimport prange, threadid
 from libc.stdint cimport uintptr_t
@@ -132,7 +132,7 @@ cdef object thread_budget = None
 cdef cnp.ndarray as_floating(object value, str name):
     """The argument as a plain float32 or float64 array, its memory untouched."""
     cdef cnp.ndarray array
-    if type(value) is not np.ndarray:
+    if not cnp.PyArray_CheckExact(value):
         if isinstance(value, np.ma.MaskedArray):
             raise TypeError(f"{name}: expected an array without a mask, got {type(value).__name__}; "
                             f"fill it first: {name}.filled(value)")
@@ -236,7 +236,7 @@ cdef void extent(cnp.ndarray array, uintptr_t *begin, uintptr_t *end) noexcept:
 cdef int as_axis(object axis, cnp.ndarray array) except -1:
     cdef int ndim = cnp.PyArray_NDIM(array)
     try:
-        i = operator.index(axis)
+        i = PyNumber_Index(axis)
     except TypeError:
         raise TypeError(f"axis: expected an int, got {type(axis).__name__}") from None
     if not -ndim <= i < ndim:
@@ -321,7 +321,7 @@ cdef cnp.ndarray as_out(object out, cnp.ndarray x):
     """The user's `out` for a result like x: checked, or None."""
     if out is None:
         return None
-    if type(out) is not np.ndarray and (
+    if not cnp.PyArray_CheckExact(out) and (
             not isinstance(out, np.ndarray) or isinstance(out, (np.ma.MaskedArray, np.matrix))):
         raise TypeError(f"out: expected a numpy.ndarray, got {type(out).__name__}")
     if not same_shape(out, x):
