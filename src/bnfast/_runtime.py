@@ -22,7 +22,7 @@ def _mapped_libgomps() -> set[str]:
     """Paths of the libgomps mapped into this process, empty where the system does not say."""
     try:
         with open("/proc/self/maps", encoding="utf-8", errors="replace") as maps:
-            return {os.path.realpath(line.split()[-1]) for line in maps if "gomp" in line}
+            return {os.path.realpath(line.rstrip().split(maxsplit=5)[5]) for line in maps if "gomp" in line}
     except OSError:
         return set()
 
