@@ -4,8 +4,8 @@
 
 1. the sdist, and from it one wheel for each Python of PYTHONS that is on this machine; two builds of the first in
    different folders (--suite: of every one) must be the same bytes, before auditwheel and after;
-2. `auditwheel repair` puts libgomp inside; looked at: twine, check-wheel-contents, tags, files, licences, SBOM, and that
-   nothing sets the float environment when a library is loaded;
+2. `auditwheel repair` puts libgomp inside; examined by twine and check-wheel-contents, and for tags, files, licences,
+   SBOM, and that nothing sets the float environment when a library is loaded;
 3. each repaired wheel goes into fresh environments with the oldest and the newest NumPy that it allows, with
    site-packages that cannot be written and no compiler on PATH; tests/ runs there from another folder: SMOKE in every
    environment, the whole of it in the newest (--suite: in every one; --quick: nowhere).
@@ -206,7 +206,12 @@ def as_user(folder, away):
         prefix = [shutil.which("setpriv"), "--bounding-set=-dac_override,-dac_read_search"]
         require(prefix[0], "as root this needs setpriv (util-linux), to make read-only mean something")
     setting = {k: os.environ[k] for k in ("LANG", "TMPDIR", "PYENV_ROOT") if k in os.environ}
-    setting |= {"PATH": str(folder / "bin"), "HOME": str(away), "PYTHONDONTWRITEBYTECODE": "1", "MPLCONFIGDIR": str(away)}
+    setting |= {
+        "PATH": str(folder / "bin"),
+        "HOME": str(away),
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "MPLCONFIGDIR": str(away),
+    }
     return prefix, {"env": setting, "cwd": away}
 
 
