@@ -225,14 +225,15 @@ void bnfast_plan(bnfast_job *job)
         bnfast_plan_floor(job);
         return;
     }
-    if (job->inner >= PLANAR_INNER)
+    const int planar = job->inner >= PLANAR_INNER;
+    if (planar)
         bnfast_plan_planar(job);
     else
         bnfast_plan_interleaved(job);
-    /* What a call writes first is gone from the last-level cache by its end if the call touches more than that; half of
-     * it, as others use it too. */
+    /* What a call writes first is gone from the last-level cache by its end if the call touches more than that. What is
+     * reduced is read again and should not be displaced meanwhile, and interleaved rows that do not come from cache are best
+     * read as one stream: half of the cache then. */
     const ptrdiff_t bytes = job->outer * job->channels * job->inner * job->kernels->itemsize;
-    const ptrdiff_t arrays = job->u ? 3 : 2;
-    job->stream = bnfast_applies(job) && job->out != job->x && job->out != job->u &&
-                  arrays * bytes >= bnfast_last_level_bytes() / 2;
+    const ptrdiff_t arrays = job->u ? 3 : 2, room = bnfast_last_level_bytes() / (planar && !bnfast_reduces(job) ? 1 : 2);
+    job->stream = bnfast_applies(job) && job->out != job->x && job->out != job->u && arrays * bytes >= room;
 }
