@@ -21,7 +21,8 @@ enum {
     TASK_COLUMNS = 2048,
     FINISH_CHANNELS = 1024,
     REDUCE_BYTES = 1 << 19,
-    APPLY_BYTES = 1 << 18
+    APPLY_BYTES = 1 << 18,
+    COEFFICIENT_BYTES = 12 << 10 /* of a part of the columns that is mapped at once: a part of L1 */
 };
 
 static ptrdiff_t period(const bnfast_job *job) { return job->channels * job->inner; }
@@ -133,28 +134,36 @@ static void finish(const bnfast_job *job, const bnfast_block *block, ptrdiff_t i
     }
 }
 
-/* n_rows rows of n_columns, `stride` apart, from folded row `row` on. next: elements to what is needed next, or 0 */
+/* n_rows rows of n_columns, `stride` apart, from folded row `row` on, in parts whose coefficients stay in L1. next: elements
+ * to what is needed next, or 0 */
 static void apply(const bnfast_job *job, const bnfast_block *block, ptrdiff_t row, ptrdiff_t n_rows, ptrdiff_t stride,
                   ptrdiff_t n_columns, ptrdiff_t next)
 {
-    const ptrdiff_t offset = (row * row_stride(job) + block->first * job->inner) * job->kernels->itemsize;
-    const char *x = (const char *)job->x + offset, *u = job->u ? (const char *)job->u + offset : NULL;
+    const int gradient = bnfast_needs_gradient(job);
+    const ptrdiff_t size = job->kernels->itemsize, part = COEFFICIENT_BYTES / (gradient ? 6 : 3) / size;
+    const ptrdiff_t offset = (row * row_stride(job) + block->first * job->inner) * size;
+    const char *x = (const char *)job->x + offset, *u = job->u ? (const char *)job->u + offset : x;
+    const char *next_x = x + next * size, *next_u = u + next * size;
     char *out = (char *)job->out + offset;
-    bnfast_columns columns = {n_rows, n_columns, stride, stride, NULL, NULL};
-    if (next > 0) {
-        columns.next_x = x + next * job->kernels->itemsize;
-        columns.next_u = job->u ? u + next * job->kernels->itemsize : NULL;
-    }
+    bnfast_columns columns = {.n_rows = n_rows, .stride = stride, .out_stride = stride};
     if (block->packed_x) {
         columns.stride = block->width;
         x = block->packed_x;
-        u = block->packed_u;
+        u = job->u ? block->packed_u : x;
     }
     bnfast_note_infinity(job, x, n_rows, stride, n_columns);
-    if (bnfast_needs_gradient(job))
-        job->kernels->gradient_interleaved(x, u, out, &columns, &block->column, job->stream);
-    else
-        job->kernels->normalize_interleaved(bnfast_maps_u_only(job) ? u : x, out, &columns, &block->column, job->stream);
+    if (bnfast_maps_u_only(job))
+        x = u;
+    for (ptrdiff_t j = 0; j < n_columns; j += part) {
+        const bnfast_coefficients c = bnfast_coefficients_at(job, &block->column, j);
+        columns.n_columns = least(part, n_columns - j);
+        columns.next_x = next > 0 ? next_x + j * size : NULL;
+        columns.next_u = next > 0 && job->u ? next_u + j * size : NULL;
+        if (gradient)
+            job->kernels->gradient_interleaved(x + j * size, u + j * size, out + j * size, &columns, &c, job->stream);
+        else
+            job->kernels->normalize_interleaved(x + j * size, out + j * size, &columns, &c, job->stream);
+    }
 }
 
 /* All three steps for channels first .. first+n-1; `next`: whether those behind them come next */

@@ -192,6 +192,11 @@ static ALWAYS_INLINE void FN(map_rows)(const T *x, const T *u, T *out, const T *
                     if (next_u)
                         PREFETCH_L2(next_u + r * out_stride + j, 0);
                 }
+            else { /* a part of wide rows is not the one stream that the hardware expects */
+                PREFETCH_L2(x + j, 2 * columns->stride * (ptrdiff_t)sizeof(T));
+                if (gradient)
+                    PREFETCH_L2(u + j, 2 * columns->stride * (ptrdiff_t)sizeof(T));
+            }
             ELEMENTS(VN, 1);
         }
     }
