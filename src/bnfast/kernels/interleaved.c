@@ -151,7 +151,7 @@ static void apply(const bnfast_job *job, const bnfast_block *block, ptrdiff_t ro
         x = block->packed_x;
         u = job->u ? block->packed_u : x;
     }
-    bnfast_note_infinity(job, x, n_rows, stride, n_columns);
+    bnfast_note_infinity(job, x, n_rows, columns.stride, n_columns);
     if (bnfast_maps_u_only(job))
         x = u;
     for (ptrdiff_t j = 0; j < n_columns; j += part) {
