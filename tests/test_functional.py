@@ -229,18 +229,6 @@ def negative_strides(x, folder):
     return x[reverse].copy()[reverse]
 
 
-def one_negative_stride(x, folder):
-    return x[::-1].copy()[::-1]
-
-
-def broadcast_rows(x, folder):
-    return np.broadcast_to(x[:1], x.shape)
-
-
-def broadcast_last(x, folder):
-    return np.broadcast_to(x[..., :1], x.shape)
-
-
 def byte_swapped(x, folder):
     return x.astype(x.dtype.newbyteorder())
 
@@ -265,37 +253,6 @@ def memory_map(x, folder):
 
 def subclass(x, folder):
     return x.view(Subclass)
-
-
-def transposed(x, folder):
-    return np.ascontiguousarray(x.transpose(range(x.ndim)[::-1])).transpose(range(x.ndim)[::-1])
-
-
-def channels_last(x, folder):
-    return np.moveaxis(np.ascontiguousarray(np.moveaxis(x, 1, -1)), -1, 1)
-
-
-def absurd_stride_of_an_axis_of_one(x, folder):
-    longer = x[:, :, None]
-    strides = (*longer.strides[:2], 12345677, *longer.strides[3:])
-    return np.lib.stride_tricks.as_strided(longer, longer.shape, strides)
-
-
-VIEWS = [
-    with_gaps,
-    negative_strides,
-    one_negative_stride,
-    broadcast_rows,
-    broadcast_last,
-    byte_swapped,
-    misaligned,
-    read_only,
-    memory_map,
-    subclass,
-    transposed,
-    channels_last,
-    absurd_stride_of_an_axis_of_one,
-]
 
 
 def memory_of(array):
@@ -351,18 +308,6 @@ def assert_as_contiguous(arguments, axis=1):
             assert not any(np.may_share_memory(result, argument) for argument in arguments), name
 
 
-@pytest.mark.parametrize("which", [(0,), (1, 2), (0, 1, 2)], ids=["x", "dy_and_v", "all"])
-@pytest.mark.parametrize("view", VIEWS, ids=lambda view: view.__name__)
-@pytest.mark.parametrize("shape", [(9, 5), (4, 3, 5, 6)], ids=["2d", "4d"])
-def test_any_view_gives_the_bits_of_its_contiguous_copy(make_data, dtype, tmp_path, shape, view, which):
-    arguments = list(make_data(shape, dtype))
-    for i in which:
-        arguments[i] = view(arguments[i], tmp_path)
-    for i in range(3):
-        arguments[i] = arguments[i].reshape(arguments[which[0]].shape)
-    assert_as_contiguous(arguments)
-
-
 PARAMETER_VIEWS = [with_gaps, negative_strides, byte_swapped, misaligned, read_only, memory_map, subclass]
 
 
@@ -376,39 +321,6 @@ def test_parameters_may_be_any_view(make_data, dtype, tmp_path, view):
     expected = F.batch_norm_backward(dy, x, *statistics[:2])
     for a, b in zip(F.batch_norm_backward(dy, x, *(view(s, tmp_path) for s in statistics[:2])), expected, strict=True):
         assert_same_bits(a, b)
-
-
-@st.composite
-def geometries(draw, shape):
-    """(order of the axes in memory, step along each; 0: broadcast)."""
-    axes = draw(st.permutations(range(len(shape))))
-    steps = draw(st.lists(st.sampled_from([1, 1, 1, 2, 3, -1, -2, 0]), min_size=len(shape), max_size=len(shape)))
-    return axes, steps
-
-
-def view_of(rng, shape, dtype, geometry):
-    """Random values seen through a geometry."""
-    axes, steps = geometry
-    memory = rng.normal(1, 2, [shape[i] * max(1, abs(steps[i])) for i in axes]).astype(dtype)
-    view = memory.transpose(np.argsort(axes))
-    view = view[tuple(slice(None, None, step) if step else slice(1) for step in steps)]
-    return np.broadcast_to(view, shape)
-
-
-@settings(max_examples=200)
-@given(data=st.data(), double=st.booleans(), seed=st.integers(0, 2**32 - 1))
-def test_any_geometry_gives_the_bits_of_its_contiguous_copy(data, double, seed):
-    shape = data.draw(st.lists(st.integers(1, 6), min_size=2, max_size=5).filter(lambda shape: np.prod(shape) > 1))
-    long_enough = [i for i, n in enumerate(shape) if np.prod(shape) // n > 1]
-    axis = data.draw(st.sampled_from(long_enough or [shape.index(1)]))
-    rng = np.random.default_rng(seed)
-    dtype = np.float64 if double else np.float32
-    x, dy, v = (view_of(rng, shape, dtype, data.draw(geometries(shape))) for _ in range(3))
-    parameters = rng.normal(size=(4, shape[axis])).astype(dtype)
-    arguments = [x, dy, v, *parameters]
-    for same_axis in (axis, axis - x.ndim):
-        assert_as_contiguous(arguments, axis=same_axis)
-    check_batch_norm(F.batch_norm(x, *parameters[:2], axis=axis), x, *parameters[:2], axis=axis)
 
 
 def test_lists_are_float64_arrays():
@@ -499,24 +411,6 @@ def test_out_receives_the_same_bits(make_data, isa, dtype, layout, call):
         data = make_data(shape, dtype).placed(layout)
         out = np.full_like(data.x, np.nan)
         assert_out(call, data.x, data.dy, parameters_of(data, layout.axis), out, axis=layout.axis)
-
-
-@every_call
-@pytest.mark.parametrize(
-    "view", [transposed, channels_last, negative_strides, misaligned, subclass], ids=lambda view: view.__name__
-)
-def test_out_may_have_another_layout(make_data, dtype, tmp_path, call, view):
-    for shape in [(9, 5), (4, 3, 5, 6)]:
-        data = make_data(shape, dtype)
-        assert_out(call, data.x, data.dy, parameters_of(data), view(np.full_like(data.x, np.nan), tmp_path))
-
-
-@every_call
-def test_out_with_gaps_keeps_what_is_between(make_data, dtype, call):
-    data = make_data((4, 3, 5, 6), dtype)
-    memory = np.full((4, 3, 5, 12), 77, dtype)
-    assert_out(call, data.x, data.dy, parameters_of(data), memory[..., ::2])
-    assert (memory[..., 1::2] == 77).all()
 
 
 @every_call
