@@ -62,6 +62,7 @@ assert y is x
 # in place: what x was is known from the block
 at = np.arange(0, flat.size, 65_537)
 at = np.concatenate([at, np.arange(flat.size - 5000, flat.size), np.arange(2**31 - 5000, 2**31 + 5000)])
+at = at[at < flat.size]
 was = block[at % block.size].astype(np.float64)
 was[at == flat.size - 1] = 12
 c = np.unravel_index(at, shape)[axis]

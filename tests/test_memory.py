@@ -1,5 +1,5 @@
-"""Memory safety: the C driver (tests/c/driver.c) plain and under its tools; no growth. Layouts are in test_layouts.py, large
-arrays in test_big_arrays.py, the suite under sanitizers is tools/sanitize.
+"""Memory safety: the C driver (tests/c/driver.c) plain and under its tools; no growth. Layouts are in
+test_layouts.py, large arrays in test_big_arrays.py, the suite under sanitizers is tools/sanitize.
 """
 
 import gc
