@@ -243,6 +243,21 @@ def test_bits_do_not_depend_on_streaming_stores(isa, dtype, shape):
     assert_same_bits(F.batch_norm(x, out=x)[0], y, "y over x")
 
 
+@pytest.mark.parametrize("shape", [(3, 2, -1), (20, -1, 49)], ids=str)
+def test_bits_of_eval_do_not_depend_on_streaming_stores(isa, shape):
+    """Planar and without a reduction: written around the cache where x and y exceed all of it."""
+    last_level = _core.cache_bytes()[1]
+    if last_level > 2**27:
+        pytest.skip(f"a last-level cache of {last_level >> 20} MiB would need too much memory")
+    length = last_level // 2 // 4 // -np.prod(shape) + 17
+    x = np.random.default_rng(0).standard_normal([length if n < 0 else n for n in shape], np.float32)
+    assert 2 * x.nbytes > last_level
+    mean, var, odd = np.full(x.shape[1], 0.1), np.full(x.shape[1], 0.7), at(x, 3)
+    y = F.batch_norm_eval(x, mean, var)
+    assert_same_bits(F.batch_norm_eval(x, mean, var, out=odd), y, "y, streamed to odd addresses")
+    assert_same_bits(F.batch_norm_eval(x, mean, var, out=x), y, "y over x")
+
+
 def fresh_process(code_or_script, **environment):
     environment = {**{k: v for k, v in os.environ.items() if not k.startswith("BNFAST_")}, **environment}
     command = [sys.executable, *code_or_script]

@@ -21,7 +21,7 @@ needs_proc = pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="th
 
 HEAD = """
 import faulthandler, hashlib, os, random, sys, threading, time
-faulthandler.dump_traceback_later(300, exit=True)
+faulthandler.dump_traceback_later(1200, exit=True)
 import numpy as np
 import bnfast
 from bnfast import functional as F
@@ -121,7 +121,7 @@ while any(thread.is_alive() for thread in threads):
     time.sleep(0.0005)
 for thread in threads:
     thread.join()
-deadline = time.monotonic() + 1.0
+deadline = time.monotonic() + 10.0
 while tasks() > start + 1 and time.monotonic() < deadline:
     time.sleep(0.005)
 assert not errors, errors
@@ -155,8 +155,11 @@ for _ in range(3):
     for turn in turns:
         turn.release()
         back.acquire()
-        time.sleep(0.02)
-        found.append(tasks() - start - sum(t.is_alive() for t in threads))
+        asleep = lambda: tasks() - start - sum(t.is_alive() for t in threads)
+        deadline = time.monotonic() + 5 # threads of a pool that was given back have to end
+        while asleep() > 64 and time.monotonic() < deadline:
+            time.sleep(0.005)
+        found.append(asleep())
 for thread in threads:
     thread.join()
 print(*found)
@@ -240,7 +243,7 @@ def evaluate(bn, choose):
 WORK = [train] * 6 + [backward] * 4 + [look] * 3 + [reset, load, calibrate, evaluate]
 def work(seed):
     choose = random.Random(seed)
-    while time.monotonic() < end:
+    while time.monotonic() < end or (len(counts) < len(set(WORK)) and time.monotonic() < end + 60):
         function = choose.choice(WORK)
         function(choose.choice(layers), choose)
         counts[function.__name__] = counts.get(function.__name__, 0) + 1
@@ -260,7 +263,7 @@ for bn in layers: # and they work on
     assert bn.running_var.tobytes() == new.running_var.tobytes()
 print("never corrupt")
 """
-    assert run_script(HEAD + body, seconds, timeout=60 + 3 * seconds) == "never corrupt"
+    assert run_script(HEAD + body, seconds, timeout=120 + 3 * seconds) == "never corrupt"
 
 
 # --- stopped, moved, ended -----------------------------------------------------------------------------------
@@ -368,12 +371,11 @@ def test_the_instruction_set_may_change_while_threads_compute():
     """As the fixtures do: each call takes one set of kernels as a whole."""
     x = np.random.default_rng(0).standard_normal((16, 8, 40, 40)).astype(np.float32)
     names = [name for name, (_, supported) in _core.isas().items() if supported]
-    before, expected, wrong, stop = _core.isa(), bnfast.moments(x), [], threading.Event()
+    before, expected, right, stop = _core.isa(), bnfast.moments(x), [], threading.Event()
 
     def work():
         while not stop.is_set():
-            if bnfast.moments(x) != expected:
-                wrong.append(1)
+            right.append(bnfast.moments(x) == expected)
 
     threads = [threading.Thread(target=work) for _ in range(2)]
     for thread in threads:
@@ -387,4 +389,5 @@ def test_the_instruction_set_may_change_while_threads_compute():
         for thread in threads:
             thread.join()
         _core.select_isa(before)
-    assert not wrong
+    assert len(right) > 10
+    assert all(right)

@@ -340,7 +340,8 @@ def test_ctrl_c_waits_for_one_kernel_at_most():
 def test_signals_to_the_workers_and_from_children(seconds):
     """Handlers run in the main thread; neither results nor waits are disturbed."""
     body = """
-import ctypes, subprocess
+import ctypes, platform, subprocess
+tgkill = {"x86_64": 234, "aarch64": 131}[platform.machine()]
 libc, main = ctypes.CDLL(None, use_errno=True), threading.get_ident()
 seen, stop, sent = {signal.SIGUSR1: 0, signal.SIGCHLD: 0}, threading.Event(), 0
 def handle(number, frame):
@@ -358,27 +359,28 @@ def send():
     while not stop.is_set():
         for tid in map(int, os.listdir("/proc/self/task")):
             if tid not in (me, main_tid):
-                libc.syscall(234, os.getpid(), tid, int(signal.SIGUSR1))
+                libc.syscall(tgkill, os.getpid(), tid, int(signal.SIGUSR1))
                 sent += 1
         time.sleep(0.0005)
 sender = threading.Thread(target=send)
 sender.start()
-end = time.monotonic() + float(sys.argv[1])
-while time.monotonic() < end:
+enough = lambda: sent > 50 and seen[signal.SIGUSR1] > 20 and seen[signal.SIGCHLD] > 1
+begin = time.monotonic()
+while time.monotonic() < begin + float(sys.argv[1]) or not enough():
+    assert time.monotonic() < begin + float(sys.argv[1]) + 60, (sent, seen)
     child = subprocess.Popen(["true"])
     for _ in range(20):
         assert F.batch_norm(x)[0].tobytes() == expected
     child.wait()
 stop.set()
 sender.join()
-assert sent > 50 and seen[signal.SIGUSR1] > 20 and seen[signal.SIGCHLD] > 1, (sent, seen)
 print("undisturbed")
 """
-    assert run_script(HEAD + body, seconds, timeout=60 + seconds) == "undisturbed"
+    assert run_script(HEAD + body, seconds, timeout=120 + seconds) == "undisturbed"
 
 
 @needs_posix
-def test_sigterm_in_the_middle_of_training_saves_what_a_step_left():
+def test_sigterm_in_the_middle_of_training_finds_what_a_step_left():
     """A handler that turns SIGTERM into SystemExit, and atexit that looks at the layer."""
     body = """
 import atexit
@@ -391,6 +393,7 @@ bn.reset_running_stats()
 @atexit.register
 def at_the_end():
     print(look(bn)[0][4:] == states[bn.num_batches_tracked], bn.num_batches_tracked > 0, flush=True)
+bn(x)
 signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))
 print("begin", flush=True)
 while True:

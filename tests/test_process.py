@@ -63,7 +63,7 @@ print("alone")
 
 
 @needs_linux
-def test_import_starts_no_thread_opens_no_file_and_keeps_its_modules_to_itself():
+def test_import_starts_no_thread_and_opens_no_file():
     body = """
 import os, sys
 import numpy as np

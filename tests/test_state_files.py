@@ -1,4 +1,4 @@
-"""Files of a layer: exact round trips, nothing lost by kills, full disks or other writers, no damage that is accepted.
+"""Files of a layer: exact round trips, what a file keeps, no damage that is accepted.
 
 Pickles are here as far as they are damaged; test_layer.py has the rest of them.
 """
@@ -10,6 +10,7 @@ import json
 import os
 import pickle
 import random
+import re
 import subprocess
 import sys
 import tracemalloc
@@ -500,8 +501,12 @@ def test_loading_takes_at_most_five_times_the_file(tmp_path):
 def test_what_cannot_be_read_is_an_oserror(tmp_path):
     with pytest.raises(FileNotFoundError):
         BatchNorm.load(tmp_path / "none")
-    with pytest.raises(IsADirectoryError):
+    with pytest.raises(OSError, match=re.escape(str(tmp_path))):  # a folder: of what kind depends on the system
         BatchNorm.load(tmp_path)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no pipes with names")
+def test_what_is_no_file_is_refused(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path / "pipe", "/dev/zero"):
         with pytest.raises(StateError, match="regular file"):

@@ -2,21 +2,24 @@
 
 import contextlib
 import errno
-import fcntl
 import json
 import os
-import resource
 import stat
 import subprocess
 import sys
+import tempfile
 import threading
+from pathlib import Path
 
 import pytest
-import saving
-from campaign import short_and_long
-from saving import mark_of, marked, temporaries
 
-from bnfast import BatchNorm, state
+fcntl = pytest.importorskip("fcntl", reason="this system has no locks of files: what these tests are about")
+resource = pytest.importorskip("resource", reason="this system has no limits of processes")
+import saving  # noqa: E402 (behind the skips)
+from campaign import short_and_long  # noqa: E402
+from saving import mark_of, marked, temporaries  # noqa: E402
+
+from bnfast import BatchNorm, state  # noqa: E402
 
 
 def in_a_process(what, folder, number, limit):
@@ -236,42 +239,59 @@ def test_the_mode_of_the_target_is_kept(tmp_path):
     assert mark_of(BatchNorm.load(path)) == 1
 
 
+@pytest.fixture
+def folder_of_nobody():
+    """A folder that everybody may reach; nobody's, if root runs the tests."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:  # pytest's own are root's alone
+        os.chmod(folder, 0o755)
+        if not os.geteuid():
+            os.chown(folder, 65534, 65534)
+        yield Path(folder)
+
+
 @contextlib.contextmanager
-def nobody(folder):
-    """As a user who is not root, in a folder of theirs."""
-    before, root = os.getcwd(), not os.geteuid()
-    os.chdir(folder)  # the folders above may be root's alone
+def as_nobody():
+    """As a user who is not root."""
+    root = not os.geteuid()
     if root:
-        os.chown(folder, 65534, 65534)
         os.seteuid(65534)
     try:
         yield
     finally:
         if root:
             os.seteuid(0)
-        os.chdir(before)
 
 
-def test_a_file_that_may_not_be_written_is_not_replaced(tmp_path):
-    path = tmp_path / "bn"
-    marked(0, 10).save(path)
-    path.chmod(0o444)
-    inode = path.stat().st_ino
-    with nobody(tmp_path), pytest.raises(PermissionError):
-        marked(1, 10).save("bn")
+def test_a_file_that_may_not_be_written_is_not_replaced(folder_of_nobody):
+    path = folder_of_nobody / "bn"
+    with as_nobody():
+        marked(0, 10).save(path)
+        path.chmod(0o444)
+        inode = path.stat().st_ino
+        with pytest.raises(PermissionError):
+            marked(1, 10).save(path)
     assert path.stat().st_ino == inode
     assert mark_of(BatchNorm.load(path)) == 0
-    assert os.listdir(tmp_path) == ["bn"]
+    assert os.listdir(folder_of_nobody) == ["bn"]
 
 
-def test_a_folder_that_may_not_be_written(tmp_path):
-    tmp_path.chmod(0o555)
-    try:
-        with nobody(tmp_path), pytest.raises(PermissionError):
-            marked(1, 10).save("bn")
-    finally:
-        tmp_path.chmod(0o755)
-    assert os.listdir(tmp_path) == []
+def test_a_folder_that_may_not_be_written(folder_of_nobody):
+    with as_nobody():
+        folder_of_nobody.chmod(0o555)
+        with pytest.raises(PermissionError):
+            marked(1, 10).save(folder_of_nobody / "bn")
+        assert os.listdir(folder_of_nobody) == []
+        folder_of_nobody.chmod(0o755)
+        marked(1, 10).save(folder_of_nobody / "bn")
+    assert mark_of(BatchNorm.load(folder_of_nobody / "bn")) == 1
+
+
+def test_a_folder_that_may_be_written_but_not_listed(folder_of_nobody):
+    with as_nobody():
+        folder_of_nobody.chmod(0o300)
+        marked(1, 10).save(folder_of_nobody / "bn")
+        folder_of_nobody.chmod(0o755)
+    assert mark_of(BatchNorm.load(folder_of_nobody / "bn")) == 1
 
 
 def test_a_target_that_is_no_file_is_refused(tmp_path):

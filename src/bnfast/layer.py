@@ -764,7 +764,7 @@ class BatchNorm:
             If the layer could not be loaded again, as a parameter or statistic is not finite, or was replaced by
             something that does not fit. Nothing is written.
         OSError
-            If the file cannot be written. The one that is there is unchanged.
+            If the file cannot be written. What is there is the old file or the new one, whole.
 
         Examples
         --------
@@ -856,7 +856,7 @@ class BatchNorm:
                 _check_names(averaged, ["batches"])
                 averaged = arrays.pop("averaged_mean"), arrays.pop("averaged_var"), averaged["batches"]
             return BatchNorm._restored(description, arrays, exact, averaged)
-        except StateError:
+        except (StateError, MemoryError):
             raise
         except KeyError as error:
             raise StateError(f"missing {error}") from error

@@ -263,6 +263,7 @@ int bnfast_openmp_run_together(int n, void (*job)(int i, void *context), void *c
     if (forked_serial || omp_in_parallel() || possible_team(n) < n)
         return 0;
     add(&callers, 1);
+    add(&busy, n - 1);
     set_pool_size(n - 1);
 #pragma omp parallel num_threads(n)
     if (omp_get_num_threads() == n) { /* less: OMP_THREAD_LIMIT, OMP_DYNAMIC; the same for all that are here */
@@ -270,6 +271,7 @@ int bnfast_openmp_run_together(int n, void (*job)(int i, void *context), void *c
             together = 1;
         job(omp_get_thread_num(), context);
     }
+    add(&busy, 1 - n);
     add(&callers, -1);
     return together;
 }

@@ -38,6 +38,7 @@ DESCRIPTION = "__bnfast__"
 DTYPES = {np.dtype(name) for name in ("<f4", "<f8", "<i8", "u1")}
 ENTRY = b"PK\x01\x02"  # of the archive's directory: a member; or, once in 4 GiB, any four bytes
 MAX_MEMBERS = 16
+TRIES = 100  # other processes may take our temporary file for a dead one's before it is locked
 MAX_DESCRIPTION = 4096  # bytes; ours have about 400
 MAX_HEADER = 1024  # characters; those of ours have less than 128
 MARK = b"bnfast sha256 "
@@ -94,7 +95,7 @@ def decode(data: bytes) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
             raise StateError(f"expected a description of at most {MAX_DESCRIPTION} bytes, got {len(text)}")
         description = json.loads(text)
         found = description.pop("format")
-    except StateError:
+    except (StateError, MemoryError):
         raise
     except Exception as error:  # zipfile, NumPy and json raise a dozen kinds
         raise StateError(f"not the archive of a layer ({type(error).__name__})") from error
@@ -170,9 +171,11 @@ def replace(path: str | os.PathLike[str], data: bytes) -> None:
     folder = os.path.dirname(target)
     mode = _mode(target)
     _remove_stale(folder)
-    while not _written(os.path.join(folder, f".tmp-bnfast-{secrets.token_hex(8)}"), target, mode, data):
-        pass
-    _sync_folder(folder)
+    for _ in range(TRIES):
+        if _written(os.path.join(folder, f".tmp-bnfast-{secrets.token_hex(8)}"), target, mode, data):
+            _sync_folder(folder)
+            return
+    raise OSError(errno.EBUSY, "every temporary file was removed at once", folder)
 
 
 def _written(temporary: str, target: str, mode: int | None, data: bytes) -> bool:
@@ -184,7 +187,7 @@ def _written(temporary: str, target: str, mode: int | None, data: bytes) -> bool
     try:
         with open(temporary, "xb", opener=new) as file:
             _lock(file.fileno(), wait=True)
-            if not os.fstat(file.fileno()).st_nlink:
+            if not _has_name(file.fileno(), temporary):
                 return False
             if mode is not None:
                 os.chmod(temporary, mode)
@@ -198,6 +201,14 @@ def _written(temporary: str, target: str, mode: int | None, data: bytes) -> bool
         _unlink(temporary)
         raise
     return True
+
+
+def _has_name(descriptor: int, path: str) -> bool:
+    """Whether it is still this file that lies there. (Not every file system counts links.)"""
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.lstat(path))
+    except FileNotFoundError:
+        return False
 
 
 def _named(path: str | os.PathLike[str]) -> str:
@@ -231,7 +242,11 @@ def _remove_stale(folder: str) -> None:
     """Remove the temporary files of processes that have died."""
     if not fcntl:
         return
-    for name in os.listdir(folder):
+    try:
+        names = os.listdir(folder)
+    except OSError:  # one may write into it, but not look
+        return
+    for name in names:
         if not TEMPORARY.fullmatch(name):
             continue
         path = os.path.join(folder, name)
@@ -266,7 +281,10 @@ def _sync_folder(folder: str) -> None:
     """So that the new name is on disk, too."""
     if not fcntl:  # Windows cannot
         return
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except PermissionError:  # one may write into it, but not look; the file is there
+        return
     try:
         os.fsync(descriptor)
     except OSError as error:

@@ -3,7 +3,7 @@
  * Every operation is reduce, finish, apply. What one leaf call reduces is a *segment*; segments depend on the
  * shape and the layout alone and are merged in index order, as a tree, so the bits of a result depend neither on
  * the number of threads nor on how the tasks are scheduled. A *block* is a range of channels whose three steps
- * are done back to back while the data are in cache; where channels are few or too long for that, the whole array
+ * are done back to back while the data are in cache (the last one perhaps while the next block is reduced); where channels are few or too long for that, the whole array
  * is one block and each step is a phase of its own, split over rows.
  *
  * The caller fills the first part, calls bnfast_plan, gives `workspace`, then runs the phases one after another,

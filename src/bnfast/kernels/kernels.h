@@ -6,7 +6,7 @@
  *   interleaved  neighbours belong to different columns, a column to one channel (NHWC, NC)
  *
  * A *leaf* is an inner loop over one dtype for one instruction set. Every operation of the package is the
- * same three steps: reduce (leaf), finish (finish.c), apply (leaf). The leaves see one segment at a time; who
+ * same three steps: reduce (leaf), finish (finish.c), apply (leaf). The leaves see one segment at a time, of one or of several channels; who
  * decides what a segment is, and in which order the results are merged, stands in job.h. A leaf knows no
  * Python, no NumPy, no OpenMP and no malloc, and gives the same bits for every instruction set: sums run in two
  * chains of fixed virtual lanes (64 bytes each: 16 float32 or 8 float64), and nothing is contracted into an fma.

@@ -91,7 +91,6 @@ const bnfast_kernels FN(bnfast_table) = {
 #undef AHEAD
 #undef COLUMNS
 #undef TILE_ROWS
-#undef ROWS_AHEAD
 #undef PIVOT_COLUMNS
 #undef PIVOT_CHANNELS
 #undef TAKE_STEPS

@@ -12,7 +12,7 @@
  * Relative error of m2 for float32: 1e-8 typically, 2e-7 in small segments, 1e-6 where one outlier is most of it.
  * Memory traffic: one read. */
 
-/* SAMPLES: elements for a pivot, spread over the segment, a power of two. COLUMNS, CHANNELS: pivots at once */
+/* SAMPLES: elements for a pivot, spread over the segment, a power of two. PIVOT_COLUMNS, PIVOT_CHANNELS: pivots at once */
 #define PIVOT_SAMPLES 16
 #define COLUMN_SAMPLES 8
 #define PIVOT_COLUMNS 256

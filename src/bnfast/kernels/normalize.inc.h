@@ -97,7 +97,7 @@ static ALWAYS_INLINE ptrdiff_t FN(vectors_left)(const bnfast_writer *w) { return
 static ALWAYS_INLINE int FN(written)(const bnfast_writer *w) { return w->row == w->runs.n_rows; }
 
 /* At least n elements more, or all that is left. A row is written as one run: a vector may begin in one channel and end in
- * the next, so that no line of memory is written in two parts. Channels have at least VN elements. */
+ * the next, so that no line of memory is written in two parts. Channels have at least VN elements, but for one that is alone. */
 static ALWAYS_INLINE void FN(write_map)(bnfast_writer *w, ptrdiff_t n, int gradient, int stream)
 {
     const bnfast_coefficients *c = &w->coefficients;
@@ -192,7 +192,7 @@ static ALWAYS_INLINE void FN(map_rows)(const T *x, const T *u, T *out, const T *
                     if (next_u)
                         PREFETCH_L2(next_u + r * out_stride + j, 0);
                 }
-            else { /* a part of wide rows is not the one stream that the hardware expects */
+            else if (n_columns < columns->stride) { /* a part of wide rows is not the one stream that the hardware expects */
                 PREFETCH_L2(x + j, 2 * columns->stride * (ptrdiff_t)sizeof(T));
                 if (gradient)
                     PREFETCH_L2(u + j, 2 * columns->stride * (ptrdiff_t)sizeof(T));

@@ -66,7 +66,7 @@ static bnfast_writer writer_of(const bnfast_job *job, const bnfast_block *block,
         (row * row_stride(job) + (block->first + i) * job->inner + begin) * job->kernels->itemsize;
     bnfast_writer writer = {
         .x = (const char *)job->x + offset,
-        .u = (const char *)job->u + offset,
+        .u = job->u ? (const char *)job->u + offset : NULL,
         .out = (char *)job->out + offset,
         .runs = {n_rows, row_stride(job), n_channels, length},
         .coefficients = bnfast_coefficients_at(job, &block->channel, i),
@@ -125,16 +125,14 @@ static int writes_later(const bnfast_job *job)
 /* The steps for channels first .. first+n-1, but perhaps for the last. `next`: whether those behind them come next */
 static void do_block(const bnfast_job *job, ptrdiff_t first, ptrdiff_t n, int next, pending *p)
 {
-    char *scratch = (char *)p + PENDING_BYTES + p->odd * (job->scratch_bytes - PENDING_BYTES) / 2;
+    char *scratch = (char *)p + PENDING_BYTES + p->odd * ((job->scratch_bytes - PENDING_BYTES) / 2);
     const bnfast_block block = bnfast_block_in(job, scratch, first, n, 1);
     bnfast_writer *writer = p->active ? &p->writer : NULL;
     bnfast_prepare(job, &block);
-    for (ptrdiff_t s = 0; s < job->n_segments; s++)
-        if (job->segment_length == job->inner)
-            reduce(job, &block, s, 0, n, writer);
-        else
-            for (ptrdiff_t i = 0; i < n; i++)
-                reduce(job, &block, s, i, 1, writer);
+    const ptrdiff_t together = job->segment_length == job->inner ? n : 1; /* channels; of cut rows one after another */
+    for (ptrdiff_t i = 0; i < n; i += together)
+        for (ptrdiff_t s = 0; s < job->n_segments; s++)
+            reduce(job, &block, s, i, together, writer);
     if (writer)
         job->kernels->write_rest(writer);
     finish(job, &block, 0, n);
@@ -142,8 +140,9 @@ static void do_block(const bnfast_job *job, ptrdiff_t first, ptrdiff_t n, int ne
         return;
     p->writer = writer_of(job, &block, 0, n, 0, job->outer, 0, job->inner);
     p->active = 1;
-    p->odd = !p->odd;
-    if (!writes_later(job)) {
+    if (writes_later(job))
+        p->odd = !p->odd;
+    else {
         p->writer.ahead = next ? n * job->inner : 0;
         write_pending(job, p);
     }
@@ -157,6 +156,8 @@ static void blocks_task(const bnfast_job *job, ptrdiff_t index, int thread)
         const ptrdiff_t n = least(job->block_channels, end - first);
         do_block(job, first, n, first + n < end, pending_of(job, thread));
     }
+    if (job->stream)
+        bnfast_stream_fence();
 }
 
 /* What the threads have left. */
@@ -234,7 +235,7 @@ static void plan_blocks(bnfast_job *job, ptrdiff_t channel_bytes)
     const ptrdiff_t n = least(bnfast_l2_bytes() / 2 / channel_bytes, share);
     job->block_channels = n < 1 ? 1 : n;
     job->task_channels = share / job->block_channels * job->block_channels;
-    job->scratch_bytes = PENDING_BYTES + 2 * bnfast_block_bytes(job, job->block_channels, 1);
+    job->scratch_bytes = PENDING_BYTES + (writes_later(job) ? 2 : 1) * bnfast_block_bytes(job, job->block_channels, 1);
     job->workspace_bytes = job->scratch_bytes * threads;
     job->phases[job->n_phases++] = (bnfast_phase){begin_task, 1};
     job->phases[job->n_phases++] =

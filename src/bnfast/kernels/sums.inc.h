@@ -12,7 +12,6 @@
  * memory that the hardware follows. */
 #define COLUMNS ((ptrdiff_t)(4096 / sizeof(T)))
 #define TILE_ROWS 16
-#define ROWS_AHEAD TILE_ROWS
 
 /* How many elements ahead of the sums memory is asked for: the sums of a block are not the simple stream that the hardware
  * expects. */
@@ -214,9 +213,9 @@ static ALWAYS_INLINE void FN(sums_of_columns_as)(const T *x, const T *u, ptrdiff
     }
     for (ptrdiff_t r = 0; r < n_rows; r += TILE_ROWS) {
         const ptrdiff_t rows = n_rows - r < TILE_ROWS ? n_rows - r : TILE_ROWS;
-        ptrdiff_t c = 0, ahead = ROWS_AHEAD * stride;
-        if (r + ROWS_AHEAD >= n_rows)
-            ahead = next + (n_rows < ROWS_AHEAD ? 0 : ROWS_AHEAD - n_rows) * stride;
+        ptrdiff_t c = 0, ahead = TILE_ROWS * stride;
+        if (r + TILE_ROWS >= n_rows)
+            ahead = next + (n_rows < TILE_ROWS ? 0 : TILE_ROWS - n_rows) * stride;
 #define TILE(vectors, n)                                                                                               \
     FN(sums_of_tile)(x + r * stride, u + r * stride, rows, stride, packed_x ? packed_x + r * packed_stride : NULL,     \
                      packed_x ? packed_u + r * packed_stride : NULL, packed_stride, centers, c, vectors, n, with_u,    \
