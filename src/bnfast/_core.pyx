@@ -16,7 +16,7 @@ cimport numpy as cnp
 from cpython.object cimport PyObject_GenericGetAttr, PyObject_GenericSetAttr
 from cpython.number cimport PyNumber_Index
 from cpython.mem cimport PyMem_RawFree, PyMem_RawMalloc
-from cython.parallel cimport prange, threadid
+from cython.parallel cimport prange
 from libc.stdint cimport uintptr_t
 from libc.string cimport memcpy, memset
 
@@ -50,6 +50,7 @@ cdef extern from "kernels/job.h" nogil:
     ctypedef struct bnfast_phase:
         void (*task)(const bnfast_job *job, Py_ssize_t index, int thread) noexcept nogil
         Py_ssize_t n_tasks
+        int backwards
 
     ctypedef struct bnfast_job:
         const bnfast_kernels *kernels
@@ -93,6 +94,12 @@ cdef extern from "openmp.h" nogil:
     int bnfast_openmp_enter(int budget) noexcept
     void bnfast_openmp_leave(int budget, int team) noexcept
     int bnfast_openmp_take_shortage() noexcept
+
+    ctypedef struct bnfast_share:
+        pass
+
+    void bnfast_share_out(bnfast_share *shares, int n_shares, Py_ssize_t n_tasks, int backwards) noexcept
+    Py_ssize_t bnfast_take(bnfast_share *share) noexcept
     unsigned long long bnfast_float_control() noexcept
     void bnfast_set_float_control(unsigned long long control) noexcept
 
@@ -437,35 +444,51 @@ cdef bnfast_job new_job(bnfast_operation operation) noexcept:
 cdef void run_alone(bnfast_job *job) noexcept nogil:
     """The phases one after another, on this thread."""
     cdef int phase
-    cdef Py_ssize_t i
     for phase in range(job.n_phases):
-        for i in range(job.phases[phase].n_tasks):
-            job.phases[phase].task(job, i, 0)
+        run_phase_alone(job, &job.phases[phase])
 
 
-cdef void run(bnfast_job *job) noexcept:
+cdef void run_phase_alone(bnfast_job *job, bnfast_phase *phase) noexcept nogil:
+    cdef Py_ssize_t i, n = phase.n_tasks
+    for i in range(n):
+        phase.task(job, n - 1 - i if phase.backwards else i, 0)
+
+
+cdef void run(bnfast_job *job, bnfast_share *shares) noexcept:
     """The parallel loop: the phases one after another, the tasks of each on job.n_threads threads, without the GIL.
 
     It lets go of the GIL itself: in a function without it, Cython's prange asks CPython whether there is one to let go
     of, and before 3.12 the answer is wrong once there has been a sub-interpreter; the process aborts.
     """
-    cdef int phase, n_threads = job.n_threads
-    cdef Py_ssize_t i, n
+    cdef int p, thread, n_threads = job.n_threads
+    cdef bnfast_phase *phase
     cdef unsigned long long control, workers_own
     with nogil:
         control = bnfast_float_control()
-        for phase in range(job.n_phases):
-            n = job.phases[phase].n_tasks
-            if n_threads == 1 or n == 1:
-                for i in range(n):
-                    job.phases[phase].task(job, i, 0)
-            else:
-                for i in prange(n, schedule="dynamic", chunksize=1, num_threads=n_threads):
-                    bnfast_rivals_exclude_me()
-                    workers_own = bnfast_float_control()
-                    bnfast_set_float_control(control)
-                    job.phases[phase].task(job, i, threadid())
-                    bnfast_set_float_control(workers_own)
+        for p in range(job.n_phases):
+            phase = &job.phases[p]
+            if n_threads == 1 or phase.n_tasks == 1:
+                run_phase_alone(job, phase)
+                continue
+            bnfast_share_out(shares, n_threads, phase.n_tasks, phase.backwards)
+            for thread in prange(n_threads, schedule="static", chunksize=1, num_threads=n_threads):
+                bnfast_rivals_exclude_me()
+                workers_own = bnfast_float_control()
+                bnfast_set_float_control(control)
+                run_shares(job, phase, shares, thread)
+                bnfast_set_float_control(workers_own)
+
+
+cdef void run_shares(bnfast_job *job, bnfast_phase *phase, bnfast_share *shares, int thread) noexcept nogil:
+    """A thread's own share of the tasks of a phase, and what is left of the others'."""
+    cdef int i
+    cdef Py_ssize_t task
+    for i in range(job.n_threads):
+        while True:
+            task = bnfast_take(&shares[(thread + i) % job.n_threads])
+            if task < 0:
+                break
+            phase.task(job, task, thread)
 
 
 cpdef int team_for(Py_ssize_t elements) except -1:
@@ -480,7 +503,9 @@ cpdef int team_for(Py_ssize_t elements) except -1:
 cdef int compute(bnfast_job *job, cnp.ndarray x) except -1:
     """Plans and runs a job whose arrays are set; job.u, if any, lies as x does."""
     cdef Py_ssize_t elements = job.outer * job.channels * job.inner
+    cdef Py_ssize_t shares_bytes
     cdef char *memory
+    cdef bnfast_share *shares
     cdef bint small = elements < SMALL
     cdef int budget = 1
     job.kernels = bnfast_active(cnp.PyArray_ITEMSIZE(x))
@@ -489,16 +514,18 @@ cdef int compute(bnfast_job *job, cnp.ndarray x) except -1:
         budget = team_for(elements)
         job.n_threads = bnfast_openmp_enter(budget)
     bnfast_plan(job)
-    memory = <char *>PyMem_RawMalloc(job.workspace_bytes + 64)
+    shares_bytes = 0 if small else job.n_threads * <Py_ssize_t>sizeof(bnfast_share)
+    memory = <char *>PyMem_RawMalloc(shares_bytes + job.workspace_bytes + 64)
     if memory == NULL:
         if not small:
             bnfast_openmp_leave(budget, job.n_threads)
         raise MemoryError(f"no memory for {job.workspace_bytes} bytes of workspace")
-    job.workspace = memory + (-<uintptr_t>memory & 63)
+    shares = <bnfast_share *>(memory + (-<uintptr_t>memory & 63))
+    job.workspace = <char *>shares + shares_bytes
     if small:
         run_alone(job)
     else:
-        run(job)
+        run(job, shares)
         bnfast_openmp_leave(budget, job.n_threads)
     PyMem_RawFree(memory)
     if bnfast_openmp_take_shortage():

@@ -257,6 +257,24 @@ void bnfast_openmp_leave(int budget, int team)
     add(&callers, -1);
 }
 
+void bnfast_share_out(bnfast_share *shares, int n_shares, ptrdiff_t n_tasks, int backwards)
+{
+    for (int i = 0; i < n_shares; i++) {
+        shares[i].begin = (long)(n_tasks / n_shares * i + n_tasks % n_shares * i / n_shares);
+        shares[i].end = (long)(n_tasks / n_shares * (i + 1) + n_tasks % n_shares * (i + 1) / n_shares);
+        shares[i].taken = 0;
+        shares[i].backwards = backwards;
+    }
+}
+
+ptrdiff_t bnfast_take(bnfast_share *share)
+{
+    const long taken = add(&share->taken, 1);
+    if (taken > share->end - share->begin)
+        return -1;
+    return share->backwards ? share->end - taken : share->begin + taken - 1;
+}
+
 int bnfast_openmp_run_together(int n, void (*job)(int i, void *context), void *context)
 {
     int together = 0;
@@ -287,6 +305,11 @@ int bnfast_openmp_fork_handled(void) { return 1; }
 void bnfast_openmp_handle_fork(int on) { (void)on; }
 int bnfast_openmp_enter(int budget) { return (void)budget, 1; }
 void bnfast_openmp_leave(int budget, int team) { (void)budget, (void)team; }
+void bnfast_share_out(bnfast_share *shares, int n_shares, ptrdiff_t n_tasks, int backwards)
+{
+    (void)shares, (void)n_shares, (void)n_tasks, (void)backwards;
+}
+ptrdiff_t bnfast_take(bnfast_share *share) { return (void)share, -1; }
 int bnfast_openmp_run_together(int n, void (*job)(int i, void *context), void *context)
 {
     return (void)n, (void)job, (void)context, 0;

@@ -8,6 +8,16 @@
 static inline ptrdiff_t least(ptrdiff_t a, ptrdiff_t b) { return a < b ? a : b; }
 static inline ptrdiff_t quotient_up(ptrdiff_t a, ptrdiff_t b) { return (a + b - 1) / b; }
 
+/* BACKWARDS: best from the last task to the first, as what the phase before ended with is still in cache. */
+enum { FORWARDS, BACKWARDS };
+
+static inline void add_phase(bnfast_job *job, void (*task)(const bnfast_job *, ptrdiff_t, int), ptrdiff_t n_tasks,
+                             int backwards)
+{
+    const bnfast_phase phase = {task, n_tasks, backwards};
+    job->phases[job->n_phases++] = phase;
+}
+
 /* Scratch of a block: `n` channels from `first` on, which are `width` columns.
  * a, b: (n_segments + 1, width); what the reductions give: mean less center and m2, or sum and dot. Merged, they are row 0.
  * work: (8, n) float64; channel: coefficients a channel; column: coefficients a column (may be the same memory) */

@@ -23,5 +23,5 @@ static void floor_task(const bnfast_job *job, ptrdiff_t index, int thread)
 void bnfast_plan_floor(bnfast_job *job)
 {
     job->workspace_bytes = 0;
-    job->phases[job->n_phases++] = (bnfast_phase){floor_task, quotient_up(bytes_of(job), TASK_BYTES)};
+    add_phase(job, floor_task, quotient_up(bytes_of(job), TASK_BYTES), FORWARDS);
 }

@@ -259,13 +259,11 @@ static void finish_task(const bnfast_job *job, ptrdiff_t index, int thread)
         finish(job, &block, 0, block.n);
 }
 
-/* Backwards: what was reduced last is still in cache. */
 static void apply_task(const bnfast_job *job, ptrdiff_t index, int thread)
 {
     (void)thread;
     const bnfast_block block = whole(job);
-    const ptrdiff_t rows = folded_rows(job), last = quotient_up(rows, job->apply_rows) + (rows_left(job) > 0) - 1;
-    const ptrdiff_t row = (last - index) * job->apply_rows;
+    const ptrdiff_t rows = folded_rows(job), row = index * job->apply_rows;
     if (row < rows)
         apply(job, &block, row, least(job->apply_rows, rows - row), row_stride(job), block.width, 0);
     else
@@ -314,21 +312,19 @@ void bnfast_plan_interleaved(bnfast_job *job)
         job->scratch_bytes = bnfast_block_bytes(job, job->block_channels + job->lead, columns_of_channel(job)) +
                              packed_bytes(job, job->block_channels);
         job->workspace_bytes = job->scratch_bytes * job->n_threads;
-        job->phases[job->n_phases++] = (bnfast_phase){blocks_task, quotient_up(job->channels, job->task_channels)};
+        add_phase(job, blocks_task, quotient_up(job->channels, job->task_channels), FORWARDS);
         return;
     }
     job->block_channels = job->channels;
     job->scratch_bytes = job->workspace_bytes = bnfast_block_bytes(job, job->channels, columns_of_channel(job));
     if (bnfast_reduces(job)) {
         const ptrdiff_t tasks = quotient_up(job->n_segments, segments_of_task(job)) * column_parts(job);
-        job->phases[job->n_phases++] = (bnfast_phase){prepare_task, 1};
-        job->phases[job->n_phases++] = (bnfast_phase){reduce_task, tasks + (rows_left(job) > 0)};
+        add_phase(job, prepare_task, 1, FORWARDS);
+        add_phase(job, reduce_task, tasks + (rows_left(job) > 0), FORWARDS);
     }
-    job->phases[job->n_phases++] =
-        (bnfast_phase){finish_task, finishes_by_range(job) ? quotient_up(job->channels, FINISH_CHANNELS) : 1};
+    add_phase(job, finish_task, finishes_by_range(job) ? quotient_up(job->channels, FINISH_CHANNELS) : 1, FORWARDS);
     if (bnfast_applies(job)) {
         job->apply_rows = APPLY_BYTES / (row_stride(job) * job->kernels->itemsize) + 1;
-        job->phases[job->n_phases++] =
-            (bnfast_phase){apply_task, quotient_up(folded_rows(job), job->apply_rows) + (rows_left(job) > 0)};
+        add_phase(job, apply_task, quotient_up(folded_rows(job), job->apply_rows) + (rows_left(job) > 0), BACKWARDS);
     }
 }

@@ -7,7 +7,9 @@
  * is one block and each step is a phase of its own, split over rows.
  *
  * The caller fills the first part, calls bnfast_plan, gives `workspace`, then runs the phases one after another,
- * the tasks of a phase in parallel. Nothing here allocates, locks or knows of threads. */
+ * the tasks of a phase in parallel. Neighbouring tasks take neighbouring memory, and so do tasks of two phases at the same
+ * fraction of each: a thread that does the same share of every phase finds what it needs in its own caches.
+ * Nothing here allocates, locks or knows of threads. */
 
 #ifndef BNFAST_JOB_H
 #define BNFAST_JOB_H
@@ -29,6 +31,7 @@ typedef struct bnfast_job bnfast_job;
 typedef struct {
     void (*task)(const bnfast_job *job, ptrdiff_t index, int thread);
     ptrdiff_t n_tasks;
+    int backwards; /* best done from the last task to the first */
 } bnfast_phase;
 
 struct bnfast_job {

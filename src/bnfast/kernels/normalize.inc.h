@@ -7,7 +7,7 @@
  * Memory traffic: read x (and u), write out; with `stream` the written lines are not read first. */
 
 /* Rows that share a load of interleaved coefficients. */
-#define ROWS 4
+#define ROWS 2
 
 struct FN(map) {
     FN(vec) center, scale, shift, u_center, u_scale, hat_scale;

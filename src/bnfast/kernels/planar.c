@@ -237,11 +237,10 @@ static void plan_blocks(bnfast_job *job, ptrdiff_t channel_bytes)
     job->task_channels = share / job->block_channels * job->block_channels;
     job->scratch_bytes = PENDING_BYTES + (writes_later(job) ? 2 : 1) * bnfast_block_bytes(job, job->block_channels, 1);
     job->workspace_bytes = job->scratch_bytes * threads;
-    job->phases[job->n_phases++] = (bnfast_phase){begin_task, 1};
-    job->phases[job->n_phases++] =
-        (bnfast_phase){blocks_task, quotient_up(job->channels, job->task_channels)};
+    add_phase(job, begin_task, 1, FORWARDS);
+    add_phase(job, blocks_task, quotient_up(job->channels, job->task_channels), FORWARDS);
     if (writes_later(job))
-        job->phases[job->n_phases++] = (bnfast_phase){pending_task, threads};
+        add_phase(job, pending_task, threads, FORWARDS);
 }
 
 /* Few channels, or nothing to reduce: each step for the whole array. */
@@ -250,14 +249,13 @@ static void plan_phases(bnfast_job *job)
     job->block_channels = job->channels;
     job->scratch_bytes = job->workspace_bytes = bnfast_block_bytes(job, job->channels, 1);
     if (bnfast_reduces(job)) {
-        job->phases[job->n_phases++] = (bnfast_phase){prepare_task, 1};
-        job->phases[job->n_phases++] = (bnfast_phase){reduce_task, job->n_segments * job->channels};
+        add_phase(job, prepare_task, 1, FORWARDS);
+        add_phase(job, reduce_task, job->n_segments * job->channels, FORWARDS);
     }
-    job->phases[job->n_phases++] = (bnfast_phase){finish_task, 1};
+    add_phase(job, finish_task, 1, FORWARDS);
     if (bnfast_applies(job)) {
         const sweep s = sweep_of(job);
-        job->phases[job->n_phases++] =
-            (bnfast_phase){apply_task, s.pieces * s.parts * quotient_up(job->outer, s.n_rows)};
+        add_phase(job, apply_task, s.pieces * s.parts * quotient_up(job->outer, s.n_rows), FORWARDS);
     }
 }
 
