@@ -377,6 +377,13 @@ def test_moments_of_many_elements_lose_no_digits(rng, shape):
     np.testing.assert_allclose(m.m2, (square - total**2 / count) / 1024**2, rtol=TABLE["float32"].var)
 
 
+@pytest.mark.parametrize("n_rows", [2, 7, 8, 15, 16, 17, 31, 32, 33, 63, 64, 128])
+def test_few_rows_leave_little_to_average_out(rng, n_rows):
+    """So many columns that the rarest of roundings are among them."""
+    x = rng.standard_normal((n_rows, 200_000), np.float32)
+    check_moments(bnfast.moments(x), x)
+
+
 # --- variance is never negative --------------------------------------------------------------------------------
 
 

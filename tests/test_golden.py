@@ -20,26 +20,29 @@ CASES = {  # (shape, channel axis)
     "planar, one channel": ((1, 1, 200_003), 1),
     "interleaved": ((700, 130), 1),
     "interleaved, narrow": ((30_011, 3), 1),
+    "interleaved, few rows": ((11, 260), 1),
     "short rows": ((50, 40, 6), 1),
 }
 
 DIGESTS: dict[tuple[str, str], str] = {
     ("planar, long rows", "float32"): "c2375d301d89b9f0",
     ("planar, long rows", "float64"): "260160307c1f6ecd",
-    ("planar, 7 x 7", "float32"): "eb612cdf6c28a9b0",
+    ("planar, 7 x 7", "float32"): "e3b9d1d710913297",
     ("planar, 7 x 7", "float64"): "b2a18c244f1878a3",
     ("planar, many blocks", "float32"): "6f05f3d3d7f8b865",
     ("planar, many blocks", "float64"): "b6d21ac991e518ff",
-    ("planar, 5 x 5", "float32"): "e39306f595e19088",
-    ("planar, 5 x 5", "float64"): "22e4f603c592ce4b",
+    ("planar, 5 x 5", "float32"): "2da1991c47fd0b95",
+    ("planar, 5 x 5", "float64"): "2af3e606112f7615",
     ("planar, one channel", "float32"): "572540b8819cd75a",
     ("planar, one channel", "float64"): "6fc3431c66ec2499",
-    ("interleaved", "float32"): "74928396b802bf7e",
-    ("interleaved", "float64"): "6c7e441456d8ec73",
-    ("interleaved, narrow", "float32"): "9ae2a957758d2d13",
-    ("interleaved, narrow", "float64"): "ef40f67f2c1bc1b9",
-    ("short rows", "float32"): "3cf4614a4384d321",
-    ("short rows", "float64"): "225c36861c3a1b2c",
+    ("interleaved", "float32"): "c343c699fd5ea820",
+    ("interleaved", "float64"): "24f8372cb0a7fbb1",
+    ("interleaved, narrow", "float32"): "c23f2094fa143b9c",
+    ("interleaved, narrow", "float64"): "65f729069a027b87",
+    ("interleaved, few rows", "float32"): "8c41742fd3dcfa67",
+    ("interleaved, few rows", "float64"): "eb7f9e3bab821ec6",
+    ("short rows", "float32"): "99b322e158565f71",
+    ("short rows", "float64"): "2c778fb1be19a540",
 }
 
 
@@ -80,4 +83,4 @@ def test_bits_are_those_of_the_table(case: str, dtype: str) -> None:
 if __name__ == "__main__":
     for case in CASES:
         for dtype in ("float32", "float64"):
-            print(f'    ({case!r}, "{dtype}"): "{digest(case, dtype)}",')
+            print(f'    ("{case}", "{dtype}"): "{digest(case, dtype)}",')

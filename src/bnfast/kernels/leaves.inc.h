@@ -86,7 +86,9 @@ const bnfast_kernels FN(bnfast_table) = {
 #undef COLUMN_SAMPLES
 #undef PIVOT_LOSS
 #undef CHAIN
-#undef FLUSH
+#undef COLUMN_CHAIN
+#undef AVERAGING_ROWS
+#undef FEW_ROWS
 #undef COLUMN_VECTORS
 #undef AHEAD
 #undef COLUMNS

@@ -12,12 +12,14 @@
  * Relative error of m2 for float32: 1e-8 typically, 2e-7 in small segments, 1e-6 where one outlier is most of it.
  * Memory traffic: one read. */
 
-/* SAMPLES: elements for a pivot, spread over the segment, a power of two. PIVOT_COLUMNS, PIVOT_CHANNELS: pivots at once */
+/* SAMPLES: elements for a pivot, spread over the segment, a power of two. PIVOT_COLUMNS, PIVOT_CHANNELS: pivots at once.
+ * FEW_ROWS: columns with fewer are always done in two passes of float64, as too few roundings average out */
 #define PIVOT_SAMPLES 16
 #define COLUMN_SAMPLES 8
 #define PIVOT_COLUMNS 256
 #define PIVOT_CHANNELS 64
 #define PIVOT_LOSS 3.0
+#define FEW_ROWS 16
 /* d*d of float32 is normal above 1.2e-38: a mean square below this is not trusted. float64 has nothing wider. */
 #define SMALLEST_MEAN_SQUARE (sizeof(T) == 4 ? 1e-30 : 0.0)
 
@@ -98,12 +100,15 @@ static void FN(moments_planar)(const void *data, const bnfast_runs *runs, ptrdif
 }
 
 /* The same two passes for a block of columns; writes the columns marked in `wanted` alone, so that what one column
- * holds (a NaN, say) never moves another's bits. wanted: (n_columns,) IN; mean, m2: (n_columns,) OUT where wanted */
+ * holds (a NaN, say) never moves another's bits. wanted: (n_columns,) IN, or NULL: all; mean, m2: (n_columns,) OUT where
+ * wanted */
 static void FN(moments_interleaved_wide)(const T *x, ptrdiff_t n_rows, ptrdiff_t stride, ptrdiff_t n_columns,
                                          const int *wanted, const T *center, double *mean, double *m2)
 {
     const double n = (double)n_rows;
-    double pivot[COLUMNS] = {0}, sum[COLUMNS] = {0}, square[COLUMNS] = {0};
+    double pivot[COLUMNS], sum[COLUMNS], square[COLUMNS];
+    for (ptrdiff_t c = 0; c < n_columns; c++)
+        pivot[c] = sum[c] = square[c] = 0.0;
     for (ptrdiff_t r = 0; r < n_rows; r++)
         for (ptrdiff_t c = 0; c < n_columns; c++)
             pivot[c] += (double)x[r * stride + c];
@@ -116,7 +121,7 @@ static void FN(moments_interleaved_wide)(const T *x, ptrdiff_t n_rows, ptrdiff_t
             square[c] += d * d;
         }
     for (ptrdiff_t c = 0; c < n_columns; c++)
-        if (wanted[c]) {
+        if (wanted == NULL || wanted[c]) {
             const double rest = square[c] - sum[c] * (sum[c] / n);
             mean[c] = (pivot[c] - (double)center[c]) + sum[c] / n;
             m2[c] = rest < 0.0 ? 0.0 : rest;
@@ -146,6 +151,10 @@ static void FN(moments_interleaved_block)(const T *x, ptrdiff_t n_rows, ptrdiff_
                                           double *m2)
 {
     const double n = (double)n_rows;
+    if (n_rows < FEW_ROWS && packed == NULL) {
+        FN(moments_interleaved_wide)(x, n_rows, stride, n_columns, NULL, center, mean, m2);
+        return;
+    }
     T pivots[COLUMNS];
     for (ptrdiff_t c = 0; c < n_columns; c += PIVOT_COLUMNS)
         FN(column_pivots)(x + c, n_rows, stride, n_columns - c < PIVOT_COLUMNS ? n_columns - c : PIVOT_COLUMNS, pivots + c);
@@ -155,7 +164,7 @@ static void FN(moments_interleaved_block)(const T *x, ptrdiff_t n_rows, ptrdiff_
         const double total = mean[c], total_square = m2[c];
         mean[c] = ((double)pivots[c] - (double)center[c]) + total / n;
         m2[c] = total_square - total * (total / n);
-        untrusted[c] = !FN(trusted)(n, total, total_square, m2[c]);
+        untrusted[c] = n_rows < FEW_ROWS || !FN(trusted)(n, total, total_square, m2[c]);
         n_untrusted += untrusted[c];
     }
     if (n_untrusted > n_columns / 8)

@@ -3,10 +3,13 @@
  *
  * A lane takes CHAIN terms in the data's dtype, in each of two chains so that additions need not wait for each other;
  * then the chains are added and go to float64. Relative to the sum of the absolute terms the error of a sum is at most
- * (CHAIN + 3) * 2^-24 for float32, 1e-8 typically, however many terms there are. */
+ * (CHAIN + 3) * 2^-24 for float32, 1e-8 typically, however many terms there are.
+ * A column has a single lane, whose roundings average out the less the fewer its rows are: chains of COLUMN_CHAIN terms,
+ * which below AVERAGING_ROWS are not even added before they go to float64. */
 
 #define CHAIN 16
-#define FLUSH (2 * CHAIN)
+#define COLUMN_CHAIN 4
+#define AVERAGING_ROWS 64
 
 /* At most this many columns at once, so that what is gathered for them stays in cache; and this many rows, streams of
  * memory that the hardware follows. */
@@ -119,28 +122,19 @@ static ALWAYS_INLINE void FN(sums_of_rows)(const T *x, const T *u, ptrdiff_t n_r
     *dot = FN(fold_wide)(wide_dot);
 }
 
-/* Chains of many columns: 0 and 1, of sums and of dots. They are in memory between tiles. */
-struct FN(chains) {
-    T sum[2][COLUMNS], dot[2][COLUMNS];
-};
-
-/* Adds a tile of at most TILE_ROWS rows to the chains of `vectors` vectors of columns from c on, or of n < VN columns.
- * packed_x, packed_u: (n_rows, .) OUT, rows `packed_stride` apart, the same elements again; or NULL */
+/* Adds a tile of at most TILE_ROWS rows to the sums of `vectors` vectors of columns from c on, or of n < VN columns.
+ * packed_x, packed_u: (n_rows, .) OUT, rows `packed_stride` apart, the same elements again; or NULL. apart: sums go to float64
+ * chain by chain */
 static ALWAYS_INLINE void FN(sums_of_tile)(const T *x, const T *u, ptrdiff_t n_rows, ptrdiff_t stride, T *packed_x,
                                            T *packed_u, ptrdiff_t packed_stride, const T *centers, ptrdiff_t c,
-                                           int vectors, ptrdiff_t n, int with_u, struct FN(chains) * chains,
-                                           ptrdiff_t ahead)
+                                           int vectors, ptrdiff_t n, int with_u, double *sum, double *dot,
+                                           ptrdiff_t ahead, int apart)
 {
     const FN(vec) zero = FN(set1)(0);
     FN(vec) center[COLUMN_VECTORS];
     struct FN(pair) chain[2][COLUMN_VECTORS];
-    for (int k = 0; k < vectors; k++) {
+    for (int k = 0; k < vectors; k++)
         center[k] = FN(load_up_to)(centers + c + k * VN, n, zero);
-        for (int i = 0; i < 2; i++) {
-            chain[i][k].sum = FN(load)(chains->sum[i] + c + k * VN);
-            chain[i][k].dot = FN(load)(chains->dot[i] + c + k * VN);
-        }
-    }
     x += c;
     u += c;
     if (packed_x) {
@@ -168,35 +162,30 @@ static ALWAYS_INLINE void FN(sums_of_tile)(const T *x, const T *u, ptrdiff_t n_r
         packed_x += packed_stride;                                                                                     \
         packed_u += packed_stride;                                                                                     \
     }
-    ptrdiff_t t = 0;
-    for (; t + 2 <= n_rows; t += 2) {
-        TAKE_ROW(0)
-        TAKE_ROW(1)
-    }
-    if (t < n_rows) {
-        TAKE_ROW(0)
+    for (ptrdiff_t r = 0; r < n_rows; r += 2 * COLUMN_CHAIN) {
+        const ptrdiff_t end = n_rows - r < 2 * COLUMN_CHAIN ? n_rows : r + 2 * COLUMN_CHAIN;
+        ptrdiff_t t = r;
+        for (int k = 0; k < vectors; k++)
+            for (int i = 0; i < 2; i++)
+                chain[i][k].sum = chain[i][k].dot = zero;
+        for (; t + 2 <= end; t += 2) {
+            TAKE_ROW(0)
+            TAKE_ROW(1)
+        }
+        if (t < end) {
+            TAKE_ROW(0)
+        }
+        for (int k = 0; k < vectors; k++) {
+            FN(vec) last = chain[1][k].sum;
+            if (apart)
+                FN(widen_add_columns)(sum + c + k * VN, chain[0][k].sum, n);
+            else
+                last += chain[0][k].sum;
+            FN(widen_add_columns)(sum + c + k * VN, last, n);
+            FN(widen_add_columns)(dot + c + k * VN, chain[0][k].dot + chain[1][k].dot, n);
+        }
     }
 #undef TAKE_ROW
-    for (int k = 0; k < vectors; k++)
-        for (int i = 0; i < 2; i++) {
-            FN(store)(chains->sum[i] + c + k * VN, chain[i][k].sum);
-            FN(store)(chains->dot[i] + c + k * VN, chain[i][k].dot);
-        }
-}
-
-/* The chains go to float64, and begin again. */
-static void FN(flush_chains)(struct FN(chains) * chains, ptrdiff_t n_columns, double *sum, double *dot)
-{
-    const FN(vec) zero = FN(set1)(0);
-    for (ptrdiff_t c = 0; c < n_columns; c += VN) {
-        const ptrdiff_t n = n_columns - c < VN ? n_columns - c : VN;
-        FN(widen_add_columns)(sum + c, FN(load)(chains->sum[0] + c) + FN(load)(chains->sum[1] + c), n);
-        FN(widen_add_columns)(dot + c, FN(load)(chains->dot[0] + c) + FN(load)(chains->dot[1] + c), n);
-        for (int i = 0; i < 2; i++) {
-            FN(store)(chains->sum[i] + c, zero);
-            FN(store)(chains->dot[i] + c, zero);
-        }
-    }
 }
 
 static ALWAYS_INLINE void FN(sums_of_columns_as)(const T *x, const T *u, ptrdiff_t n_rows, ptrdiff_t stride, T *packed_x,
@@ -204,13 +193,8 @@ static ALWAYS_INLINE void FN(sums_of_columns_as)(const T *x, const T *u, ptrdiff
                                                  const T *centers, int with_u, double *sum, double *dot,
                                                  ptrdiff_t next)
 {
-    struct FN(chains) chains;
-    for (ptrdiff_t c = 0; c < n_columns; c++)
-        sum[c] = dot[c] = 0.0;
-    for (int i = 0; i < 2; i++) {
-        memset(chains.sum[i], 0, (size_t)(n_columns + VN - 1) / VN * VN * sizeof(T));
-        memset(chains.dot[i], 0, (size_t)(n_columns + VN - 1) / VN * VN * sizeof(T));
-    }
+    memset(sum, 0, (size_t)n_columns * sizeof *sum);
+    memset(dot, 0, (size_t)n_columns * sizeof *dot);
     for (ptrdiff_t r = 0; r < n_rows; r += TILE_ROWS) {
         const ptrdiff_t rows = n_rows - r < TILE_ROWS ? n_rows - r : TILE_ROWS;
         ptrdiff_t c = 0, ahead = TILE_ROWS * stride;
@@ -219,7 +203,7 @@ static ALWAYS_INLINE void FN(sums_of_columns_as)(const T *x, const T *u, ptrdiff
 #define TILE(vectors, n)                                                                                               \
     FN(sums_of_tile)(x + r * stride, u + r * stride, rows, stride, packed_x ? packed_x + r * packed_stride : NULL,     \
                      packed_x ? packed_u + r * packed_stride : NULL, packed_stride, centers, c, vectors, n, with_u,    \
-                     &chains, ahead)
+                     sum, dot, ahead, n_rows < AVERAGING_ROWS)
         for (; c + COLUMN_VECTORS * VN <= n_columns; c += COLUMN_VECTORS * VN)
             TILE(COLUMN_VECTORS, VN);
         for (; c + VN <= n_columns; c += VN)
@@ -227,8 +211,6 @@ static ALWAYS_INLINE void FN(sums_of_columns_as)(const T *x, const T *u, ptrdiff
         if (c < n_columns)
             TILE(1, n_columns - c);
 #undef TILE
-        if ((r + TILE_ROWS) % FLUSH == 0 || r + TILE_ROWS >= n_rows)
-            FN(flush_chains)(&chains, n_columns, sum, dot);
     }
 }
 
