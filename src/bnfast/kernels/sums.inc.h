@@ -236,16 +236,20 @@ static int FN(summed_as_columns)(const bnfast_runs *runs)
 }
 
 /* Sum of a channel's columns, VL at a time. columns: (length,) IN */
-static double FN(fold_columns)(const double *columns, ptrdiff_t length)
+static ALWAYS_INLINE double FN(fold_columns)(const double *columns, ptrdiff_t length)
 {
-    double lanes[64 / sizeof(T)] = {0};
+    double rest[64 / sizeof(T)] = {0};
+    FN(wide) lanes[VU * WIDE_PER_VEC];
+    memset(lanes, 0, sizeof lanes);
     ptrdiff_t j = 0;
     for (; j + VL <= length; j += VL)
-        for (ptrdiff_t i = 0; i < VL; i++)
-            lanes[i] += columns[j + i];
+        for (int k = 0; k < VU * WIDE_PER_VEC; k++)
+            lanes[k] += FN(load_wide)(columns + j + k * WN);
     for (ptrdiff_t i = 0; j + i < length; i++)
-        lanes[i] += columns[j + i];
-    return FN(fold_lanes)(lanes);
+        rest[i] = columns[j + i];
+    for (int k = 0; k < VU * WIDE_PER_VEC; k++)
+        lanes[k] += FN(load_wide)(rest + k * WN);
+    return FN(fold_wide)(lanes);
 }
 
 /* x, u: (n_rows, n_channels, length) IN; centers, sum, dot: (n_channels,) IN, OUT, OUT; the rest as for sums_of_rows */
