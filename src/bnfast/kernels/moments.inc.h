@@ -58,19 +58,25 @@ static void FN(moments_wide)(const T *x, ptrdiff_t n_rows, ptrdiff_t stride, ptr
         *m2 = 0.0;
 }
 
-/* The mean of a few elements spread over a channel's segment. x: (n_rows, length), rows `stride` apart IN */
-static T FN(pivot)(const T *x, ptrdiff_t n_rows, ptrdiff_t stride, ptrdiff_t length)
+/* For each of n_channels <= PIVOT_CHANNELS channels the mean of a few elements spread over its segment.
+ * x: (n_rows, n_channels, length), rows `stride` apart IN; pivots: (n_channels,) OUT */
+static void FN(pivots)(const T *x, ptrdiff_t n_rows, ptrdiff_t stride, ptrdiff_t n_channels, ptrdiff_t length, T *pivots)
 {
+    double sample[PIVOT_SAMPLES][PIVOT_CHANNELS];
     ptrdiff_t samples = PIVOT_SAMPLES;
-    double sample[PIVOT_SAMPLES];
     while (samples > n_rows * length)
         samples /= 2;
-    for (ptrdiff_t i = 0; i < samples; i++)
-        sample[i] = (double)x[i * n_rows / samples * stride + i * length / samples];
+    for (ptrdiff_t i = 0; i < samples; i++) {
+        const T *from = x + i * n_rows / samples * stride + i * length / samples;
+        for (ptrdiff_t c = 0; c < n_channels; c++)
+            sample[i][c] = (double)from[c * length];
+    }
     for (ptrdiff_t half = samples / 2; half > 0; half /= 2)
         for (ptrdiff_t i = 0; i < half; i++)
-            sample[i] += sample[i + half];
-    return (T)(sample[0] / (double)samples);
+            for (ptrdiff_t c = 0; c < n_channels; c++)
+                sample[i][c] += sample[i + half][c];
+    for (ptrdiff_t c = 0; c < n_channels; c++)
+        pivots[c] = (T)(sample[0][c] / (double)samples);
 }
 
 static void FN(moments_planar)(const void *data, const bnfast_runs *runs, ptrdiff_t next, const void *center_in,
@@ -85,8 +91,7 @@ static void FN(moments_planar)(const void *data, const bnfast_runs *runs, ptrdif
         const ptrdiff_t behind = first + some.n_channels;
         const T *from = x + first * length;
         T pivots[PIVOT_CHANNELS];
-        for (ptrdiff_t i = 0; i < some.n_channels; i++)
-            pivots[i] = FN(pivot)(from + i * length, runs->n_rows, runs->stride, length);
+        FN(pivots)(from, runs->n_rows, runs->stride, some.n_channels, length, pivots);
         FN(sums_of_runs)(from, from, &some, behind < runs->n_channels ? some.n_channels * length : next - first * length,
                          pivots, 0, mean + first, m2 + first, writer);
         for (ptrdiff_t i = first; i < behind; i++) {
