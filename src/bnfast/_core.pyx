@@ -47,6 +47,10 @@ cdef extern from "kernels/job.h" nogil:
 
     ctypedef struct bnfast_job
 
+    ctypedef struct bnfast_parameter:
+        const double *wide
+        const float *narrow
+
     ctypedef struct bnfast_phase:
         void (*task)(const bnfast_job *job, Py_ssize_t index, int thread) noexcept nogil
         Py_ssize_t n_tasks
@@ -59,10 +63,10 @@ cdef extern from "kernels/job.h" nogil:
         const void *x
         const void *u
         void *out
-        const double *gamma
-        const double *beta
-        const double *vgamma
-        const double *vbeta
+        bnfast_parameter gamma
+        bnfast_parameter beta
+        bnfast_parameter vgamma
+        bnfast_parameter vbeta
         const double *var
         double eps
         double *mean
@@ -267,35 +271,41 @@ cdef double as_eps(object eps) except? -1.0:
 
 
 cdef cnp.ndarray as_parameter(object value, str name, Py_ssize_t channels, cnp.ndarray out):
-    """(channels,) float64, contiguous, not in the memory of `out`; None stays None."""
-    cdef cnp.ndarray array, wide
+    """(channels,) float32 or float64, native and contiguous, not in the memory of `out`; None stays None."""
+    cdef cnp.ndarray array
     if value is None:
         return None
     array = as_floating(value, name)
     if cnp.PyArray_NDIM(array) != 1 or cnp.PyArray_DIM(array, 0) != channels:
         raise ValueError(f"{name}: expected shape ({channels},), one value a channel, got {shape_of(array)}")
-    if cnp.PyArray_TYPE(array) == cnp.NPY_FLOAT64 and cnp.PyArray_ISCARRAY_RO(array):
-        if out is None or not may_overlap(array, out):
-            return array
-        return cnp.PyArray_NewCopy(array, cnp.NPY_CORDER)
+    if cnp.PyArray_ISCARRAY_RO(array) and (out is None or not may_overlap(array, out)):
+        return array
+    return np.array(array, array.dtype.newbyteorder("="), order="C")
+
+
+cdef cnp.ndarray as_statistics(object value, str name, Py_ssize_t channels, cnp.ndarray out):
+    """As a parameter, but float64, and not None."""
+    cdef cnp.ndarray array, wide
+    if value is None:
+        raise TypeError(f"{name}: expected an array of shape ({channels},), got None")
+    array = as_parameter(value, name, channels, out)
+    if cnp.PyArray_TYPE(array) == cnp.NPY_FLOAT64:
+        return array
     wide = new_statistics(channels)
-    if cnp.PyArray_TYPE(array) == cnp.NPY_FLOAT32 and cnp.PyArray_ISCARRAY_RO(array):
-        widen(<const float *>cnp.PyArray_DATA(array), values(wide), channels)
-    else:
-        cnp.PyArray_CopyInto(wide, array)
+    cnp.PyArray_CopyInto(wide, array)
     return wide
 
 
-cdef void widen(const float *narrow, double *wide, Py_ssize_t n) noexcept:
-    cdef Py_ssize_t i
-    for i in range(n):
-        wide[i] = narrow[i]
-
-
-cdef cnp.ndarray required_parameter(object value, str name, Py_ssize_t channels, cnp.ndarray out):
-    if value is None:
-        raise TypeError(f"{name}: expected an array of shape ({channels},), got None")
-    return as_parameter(value, name, channels, out)
+cdef bnfast_parameter parameter(cnp.ndarray array) noexcept:
+    cdef bnfast_parameter result
+    result.wide = NULL
+    result.narrow = NULL
+    if array is not None:
+        if cnp.PyArray_TYPE(array) == cnp.NPY_FLOAT32:
+            result.narrow = <const float *>cnp.PyArray_DATA(array)
+        else:
+            result.wide = <const double *>cnp.PyArray_DATA(array)
+    return result
 
 
 cdef double *values(cnp.ndarray array) noexcept:
@@ -586,7 +596,7 @@ def batch_norm(x, gamma, beta, axis, eps, out, bint with_m2=False):
         m2 = new_statistics(channels)
     if cnp.PyArray_SIZE(data) > 0:
         job.x, job.out = cnp.PyArray_DATA(data), cnp.PyArray_DATA(y)
-        job.gamma, job.beta = values(g), values(b)
+        job.gamma, job.beta = parameter(g), parameter(b)
         job.mean, job.inv_std, job.m2 = values(mean), values(inv_std), values(m2)
         compute(&job, data)
     y = delivered(y, given_out)
@@ -602,8 +612,8 @@ def batch_norm_eval(x, mean, var, gamma, beta, axis, eps, out, str prefix=""):
     cdef cnp.ndarray given_out, g, b, m, v, y
     job.eps = as_eps(eps)
     given_out = as_out(out, data)
-    m = required_parameter(mean, prefix + "mean", channels, given_out)
-    v = required_parameter(var, prefix + "var", channels, given_out)
+    m = as_statistics(mean, prefix + "mean", channels, given_out)
+    v = as_statistics(var, prefix + "var", channels, given_out)
     for i in range(channels):
         if not values(v)[i] >= 0.0:
             raise ValueError(f"{prefix}var: expected values of at least 0, got {values(v)[i]} for channel {i}")
@@ -614,7 +624,7 @@ def batch_norm_eval(x, mean, var, gamma, beta, axis, eps, out, str prefix=""):
     y = target_of(given_out, data, None)
     if cnp.PyArray_SIZE(data) > 0:
         job.x, job.out = cnp.PyArray_DATA(data), cnp.PyArray_DATA(y)
-        job.gamma, job.beta = values(g), values(b)
+        job.gamma, job.beta = parameter(g), parameter(b)
         job.mean, job.var = values(m), values(v)
         compute(&job, data)
     return delivered(y, given_out)
@@ -631,15 +641,15 @@ def affine(x, center, scale, shift, out, bint search):
     cdef Py_ssize_t channels = cnp.PyArray_DIM(data, channel_axis)
     cdef cnp.ndarray given_out, c, s, t, y
     given_out = as_out(out, data)
-    c = required_parameter(center, "center", channels, given_out)
-    s = required_parameter(scale, "scale", channels, given_out)
+    c = as_statistics(center, "center", channels, given_out)
+    s = as_statistics(scale, "scale", channels, given_out)
     t = as_parameter(shift, "shift", channels, given_out)
 
     data = packed(data, channel_axis, &job)
     y = target_of(given_out, data, None)
     if cnp.PyArray_SIZE(data) > 0:
         job.x, job.out = cnp.PyArray_DATA(data), cnp.PyArray_DATA(y)
-        job.mean, job.gamma, job.beta = values(c), values(s), values(t)
+        job.mean, job.gamma, job.beta = values(c), parameter(s), parameter(t)
         if search:
             job.infinite = &infinite
         compute(&job, data)
@@ -683,8 +693,8 @@ def batch_norm_backward(dy, x, mean, inv_std, gamma, axis, training, out):
     cdef cnp.ndarray u = as_companion(dy, "dy", data)
     cdef cnp.ndarray given_out, g, m, s, dx, dgamma, dbeta
     given_out = as_out(out, data)
-    m = required_parameter(mean, "mean", channels, given_out)
-    s = required_parameter(inv_std, "inv_std", channels, given_out)
+    m = as_statistics(mean, "mean", channels, given_out)
+    s = as_statistics(inv_std, "inv_std", channels, given_out)
     g = as_parameter(gamma, "gamma", channels, given_out)
     if training:
         check_count(data, channel_axis)
@@ -697,7 +707,7 @@ def batch_norm_backward(dy, x, mean, inv_std, gamma, axis, training, out):
     else:
         dgamma, dbeta = new_statistics(channels), new_statistics(channels)
         job.x, job.u, job.out = cnp.PyArray_DATA(data), cnp.PyArray_DATA(u), cnp.PyArray_DATA(dx)
-        job.gamma, job.mean, job.inv_std = values(g), values(m), values(s)
+        job.gamma, job.mean, job.inv_std = parameter(g), values(m), values(s)
         job.sum, job.dot = values(dbeta), values(dgamma)
         compute(&job, data)
     return delivered(dx, given_out), rounded_like(dgamma, data), rounded_like(dbeta, data)
@@ -712,8 +722,8 @@ def batch_norm_jvp(v, x, mean, inv_std, gamma, axis, vgamma, vbeta, out):
     cdef cnp.ndarray u = as_companion(v, "v", data)
     cdef cnp.ndarray given_out, g, m, s, vg, vb, dy
     given_out = as_out(out, data)
-    m = required_parameter(mean, "mean", channels, given_out)
-    s = required_parameter(inv_std, "inv_std", channels, given_out)
+    m = as_statistics(mean, "mean", channels, given_out)
+    s = as_statistics(inv_std, "inv_std", channels, given_out)
     g = as_parameter(gamma, "gamma", channels, given_out)
     vg = as_parameter(vgamma, "vgamma", channels, given_out)
     vb = as_parameter(vbeta, "vbeta", channels, given_out)
@@ -724,7 +734,7 @@ def batch_norm_jvp(v, x, mean, inv_std, gamma, axis, vgamma, vbeta, out):
     dy = target_of(given_out, data, u)
     if cnp.PyArray_SIZE(data) > 0:
         job.x, job.u, job.out = cnp.PyArray_DATA(data), cnp.PyArray_DATA(u), cnp.PyArray_DATA(dy)
-        job.gamma, job.vgamma, job.vbeta = values(g), values(vg), values(vb)
+        job.gamma, job.vgamma, job.vbeta = parameter(g), parameter(vg), parameter(vb)
         job.mean, job.inv_std = values(m), values(s)
         compute(&job, data)
     return delivered(dy, given_out)

@@ -277,21 +277,19 @@ class BatchNorm:
 
     def _after_training(self, state: _State, forward: _Forward, m2: Statistics) -> _State:
         """The state after a forward that took the statistics of its batch."""
+        mean, var, batches, _, grad_gamma, grad_beta, _, _, _, exact, exact_batches, _ = state  # faster than by name
         count = forward.x.size // self.num_features
         if self._calibration is not None:
             batch = Moments(count, forward.mean, m2)
             return state.with_forward(forward).gather(self._calibration, batch)
-        if not self.training or state.running_mean is None:
+        if not self.training or mean is None:
             return state.with_forward(forward)
-        batches = state.num_batches_tracked + 1
+        batches += 1
         factor = 1 / batches if self._momentum is None else self._momentum
-        mean, var = _core.updated_running(
-            state.running_mean, state.running_var, forward.mean, m2, count, factor, self.unbiased_running_var
-        )
+        mean, var = _core.updated_running(mean, var, forward.mean, m2, count, factor, self.unbiased_running_var)
         # from here on these are the running ones, whatever they were before
-        grads = state.grad_gamma, state.grad_beta
         return _new(
-            _State, (mean, var, batches, forward, *grads, None, None, 0, state.exact, state.exact_batches, None)
+            _State, (mean, var, batches, forward, grad_gamma, grad_beta, None, None, 0, exact, exact_batches, None)
         )
 
     def _after_eval(self, state: _State, forward: _Forward, calibration: object, batch: Moments | None) -> _State:

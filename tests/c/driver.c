@@ -142,6 +142,23 @@ static double *new_doubles(ptrdiff_t n, double center)
     return p;
 }
 
+/* float32 or float64, by chance. */
+static bnfast_parameter new_parameter(ptrdiff_t n, double center)
+{
+    double *const values = new_doubles(n, center);
+    if (random_value() < 0)
+        return (bnfast_parameter){values, NULL};
+    float *const narrow = new_buffer(n, sizeof *narrow);
+    for (ptrdiff_t i = 0; i < n; i++)
+        narrow[i] = (float)values[i];
+    return (bnfast_parameter){NULL, narrow};
+}
+
+static long double parameter_at(const bnfast_parameter *parameter, ptrdiff_t i, double otherwise)
+{
+    return parameter->wide ? parameter->wide[i] : parameter->narrow ? (double)parameter->narrow[i] : otherwise;
+}
+
 /* NaN in the gaps between rows: what reads one shows it. */
 static void *new_rows(ptrdiff_t n_rows, ptrdiff_t stride, ptrdiff_t length, double center)
 {
@@ -539,9 +556,9 @@ static uint64_t run_job(const example *e)
     if (e->operation != BNFAST_MOMENTS)
         job.out = e->in_place == 2 && u ? u : e->in_place ? x : new_values(n, 9);
     if (!e->few) {
-        job.gamma = new_doubles(channels, 2), job.beta = new_doubles(channels, 0);
+        job.gamma = new_parameter(channels, 2), job.beta = new_parameter(channels, 0);
         if (e->operation == BNFAST_JVP)
-            job.vgamma = new_doubles(channels, 0), job.vbeta = new_doubles(channels, 0);
+            job.vgamma = new_parameter(channels, 0), job.vbeta = new_parameter(channels, 0);
         job.infinite = &infinite;
     }
     if (!e->few || e->operation == BNFAST_MOMENTS)
@@ -614,7 +631,7 @@ static void expect_job(const example *e, const bnfast_job *job, const void *x, c
         }
         mean /= count;
         EACH m2 += ((long double)get(x, at) - mean) * ((long double)get(x, at) - mean);
-        const long double gamma = job->gamma ? job->gamma[c] : 1, beta = job->beta ? job->beta[c] : 0;
+        const long double gamma = parameter_at(&job->gamma, c, 1), beta = parameter_at(&job->beta, c, 0);
         long double center = mean, inv_std = 1 / sqrtl(m2 / count + (long double)job->eps);
         if (operation == BNFAST_MOMENTS || operation == BNFAST_FORWARD) {
             expect("mean", c, job->mean[c], mean, largest);
@@ -654,8 +671,7 @@ static void expect_job(const example *e, const bnfast_job *job, const void *x, c
                 break;
             case BNFAST_BACKWARD:
             case BNFAST_JVP: {
-                const long double vgamma = operation == BNFAST_JVP && job->vgamma ? job->vgamma[c] : 0,
-                                  vbeta = operation == BNFAST_JVP && job->vbeta ? job->vbeta[c] : 0;
+                const long double vgamma = parameter_at(&job->vgamma, c, 0), vbeta = parameter_at(&job->vbeta, c, 0);
                 expect("dx or dy", at, got,
                        gamma * inv_std * (v - sum / count - hat * (dot / count)) + vgamma * hat + vbeta,
                        fabsl(gamma * inv_std) * (fabsl(v) + size / count + spread * (size_dot / count)) +

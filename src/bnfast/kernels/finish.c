@@ -130,6 +130,17 @@ static double value_at(const bnfast_job *job, const void *values, ptrdiff_t i)
     return job->kernels->itemsize == 4 ? (double)((const float *)values)[i] : ((const double *)values)[i];
 }
 
+/* n values from the first-th channel on; `otherwise` where the parameter is left out. */
+static void read_parameter(const bnfast_parameter *parameter, double otherwise, ptrdiff_t first, ptrdiff_t n,
+                           double *restrict values)
+{
+    if (parameter->wide)
+        memcpy(values, parameter->wide + first, (size_t)n * sizeof *values);
+    else
+        for (ptrdiff_t j = 0; j < n; j++)
+            values[j] = parameter->narrow ? (double)parameter->narrow[first + j] : otherwise;
+}
+
 void bnfast_finish(const bnfast_job *job, const bnfast_block *block, ptrdiff_t i, ptrdiff_t n)
 {
     const ptrdiff_t c0 = block->first + i;
@@ -150,8 +161,7 @@ void bnfast_finish(const bnfast_job *job, const bnfast_block *block, ptrdiff_t i
         memcpy(job->m2 + c0, b, (size_t)n * sizeof *mean);
         return;
     }
-    for (ptrdiff_t j = 0; j < n; j++)
-        gamma[j] = job->gamma ? job->gamma[c0 + j] : 1.0;
+    read_parameter(&job->gamma, 1.0, c0, n, gamma);
 
     switch (job->operation) {
     case BNFAST_FORWARD: {
@@ -163,8 +173,8 @@ void bnfast_finish(const bnfast_job *job, const bnfast_block *block, ptrdiff_t i
             mean[j] = value_at(job, block->channel.center, i + j) + a[j];
             center[j] = mean[j];
             scale[j] = slope[j] = gamma[j] * inv_std[j];
-            shift[j] = 0.0;
         }
+        read_parameter(&job->beta, 0.0, c0, n, shift);
         break;
     }
     case BNFAST_EVAL: {
@@ -172,8 +182,8 @@ void bnfast_finish(const bnfast_job *job, const bnfast_block *block, ptrdiff_t i
         for (ptrdiff_t j = 0; j < n; j++) {
             center[j] = mean[j];
             scale[j] = slope[j] = var == NULL ? gamma[j] : gamma[j] * (1.0 / sqrt(var[j] + job->eps));
-            shift[j] = 0.0;
         }
+        read_parameter(&job->beta, 0.0, c0, n, shift);
         break;
     }
     case BNFAST_BACKWARD:
@@ -181,6 +191,9 @@ void bnfast_finish(const bnfast_job *job, const bnfast_block *block, ptrdiff_t i
     case BNFAST_JVP: {
         const double *restrict inv_std = job->inv_std + c0;
         const int constant = job->operation == BNFAST_BACKWARD_EVAL;
+        /* constant: v + -0.0 is v, the sign of a zero included */
+        read_parameter(&job->vbeta, constant ? -0.0 : 0.0, c0, n, shift);
+        read_parameter(&job->vgamma, 0.0, c0, n, hat_scale);
         for (ptrdiff_t j = 0; j < n; j++) {
             const double dot = (b[j] - (mean[j] - rounded(job, mean[j])) * a[j]) * inv_std[j]; /* sum(u * x_hat) */
             if (job->dot != NULL) {
@@ -189,22 +202,16 @@ void bnfast_finish(const bnfast_job *job, const bnfast_block *block, ptrdiff_t i
             }
             u_center[j] = a[j] / count;
             u_scale[j] = gamma[j] * inv_std[j];
-            hat_scale[j] = -u_scale[j] * (dot / count) + (job->vgamma ? job->vgamma[c0 + j] : 0.0);
+            hat_scale[j] -= u_scale[j] * (dot / count);
             center[j] = constant ? 0.0 : mean[j];
             scale[j] = constant ? u_scale[j] : inv_std[j];
             slope[j] = constant ? 0.0 : inv_std[j] * hat_scale[j];
-            shift[j] = constant ? -0.0 : 0.0; /* v + -0.0 is v, the sign of a zero included */
         }
         break;
     }
     default:
         return;
     }
-    const double *added = job->operation == BNFAST_JVP ? job->vbeta : has_sums(job) ? NULL : job->beta;
-    if (added)
-        for (ptrdiff_t j = 0; j < n; j++)
-            shift[j] = added[c0 + j];
-
     const bnfast_coefficients c = bnfast_coefficients_at(job, &block->channel, i);
     keep_in_range(job, n, scale);
     job->kernels->round_centers(n, center, slope, shift, c.center);

@@ -28,6 +28,11 @@ typedef enum {
 
 typedef struct bnfast_job bnfast_job;
 
+typedef struct { /* (channels,) IN, of either dtype; both NULL: left out */
+    const double *wide;
+    const float *narrow;
+} bnfast_parameter;
+
 typedef struct {
     void (*task)(const bnfast_job *job, ptrdiff_t index, int thread);
     ptrdiff_t n_tasks;
@@ -40,8 +45,8 @@ struct bnfast_job {
     ptrdiff_t outer, channels, inner; /* dense, in this order in memory */
     const void *x, *u;                /* (outer, channels, inner) IN; u: backward and jvp */
     void *out;                        /* (outer, channels, inner) OUT; not for moments */
-    const double *gamma, *beta;       /* (channels,) IN, NULL: ones, zeros */
-    const double *vgamma, *vbeta;     /* (channels,) IN, NULL: zeros; jvp */
+    bnfast_parameter gamma, beta;     /* left out: ones, zeros */
+    bnfast_parameter vgamma, vbeta;   /* left out: zeros; jvp */
     const double *var;                /* (channels,) IN; eval, NULL: inv_std is 1, so out = (x - mean) * gamma + beta */
     double eps;                       /* forward and eval */
     double *mean, *inv_std, *m2;      /* (channels,) OUT of forward (m2 may be NULL) and moments, IN elsewhere */
