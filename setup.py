@@ -2,6 +2,7 @@
 
 BNFAST_DEBUG=1      no optimisation, C asserts, bounds checks in Cython
 BNFAST_SANITIZE=1   AddressSanitizer and UndefinedBehaviorSanitizer (GCC, Clang)
+BNFAST_COVERAGE=1   counts what is run, for gcov (tools/coverage)
 BNFAST_OPENMP=0     leave OpenMP out without probing; =1: fail instead of falling back
 BNFAST_WERROR=1     warnings from our own C are errors
 """
@@ -63,6 +64,9 @@ class BuildExt(build_ext):
             sanitize = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
             flags += [*sanitize, "-O1", "-g", "-fno-omit-frame-pointer"]
             link += sanitize
+        if switch("BNFAST_COVERAGE"):
+            flags += ["--coverage", "-fprofile-update=atomic", "-O1"]
+            link.append("--coverage")
         return flags, link
 
     def openmp_flags(self, msvc: bool) -> tuple[list[str], list[str]]:
