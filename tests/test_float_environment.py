@@ -13,20 +13,26 @@ pytestmark = pytest.mark.skipif(
     reason="reads and sets MXCSR through a C library made for Linux on x86-64",
 )
 
-# `look`: the control bits of each thread of a team, through the OpenMP runtime that bnfast has too.
+# `look`: the control bits of each thread of a team of the OpenMP runtime that bnfast uses, of which a wheel has its own.
 MXCSR = """
 #include <xmmintrin.h>
 unsigned get(void) { return _mm_getcsr() & ~0x3fu; }
 void set(unsigned control) { _mm_setcsr(control); }
-int look(int n, unsigned *controls)
+typedef void parallel(void (*)(void *), void *, unsigned, unsigned);
+static unsigned *found;
+static int (*number)(void);
+static void note(void *count)
 {
-    int together = 0;
-    #pragma omp parallel for num_threads(n) schedule(static, 1) reduction(+ : together)
-    for (int i = 0; i < n; i++) {
-        controls[i] = get();
-        together++;
-    }
-    return together;
+    found[number()] = get();
+    __atomic_add_fetch((int *)count, 1, __ATOMIC_RELAXED);
+}
+int look(parallel *run, int (*thread_num)(void), int n, unsigned *controls)
+{
+    int count = 0;
+    found = controls;
+    number = thread_num;
+    run(note, &count, n, 0);
+    return count;
 }
 """
 
@@ -43,8 +49,10 @@ CONTROLS = {f"{name}{flush}": DEFAULT | rounding << 13 | (FLUSH if flush else 0)
 def digest(arrays):
     return hashlib.sha256(b"".join(np.ascontiguousarray(a).tobytes() for a in arrays)).hexdigest()
 def threads_controls(n):
+    from bnfast import _core
+    runtime = ctypes.CDLL(_core.openmp_library())
     found = (ctypes.c_uint * n)()
-    assert library.look(n, found) == n
+    assert library.look(runtime.GOMP_parallel, runtime.omp_get_thread_num, n, found) == n
     return list(found)
 """
 
@@ -65,7 +73,7 @@ def functions(x):
 
 @pytest.fixture(scope="module")
 def mxcsr(tmp_path_factory):
-    return c_library(tmp_path_factory.mktemp("mxcsr"), MXCSR, "-O1", "-fopenmp")
+    return c_library(tmp_path_factory.mktemp("mxcsr"), MXCSR, "-O1")
 
 
 @pytest.mark.skipif(bnfast.config()["openmp"] is None, reason="this build is without OpenMP")

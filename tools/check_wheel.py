@@ -233,7 +233,7 @@ def main():
     pythons = interpreters()
     require(pythons, f"none of the Pythons {', '.join(PYTHONS)} is on this machine")
     work = Path(tempfile.mkdtemp(prefix="bnfast-wheels-"))
-    say(f"in {work}, which stays if something fails")
+    say(f"in {work}")
     check(chosen, pythons, work)
     shutil.rmtree(work)
 

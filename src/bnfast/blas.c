@@ -173,13 +173,20 @@ static void take_call(copy_t *copy, job_function *run, int n_jobs, size_t job_by
 }
 
 /* OpenBLAS does not say which copy of it is calling, so each has a function of its own. */
-#define CALLBACK(i)                                                                                                    \
-    static void callback_##i(int sync, job_function *run, int n_jobs, size_t job_bytes, void *jobs, int data)          \
-    {                                                                                                                  \
-        (void)sync; /* always 1: return when all is done */                                                            \
-        take_call(&copies[i], run, n_jobs, job_bytes, jobs, data);                                                     \
+#define CALLBACK(i) \
+    static void callback_##i(int sync, job_function *run, int n_jobs, size_t job_bytes, void *jobs, int data) \
+    { \
+        (void)sync; /* always 1: return when all is done */ \
+        take_call(&copies[i], run, n_jobs, job_bytes, jobs, data); \
     }
-CALLBACK(0) CALLBACK(1) CALLBACK(2) CALLBACK(3) CALLBACK(4) CALLBACK(5) CALLBACK(6) CALLBACK(7)
+CALLBACK(0)
+CALLBACK(1)
+CALLBACK(2)
+CALLBACK(3)
+CALLBACK(4)
+CALLBACK(5)
+CALLBACK(6)
+CALLBACK(7)
 
 static callback_function *const callbacks[MAX_COPIES] = {callback_0, callback_1, callback_2, callback_3,
                                                          callback_4, callback_5, callback_6, callback_7};
@@ -234,7 +241,8 @@ static int new_copy(uintptr_t set_callback)
     return n_copies++;
 }
 
-int bnfast_blas_share(uintptr_t set_callback, uintptr_t exec_blas, uintptr_t callback, uintptr_t num_threads, int places)
+int bnfast_blas_share(uintptr_t set_callback, uintptr_t exec_blas, uintptr_t callback, uintptr_t num_threads,
+                      int places)
 {
     pthread_mutex_lock(&table);
     int i = bnfast_blas_find(set_callback);
@@ -286,7 +294,11 @@ void bnfast_blas_release(int copy) { (void)copy; }
 int bnfast_blas_find(uintptr_t s) { return (void)s, -1; }
 int bnfast_blas_is_shared(int copy) { return (void)copy, 0; }
 int bnfast_blas_was_given_back(int copy) { return (void)copy, 0; }
-void bnfast_blas_calls(int copy, long *on_team, long *on_threads) { (void)copy; *on_team = *on_threads = 0; }
+void bnfast_blas_calls(int copy, long *on_team, long *on_threads)
+{
+    (void)copy;
+    *on_team = *on_threads = 0;
+}
 void bnfast_blas_break(int what) { (void)what; }
 
 #endif

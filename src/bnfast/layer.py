@@ -687,7 +687,7 @@ class BatchNorm:
         fresh = self._fresh_state()
         if self.track_running_stats:
             mean, var = self._running(state["running_mean"], state["running_var"], nan_allowed)
-            fresh = _State(mean, var, _batches(state["num_batches_tracked"]))
+            fresh = _State(mean, var, _whole_number(state["num_batches_tracked"], "num_batches_tracked"))
         nothing = np.empty(0, self.dtype)
         self._exchange_all(new.get("weight", nothing), new.get("bias", nothing), fresh.with_rest_of)
 
@@ -848,7 +848,7 @@ class BatchNorm:
                     raise StateError(f"{name}: expected finite numbers, got {array[~np.isfinite(array)][0]}")
             if exact is not None:
                 _check_names(exact, ["count", "batches"])
-                _batches(exact["count"])
+                _whole_number(exact["count"], "exact count")
                 exact = Moments(exact["count"], arrays.pop("exact_mean"), arrays.pop("exact_m2")), exact["batches"]
             if averaged is not None:
                 _check_names(averaged, ["batches"])
@@ -862,17 +862,19 @@ class BatchNorm:
             raise StateError(str(error)) from error
 
     def _load_others(self, exact: Any, averaged: Any) -> None:
-        """The statistics that are not in use, of a pickle."""
+        """The statistics that are not in use, of a pickle or a file."""
         state = self._state
         if exact is not None:
             self._need_statistics("exact")
             moments, batches = exact
-            state = state._replace(exact=self._checked(moments, "exact"), exact_batches=_batches(batches))
+            gathered = _whole_number(batches, "exact batches")
+            state = state._replace(exact=self._checked(moments, "exact"), exact_batches=gathered)
         if averaged is not None:
             if exact is None:
                 raise StateError("averaged: expected exact statistics to be in use, got none")
             mean, var, batches = averaged
-            state = state._replace(averaged=_Averaged(*self._running(mean, var, nan_allowed=True), _batches(batches)))
+            tracked = _whole_number(batches, "averaged batches")
+            state = state._replace(averaged=_Averaged(*self._running(mean, var, nan_allowed=True), tracked))
         self._state = state
 
     def _running(self, mean: ArrayLike, var: ArrayLike, nan_allowed: bool) -> tuple[Statistics, Statistics]:
@@ -966,13 +968,14 @@ def _converted(
         return np.array(array, dtype=dtype, order="C")
 
 
-def _batches(value: ArrayLike) -> int:
+def _whole_number(value: ArrayLike, name: str) -> int:
+    """Of at least 0, that int64 holds."""
     try:
         array = np.asarray(value)
     except MemoryError:
         raise
     except Exception as error:  # whatever an object's __array__ raises
-        raise StateError(f"num_batches_tracked: expected one integer, got {type(value).__name__} ({error})") from error
+        raise StateError(f"{name}: expected one integer, got {type(value).__name__} ({error})") from error
     if array.dtype.kind not in "iu" or array.size != 1 or not 0 <= array.item() <= np.iinfo(np.int64).max:
-        raise StateError(f"num_batches_tracked: expected one integer of at least 0, got {value!r}")
+        raise StateError(f"{name}: expected one integer of at least 0, got {value!r}")
     return int(array.item())

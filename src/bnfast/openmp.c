@@ -29,7 +29,7 @@
 #include <xmmintrin.h>
 #endif
 
-static int forked_serial, shortage;
+static int forked_serial;
 
 int bnfast_openmp_forked_serial(void) { return forked_serial; }
 
@@ -39,14 +39,17 @@ int bnfast_openmp_forked_serial(void) { return forked_serial; }
 #include <intrin.h>
 typedef volatile long counter;
 static long add(counter *to, long n) { return _InterlockedExchangeAdd(to, n) + n; }
+static long exchange(counter *old, long value) { return _InterlockedExchange(old, value); }
 #else
 typedef long counter;
 static long add(counter *to, long n) { return __atomic_add_fetch(to, n, __ATOMIC_RELAXED); }
+static long exchange(counter *old, long value) { return __atomic_exchange_n(old, value, __ATOMIC_RELAXED); }
 #endif
 
-static counter callers; /* threads inside a call of ours */
-static counter busy;    /* workers of theirs */
-static counter started; /* workers of all pools, asleep or not */
+static counter callers;  /* threads inside a call of ours */
+static counter busy;     /* workers of theirs */
+static counter started;  /* workers of all pools, asleep or not */
+static counter shortage; /* threads have been refused, and nobody has asked yet */
 
 long bnfast_openmp_version(void) { return _OPENMP; }
 int bnfast_openmp_max_threads(void) { return omp_get_max_threads(); }
@@ -100,8 +103,8 @@ static int has_pause(void)
 
 static int handlers_installed, handlers_off, pool_survives, gives_pools_back;
 
-/* A thread's value: how many workers its pool has, as a pointer. libgomp's pool has the size of the last team: a smaller
- * team ends the threads it has no use for, and the next larger one starts them again. */
+/* A thread's value: how many workers its pool has, as a pointer. libgomp's pool has the size of the last team: a
+ * smaller team ends the threads it has no use for, and the next larger one starts them again. */
 static pthread_key_t pool_key;
 static int has_pool_key;
 
@@ -181,36 +184,34 @@ static int64_t now(void)
  * try and the region others may still take the room. */
 static int possible_team(int team)
 {
-    static int64_t refused; /* when; 0: the last try went well */
+    static int64_t last; /* when threads were refused; 0: the last try went well */
     const int workers = pool_size();
     if (!has_pool_key || team - 1 <= workers)
         return team;
+    const int64_t refused = __atomic_load_n(&last, __ATOMIC_RELAXED);
     if (refused != 0 && now() - refused < 1000000000)
         return 1 + workers;
     const int possible = 1 + workers + startable(team - 1 - workers);
-    if (possible == team) {
-        refused = 0;
-    } else {
-        shortage |= refused == 0;
-        refused = now();
-    }
+    if (possible < team && refused == 0)
+        exchange(&shortage, 1);
+    __atomic_store_n(&last, possible < team ? now() : 0, __ATOMIC_RELAXED);
     return possible;
 }
 
 /* A pool that is asleep is kept for its thread's next call, because to end it and to start it again costs more than
- * many a call (measured: 65 us with 1 worker, 135 with 3, where the call itself takes 95). But not without limit: where all
- * that are asleep have more workers than MAX_ASLEEP and than two teams, this thread's goes. */
+ * many a call (measured: 65 us with 1 worker, 135 with 3, where the call itself takes 95). But not without limit: where
+ * all that are asleep have more workers than MAX_ASLEEP and than two teams, this thread's goes. */
 enum { MAX_ASLEEP = 64 };
 
 static void keep_or_give_back(int budget)
 {
-    static int largest_budget;
-    if (budget > largest_budget)
-        largest_budget = budget;
+    static counter largest_budget;
+    if (budget > add(&largest_budget, 0))
+        exchange(&largest_budget, budget);
     if (!gives_pools_back || pool_size() == 0)
         return;
     const long asleep = add(&started, 0) - add(&busy, 0);
-    if (asleep > MAX_ASLEEP && asleep > 2L * (largest_budget - 1) && pause_pool())
+    if (asleep > MAX_ASLEEP && asleep > 2 * (add(&largest_budget, 0) - 1) && pause_pool())
         set_pool_size(0);
 }
 
@@ -275,6 +276,8 @@ ptrdiff_t bnfast_take(bnfast_share *share)
     return share->backwards ? share->end - taken : share->begin + taken - 1;
 }
 
+int bnfast_openmp_take_shortage(void) { return exchange(&shortage, 0) != 0; }
+
 int bnfast_openmp_run_together(int n, void (*job)(int i, void *context), void *context)
 {
     int together = 0;
@@ -310,19 +313,13 @@ void bnfast_share_out(bnfast_share *shares, int n_shares, ptrdiff_t n_tasks, int
     (void)shares, (void)n_shares, (void)n_tasks, (void)backwards;
 }
 ptrdiff_t bnfast_take(bnfast_share *share) { return (void)share, -1; }
+int bnfast_openmp_take_shortage(void) { return 0; }
 int bnfast_openmp_run_together(int n, void (*job)(int i, void *context), void *context)
 {
     return (void)n, (void)job, (void)context, 0;
 }
 
 #endif
-
-int bnfast_openmp_take_shortage(void)
-{
-    const int taken = shortage;
-    shortage = 0;
-    return taken;
-}
 
 /* Exception flags are left out: only what changes results. */
 unsigned long long bnfast_float_control(void)

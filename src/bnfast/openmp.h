@@ -7,29 +7,31 @@
 
 #include <stddef.h>
 
-long bnfast_openmp_version(void);         /* _OPENMP, 0 without */
-const char *bnfast_openmp_library(void);  /* path of the runtime, "" if not known */
-int bnfast_openmp_max_threads(void);      /* of the calling thread, as threadpoolctl and the environment set it */
+long bnfast_openmp_version(void);        /* _OPENMP, 0 without */
+const char *bnfast_openmp_library(void); /* path of the runtime, "" if not known */
+int bnfast_openmp_max_threads(void);     /* of the calling thread, as threadpoolctl and the environment set it */
 int bnfast_openmp_thread_limit(void);
 
 /* At import, once: makes fork safe (openmp.c). Starts nothing. */
 void bnfast_openmp_init(void);
-int bnfast_openmp_fork_handled(void);     /* fork handlers are in place and the runtime can be paused */
-void bnfast_openmp_handle_fork(int on);   /* off: for the test that shows what happens without the handlers */
-int bnfast_openmp_forked_serial(void);    /* this is a child whose pool could not be paused: one thread */
+int bnfast_openmp_fork_handled(void);   /* fork handlers are in place and the runtime can be paused */
+void bnfast_openmp_handle_fork(int on); /* off: for the test that shows what happens without the handlers */
+int bnfast_openmp_forked_serial(void);  /* this is a child whose pool could not be paused: one thread */
 
 /* Around every parallel region. enter returns the team to ask for: the budget shared among the threads that are
  * calling right now, at least 1. All teams together have no more workers than the budget; pools that are asleep, no
  * more than 64, or two budgets if that is more. */
 int bnfast_openmp_enter(int budget);
 void bnfast_openmp_leave(int budget, int team);
-int bnfast_openmp_take_shortage(void);    /* whether, since the last time this was asked, threads were refused anew */
+int bnfast_openmp_take_shortage(void); /* whether, since the last time this was asked, threads were refused anew */
 
-/* The tasks of a phase, cut into a share of neighbours for each thread. A thread does its own share, then helps with those
+/* The tasks of a phase, cut into a share of neighbours for each thread. A thread does its own share, then helps with
+ * those
  * of others: in every phase and every call it comes to the same part of an array, which lies in the caches near it (of
  * several last-level caches, of several memories), and yet no thread waits while there is work. */
 typedef struct {
-    long begin, end, taken; /* of its tasks, begin .. end - 1, so many have been taken, or asked for when none was left */
+    long begin, end; /* its tasks: begin .. end - 1 */
+    long taken;      /* so many of them, or more, if some were asked for when none was left */
     int backwards;
     char own_cache_line[64 - 3 * sizeof(long) - sizeof(int)];
 } bnfast_share;

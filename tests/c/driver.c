@@ -1,6 +1,6 @@
-/* The kernels without Python: every leaf of every table this CPU can run, and whole jobs, on buffers that end (or begin)
- * where a guard page does, or that malloc gave to the byte, for AddressSanitizer and Valgrind to watch. What they
- * write is compared with plain loops in long double, and, bit for bit, with what the other instruction sets write.
+/* The kernels without Python: every leaf of every table this CPU can run, and whole jobs, on buffers that end (or
+ * begin) where a guard page does, or that malloc gave to the byte, for AddressSanitizer and Valgrind to watch. What
+ * they write is compared with plain loops in long double, and, bit for bit, with what the other instruction sets write.
  *
  *   driver [leaves] [jobs] [poison] [isa=NAME] [sizes=N] [threads=N]
  *
@@ -22,7 +22,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
-/* ---- buffers ------------------------------------------------------------------------------------------------------- */
+/* ---- buffers ----------------------------------------------------------------------------------------------------- */
 
 /* BEHIND, BEFORE: a guard page right behind the last, right before the first element. SHIFTED: `shift` elements into a
  * cache line. HEAP: malloc, to the byte. Canaries in the rest of the page tell of what was written there. */
@@ -104,7 +104,7 @@ static void release_buffers(void)
     }
 }
 
-/* ---- values -------------------------------------------------------------------------------------------------------- */
+/* ---- values ------------------------------------------------------------------------------------------------------ */
 
 static uint64_t random_state = 88172645463325252u;
 static double random_value(void) /* in (-1, 1) */
@@ -198,7 +198,7 @@ static void expect(const char *what, ptrdiff_t i, double got, long double expect
         fail(what, i, got, (double)expected);
 }
 
-/* ---- leaves -------------------------------------------------------------------------------------------------------- */
+/* ---- leaves ------------------------------------------------------------------------------------------------------ */
 
 /* One column against what the leaf says of it. x, u: first element, then n_rows of `length`, `stride` apart */
 static void expect_reduced(const void *x, const void *u, ptrdiff_t first, ptrdiff_t n_rows, ptrdiff_t stride,
@@ -243,7 +243,8 @@ static void reductions(ptrdiff_t n_rows, ptrdiff_t n, ptrdiff_t gap)
     const void *x = new_rows(n_rows, stride, n, 3), *u = new_rows(n_rows, stride, n, 0.5);
     const void *center = new_values(n, 3);
     double *a = new_buffer(n, 8), *b = new_buffer(n, 8);
-    void *packed_x = new_buffer(n_rows * n, (size_t)k->itemsize), *packed_u = new_buffer(n_rows * n, (size_t)k->itemsize);
+    void *packed_x = new_buffer(n_rows * n, (size_t)k->itemsize),
+         *packed_u = new_buffer(n_rows * n, (size_t)k->itemsize);
     for (int pack = 0; pack < 2; pack++) {
         k->moments_interleaved(x, n_rows, stride, n, center, a, b, pack ? packed_x : NULL);
         for (ptrdiff_t j = 0; j < n; j++)
@@ -282,8 +283,7 @@ static void expect_mapped(const bnfast_coefficients *c, ptrdiff_t j, double x, d
         const long double first = ((long double)u - get(c->u_center, j)) * get(c->u_scale, j),
                           second = scaled * get(c->hat_scale, j);
         expect("gradient", j, got, first + second + shift_, fabsl(first) + fabsl(second) + fabsl(shift_));
-    }
-    else
+    } else
         expect("normalize", j, got, scaled + shift_, fabsl(scaled) + fabsl(shift_));
 }
 
@@ -307,12 +307,19 @@ static void map(ptrdiff_t n_rows, ptrdiff_t n_channels, ptrdiff_t length, ptrdif
             old_u = copy;
     }
     if (n_channels) {
-        bnfast_writer writer = {x, gradient ? u : x, out, {n_rows, stride, n_channels, length}, c, gradient, stream,
-                                look_ahead ? n : 0, 0, 0, 0, 0};
+        bnfast_writer writer = {x,      gradient ? u : x,
+                                out,    {n_rows, stride, n_channels, length},
+                                c,      gradient,
+                                stream, look_ahead ? n : 0,
+                                0,      0,
+                                0,      0};
         k->write_rest(&writer);
-    }
-    else {
-        const bnfast_columns columns = {n_rows, n, stride, out_stride, look_ahead ? (const char *)x + n * k->itemsize : NULL,
+    } else {
+        const bnfast_columns columns = {n_rows,
+                                        n,
+                                        stride,
+                                        out_stride,
+                                        look_ahead ? (const char *)x + n * k->itemsize : NULL,
                                         look_ahead ? (const char *)u + n * k->itemsize : NULL};
         if (gradient)
             k->gradient_interleaved(x, u, out, &columns, &c, stream);
@@ -371,7 +378,8 @@ static void planar_reductions(ptrdiff_t n_rows, ptrdiff_t n_channels, ptrdiff_t 
 static void small_leaves(ptrdiff_t n)
 {
     const double count_a = 5, count_b = 11, eps = 1e-5;
-    double *mean_a = new_doubles(n, 1), *m2_a = new_doubles(n, 2), *mean_b = new_doubles(n, 1), *m2_b = new_doubles(n, 2);
+    double *mean_a = new_doubles(n, 1), *m2_a = new_doubles(n, 2), *mean_b = new_doubles(n, 1),
+           *m2_b = new_doubles(n, 2);
     double *old_mean = new_doubles(n, 0), *old_m2 = new_doubles(n, 0), *result = new_doubles(n, 0);
     memcpy(old_mean, mean_a, (size_t)n * 8), memcpy(old_m2, m2_a, (size_t)n * 8);
 
@@ -435,7 +443,8 @@ enum { SHORTEST_RUN = 16 };
 
 static void leaves_of_size(ptrdiff_t n)
 {
-    snprintf(context, sizeof context, "leaves %s itemsize %td place %d shift %td size %td", k->isa, k->itemsize, where, shift, n);
+    snprintf(context, sizeof context, "leaves %s itemsize %td place %d shift %td size %td", k->isa, k->itemsize, where,
+             shift, n);
     small_leaves(n);
     if (n == 0)
         return; /* a segment has elements */
@@ -457,7 +466,7 @@ static void leaves_of_size(ptrdiff_t n)
             }
 }
 
-/* ---- jobs ---------------------------------------------------------------------------------------------------------- */
+/* ---- jobs -------------------------------------------------------------------------------------------------------- */
 
 typedef struct {
     const bnfast_job *job;
@@ -531,11 +540,14 @@ static uint64_t run_job(const example *e)
 {
     const ptrdiff_t n = e->outer * e->channels * e->inner, channels = e->channels;
     digest = 14695981039346656037u;
-    snprintf(context, sizeof context, "job %d (%td, %td, %td) %s itemsize %td place %d shift %td threads %d stream %d in place %d few %d poisoned %td",
+    snprintf(context, sizeof context,
+             "job %d (%td, %td, %td) %s itemsize %td place %d shift %td threads %d stream %d in place %d few %d "
+             "poisoned %td",
              e->operation, e->outer, channels, e->inner, k->isa, k->itemsize, where, shift, e->n_threads, e->stream,
              e->in_place, e->few, e->poisoned);
     random_state = 88172645463325252u;
-    void *x = new_values(n, 3), *u = has_u(e->operation) || (e->operation == BNFAST_FLOOR && !e->few) ? new_values(n, 0.5) : NULL;
+    void *x = new_values(n, 3),
+         *u = has_u(e->operation) || (e->operation == BNFAST_FLOOR && !e->few) ? new_values(n, 0.5) : NULL;
     fill(x, n, e);
     if (u)
         fill(u, n, e);
@@ -547,12 +559,21 @@ static uint64_t run_job(const example *e)
     memcpy(old_x, x, (size_t)(n * k->itemsize));
     if (u)
         memcpy(old_u, u, (size_t)(n * k->itemsize));
-    double *mean = new_doubles(channels, 3), *inv_std = new_doubles(channels, 2), *given_mean = new_doubles(channels, 0),
-           *given_inv_std = new_doubles(channels, 0);
+    double *mean = new_doubles(channels, 3), *inv_std = new_doubles(channels, 2),
+           *given_mean = new_doubles(channels, 0), *given_inv_std = new_doubles(channels, 0);
     memcpy(given_mean, mean, (size_t)channels * 8), memcpy(given_inv_std, inv_std, (size_t)channels * 8);
     int infinite = 0;
-    bnfast_job job = {.kernels = k, .operation = e->operation, .outer = e->outer, .channels = channels, .inner = e->inner,
-                      .x = x, .u = u, .eps = 1e-5, .mean = mean, .inv_std = inv_std, .n_threads = e->n_threads};
+    bnfast_job job = {.kernels = k,
+                      .operation = e->operation,
+                      .outer = e->outer,
+                      .channels = channels,
+                      .inner = e->inner,
+                      .x = x,
+                      .u = u,
+                      .eps = 1e-5,
+                      .mean = mean,
+                      .inv_std = inv_std,
+                      .n_threads = e->n_threads};
     if (e->operation != BNFAST_MOMENTS)
         job.out = e->in_place == 2 && u ? u : e->in_place ? x : new_values(n, 9);
     if (!e->few) {
@@ -622,10 +643,11 @@ static void expect_job(const example *e, const bnfast_job *job, const void *x, c
             (has_u(operation) && !ordinary(u, c * inner, e->outer, stride, inner)))
             continue;
         long double mean = 0, m2 = 0, largest = 0, sum = 0, dot = 0, size = 0, size_dot = 0;
-#define EACH                                                                                                           \
-    for (ptrdiff_t r = 0; r < e->outer; r++)                                                                           \
+#define EACH \
+    for (ptrdiff_t r = 0; r < e->outer; r++) \
         for (ptrdiff_t at = r * stride + c * inner; at < r * stride + (c + 1) * inner; at++)
-        EACH {
+        EACH
+        {
             mean += get(x, at);
             largest = fmaxl(largest, fabsl((long double)get(x, at)));
         }
@@ -638,28 +660,34 @@ static void expect_job(const example *e, const bnfast_job *job, const void *x, c
             if (job->m2)
                 expect("m2", c, job->m2[c], m2, m2 + largest * largest * (long double)epsilon() * count);
             if (operation == BNFAST_FORWARD)
-                expect("inv_std", c, job->inv_std[c], inv_std, inv_std * (1 + largest * largest * (long double)epsilon() * inv_std * inv_std));
+                expect("inv_std", c, job->inv_std[c], inv_std,
+                       inv_std * (1 + largest * largest * (long double)epsilon() * inv_std * inv_std));
         }
         if (operation != BNFAST_MOMENTS && operation != BNFAST_FORWARD) {
             center = given_mean[c];
-            inv_std = operation == BNFAST_EVAL ? (job->var ? 1 / sqrtl((long double)job->var[c] + (long double)job->eps) : 1)
-                                               : (long double)given_inv_std[c];
+            inv_std = operation == BNFAST_EVAL
+                          ? (job->var ? 1 / sqrtl((long double)job->var[c] + (long double)job->eps) : 1)
+                          : (long double)given_inv_std[c];
         }
         if (has_u(operation)) {
-            EACH {
+            EACH
+            {
                 const long double v = get(u, at), hat = ((long double)get(x, at) - center) * inv_std;
                 sum += v, dot += v * hat, size += fabsl(v), size_dot += fabsl(v * hat) + fabsl(v * inv_std);
             }
             if (job->sum) {
                 expect("dbeta", c, job->sum[c], sum, size);
-                expect("dgamma", c, job->dot[c], dot, size_dot + size * largest * (long double)epsilon() * fabsl(inv_std));
+                expect("dgamma", c, job->dot[c], dot,
+                       size_dot + size * largest * (long double)epsilon() * fabsl(inv_std));
             }
         }
         if (job->out == NULL)
             continue;
-        EACH {
+        EACH
+        {
             const double got = get(job->out, at);
-            const long double hat = ((long double)get(x, at) - center) * inv_std, v = u && job->u ? (long double)get(u, at) : 0;
+            const long double hat = ((long double)get(x, at) - center) * inv_std,
+                              v = u && job->u ? (long double)get(u, at) : 0;
             const long double spread = fabsl(hat) + largest * (long double)epsilon() * fabsl(inv_std) + 1;
             switch (operation) {
             case BNFAST_FORWARD:
@@ -728,10 +756,10 @@ static uint64_t run_everywhere(example e, ptrdiff_t itemsize)
 #ifndef FUZZ
 
 static const ptrdiff_t shapes[][3] = {
-    {1, 1, 1},    {1, 1, 16},   {2, 1, 1},    {2, 3, 1},      {5, 7, 1},     {33, 3, 1},   {130, 3, 1},  {300, 65, 1},
-    {17, 130, 1}, {70, 64, 1},  {64, 3, 5},   {3, 33, 15},    {130, 2, 15},  {2, 5, 16},   {3, 4, 17},   {2, 9, 49},
-    {5, 3, 130},  {1, 2, 4099}, {3, 1, 9000}, {40, 5, 900},   {40, 256, 1},  {30, 320, 1}, {21, 264, 3}, {600, 130, 1},
-    {7, 19, 23},  {2, 2, 70000}, {66, 1, 1},  {4097, 1, 1},   {257, 64, 1},  {513, 80, 2}, {8, 40, 31},  {1, 2100, 1}};
+    {1, 1, 1},    {1, 1, 16},    {2, 1, 1},    {2, 3, 1},    {5, 7, 1},    {33, 3, 1},   {130, 3, 1},  {300, 65, 1},
+    {17, 130, 1}, {70, 64, 1},   {64, 3, 5},   {3, 33, 15},  {130, 2, 15}, {2, 5, 16},   {3, 4, 17},   {2, 9, 49},
+    {5, 3, 130},  {1, 2, 4099},  {3, 1, 9000}, {40, 5, 900}, {40, 256, 1}, {30, 320, 1}, {21, 264, 3}, {600, 130, 1},
+    {7, 19, 23},  {2, 2, 70000}, {66, 1, 1},   {4097, 1, 1}, {257, 64, 1}, {513, 80, 2}, {8, 40, 31},  {1, 2100, 1}};
 enum { N_SHAPES = sizeof shapes / sizeof shapes[0] };
 
 static void all_jobs(int poison, ptrdiff_t largest)
@@ -745,10 +773,17 @@ static void all_jobs(int poison, ptrdiff_t largest)
                 for (ptrdiff_t itemsize = 4; itemsize <= 8; itemsize += 4) {
                     where = (place)((s + option) % N_PLACES);
                     shift = (s * 5 + option + operation) % 16;
-                    example e = {.operation = (bnfast_operation)operation, .outer = shape[0], .channels = shape[1],
-                                 .inner = shape[2], .stream = option == 1, .few = option == 3,
-                                 .in_place = operation == BNFAST_FLOOR ? 0 : option == 2 ? 1 + (operation % 2) : 0,
-                                 .poisoned = -1, .left_out = -1};
+                    example e = {.operation = (bnfast_operation)operation,
+                                 .outer = shape[0],
+                                 .channels = shape[1],
+                                 .inner = shape[2],
+                                 .stream = option == 1,
+                                 .few = option == 3,
+                                 .in_place = operation == BNFAST_FLOOR ? 0
+                                             : option == 2             ? 1 + (operation % 2)
+                                                                       : 0,
+                                 .poisoned = -1,
+                                 .left_out = -1};
                     if (!poison)
                         run_everywhere(e, itemsize);
                     for (ptrdiff_t c = 0; poison && c < least(shape[1], 5); c++) {
@@ -810,7 +845,8 @@ int main(int argc, char **argv)
                 leaves_of_size(n);
             printf("leaves %s itemsize %td: %016llx\n", k->isa, k->itemsize, (unsigned long long)digest);
             if (known && digest != first) {
-                fprintf(stderr, "leaves %s itemsize %td: other bits than the first instruction set\n", k->isa, k->itemsize);
+                fprintf(stderr, "leaves %s itemsize %td: other bits than the first instruction set\n", k->isa,
+                        k->itemsize);
                 return 1;
             }
             first = digest, known = 1;
@@ -836,10 +872,17 @@ int LLVMFuzzerTestOneInput(const unsigned char *data, size_t n)
         return 0;
     where = (place)(data[8] % N_PLACES), shift = data[9] % 16;
     on_threads = 0;
-    example e = {.operation = (bnfast_operation)(data[0] % 7), .outer = 1 + data[1] + data[2] % 4 * 200,
-                 .channels = 1 + data[3] + data[4] % 2 * 40, .inner = 1 + data[5] % (data[6] % 2 ? 16 : 200),
-                 .stream = data[10] & 1, .few = data[10] >> 1 & 1, .in_place = (data[10] >> 2) % 3, .poisoned = -1,
-                 .left_out = -1, .bytes = data + HEADER, .n_bytes = n - HEADER};
+    example e = {.operation = (bnfast_operation)(data[0] % 7),
+                 .outer = 1 + data[1] + data[2] % 4 * 200,
+                 .channels = 1 + data[3] + data[4] % 2 * 40,
+                 .inner = 1 + data[5] % (data[6] % 2 ? 16 : 200),
+                 .stream = data[10] & 1,
+                 .few = data[10] >> 1 & 1,
+                 .in_place = (data[10] >> 2) % 3,
+                 .poisoned = -1,
+                 .left_out = -1,
+                 .bytes = data + HEADER,
+                 .n_bytes = n - HEADER};
     if (e.operation == BNFAST_FLOOR)
         e.in_place = 0;
     while (e.outer * e.channels * e.inner > 20000)

@@ -42,7 +42,10 @@ static inline __m256d load_part_f64_avx2(const double *p, ptrdiff_t n, __m256d f
     const __m256i mask = lanes_mask_f64(n);
     return _mm256_blendv_pd(fill, _mm256_maskload_pd(p, mask), _mm256_castsi256_pd(mask));
 }
-static inline void store_part_f32_avx2(float *p, ptrdiff_t n, __m256 v) { _mm256_maskstore_ps(p, lanes_mask_f32(n), v); }
+static inline void store_part_f32_avx2(float *p, ptrdiff_t n, __m256 v)
+{
+    _mm256_maskstore_ps(p, lanes_mask_f32(n), v);
+}
 static inline void store_part_f64_avx2(double *p, ptrdiff_t n, __m256d v)
 {
     _mm256_maskstore_pd(p, lanes_mask_f64(n), v);

@@ -40,8 +40,8 @@ static inline void store_part_f64_avx512(double *p, ptrdiff_t n, __m512d v)
 }
 static inline __m512d widen_f32_avx512(__m512 v, int k)
 {
-    const __m256 half = k == 0 ? _mm512_castps512_ps256(v)
-                               : _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(v), 1));
+    const __m256 half =
+        k == 0 ? _mm512_castps512_ps256(v) : _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(v), 1));
     return _mm512_cvtps_pd(half);
 }
 static inline __m512d widen_f64_avx512(__m512d v, int k) { return (void)k, v; }

@@ -19,7 +19,8 @@ static inline void add_phase(bnfast_job *job, void (*task)(const bnfast_job *, p
 }
 
 /* Scratch of a block: `n` channels from `first` on, which are `width` columns.
- * a, b: (n_segments + 1, width); what the reductions give: mean less center and m2, or sum and dot. Merged, they are row 0.
+ * a, b: (n_segments + 1, width); what the reductions give: mean less center and m2, or sum and dot. Merged, they are
+ * row 0.
  * work: (8, n) float64; channel: coefficients a channel; column: coefficients a column (may be the same memory) */
 typedef struct {
     ptrdiff_t first, n, width;
@@ -55,8 +56,8 @@ void bnfast_prepare(const bnfast_job *job, const bnfast_block *block);
 /* From the merged reductions a[i], b[i] of the block's channels to the results a channel, and to its coefficients. */
 void bnfast_finish(const bnfast_job *job, const bnfast_block *block, ptrdiff_t i, ptrdiff_t n);
 
-/* Sets job->infinite if a value of the rows is infinite; nothing to do where it is NULL. For the apply step to call just
- * before its map, so that both find the rows in cache. x: (n_rows, length), rows `stride` apart IN */
+/* Sets job->infinite if a value of the rows is infinite; nothing to do where it is NULL. For the apply step to call
+ * just before its map, so that both find the rows in cache. x: (n_rows, length), rows `stride` apart IN */
 void bnfast_note_infinity(const bnfast_job *job, const void *x, ptrdiff_t n_rows, ptrdiff_t stride, ptrdiff_t length);
 
 /* What the layouts implement. */

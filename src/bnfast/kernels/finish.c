@@ -34,14 +34,16 @@ ptrdiff_t bnfast_block_bytes(const bnfast_job *job, ptrdiff_t n, ptrdiff_t colum
 {
     const ptrdiff_t width = n * columns, size = job->kernels->itemsize;
     const ptrdiff_t rows = bnfast_reduces(job) ? job->n_segments + 1 : 0;
-    return round_up(2 * rows * width * (ptrdiff_t)sizeof(double)) + round_up(WORK_ARRAYS * n * (ptrdiff_t)sizeof(double)) +
+    return round_up(2 * rows * width * (ptrdiff_t)sizeof(double)) +
+           round_up(WORK_ARRAYS * n * (ptrdiff_t)sizeof(double)) +
            COEFFICIENT_ARRAYS *
                (round_up((n + BNFAST_PAD) * size) + (columns > 1 ? round_up((width + BNFAST_PAD) * size) : 0));
 }
 
 static char *coefficients_in(char *at, bnfast_coefficients *c, ptrdiff_t bytes)
 {
-    void **const array[COEFFICIENT_ARRAYS] = {&c->center, &c->scale, &c->shift, &c->u_center, &c->u_scale, &c->hat_scale};
+    void **const array[COEFFICIENT_ARRAYS] = {&c->center,   &c->scale,   &c->shift,
+                                              &c->u_center, &c->u_scale, &c->hat_scale};
     for (int i = 0; i < COEFFICIENT_ARRAYS; i++) {
         *array[i] = at;
         at += round_up(bytes);
@@ -69,8 +71,9 @@ bnfast_block bnfast_block_in(const bnfast_job *job, char *scratch, ptrdiff_t fir
 bnfast_coefficients bnfast_coefficients_at(const bnfast_job *job, const bnfast_coefficients *c, ptrdiff_t j)
 {
     const ptrdiff_t bytes = j * job->kernels->itemsize;
-    const bnfast_coefficients at = {(char *)c->center + bytes, (char *)c->scale + bytes, (char *)c->shift + bytes,
-                                    (char *)c->u_center + bytes, (char *)c->u_scale + bytes, (char *)c->hat_scale + bytes};
+    const bnfast_coefficients at = {(char *)c->center + bytes,  (char *)c->scale + bytes,
+                                    (char *)c->shift + bytes,   (char *)c->u_center + bytes,
+                                    (char *)c->u_scale + bytes, (char *)c->hat_scale + bytes};
     return at;
 }
 
@@ -150,10 +153,10 @@ void bnfast_finish(const bnfast_job *job, const bnfast_block *block, ptrdiff_t i
     /* the coefficients before they are rounded; slope: derivative of the result by x */
     double *restrict const work = block->work + i;
     const ptrdiff_t stride = block->n;
-    double *restrict const gamma = work, *restrict const center = work + stride, *restrict const slope = work + 2 * stride,
-                           *restrict const scale = work + 3 * stride, *restrict const shift = work + 4 * stride,
-                           *restrict const u_center = work + 5 * stride, *restrict const u_scale = work + 6 * stride,
-                           *restrict const hat_scale = work + 7 * stride;
+    double *restrict const gamma = work, *restrict const center = work + stride,
+                           *restrict const slope = work + 2 * stride, *restrict const scale = work + 3 * stride,
+                           *restrict const shift = work + 4 * stride, *restrict const u_center = work + 5 * stride,
+                           *restrict const u_scale = work + 6 * stride, *restrict const hat_scale = work + 7 * stride;
 
     if (job->operation == BNFAST_MOMENTS) {
         for (ptrdiff_t j = 0; j < n; j++)
@@ -238,9 +241,10 @@ void bnfast_plan(bnfast_job *job)
     else
         bnfast_plan_interleaved(job);
     /* What a call writes first is gone from the last-level cache by its end if the call touches more than that. What is
-     * reduced is read again and should not be displaced meanwhile, and interleaved rows that do not come from cache are best
-     * read as one stream: half of the cache then. */
+     * reduced is read again and should not be displaced meanwhile, and interleaved rows that do not come from cache are
+     * best read as one stream: half of the cache then. */
     const ptrdiff_t bytes = job->outer * job->channels * job->inner * job->kernels->itemsize;
-    const ptrdiff_t arrays = job->u ? 3 : 2, room = bnfast_last_level_bytes() / (planar && !bnfast_reduces(job) ? 1 : 2);
+    const ptrdiff_t arrays = job->u ? 3 : 2,
+                    room = bnfast_last_level_bytes() / (planar && !bnfast_reduces(job) ? 1 : 2);
     job->stream = bnfast_applies(job) && job->out != job->x && job->out != job->u && arrays * bytes >= room;
 }

@@ -14,23 +14,23 @@
 #define SET(flag) (*(volatile int *)(flag) = 1)
 #endif
 
-/* x - x is 0, of which all bits are 0, unless x is infinite or NaN; which of them it is we ask only then. bits: an integer
- * as wide as type */
-#define HAS_INFINITY(name, type, bits, largest)                                                                        \
-    static int name(const type *x, ptrdiff_t n)                                                                        \
-    {                                                                                                                  \
-        bits any = 0;                                                                                                  \
-        for (ptrdiff_t i = 0; i < n; i++) {                                                                            \
-            const type zero = x[i] - x[i];                                                                             \
-            bits pattern;                                                                                              \
-            memcpy(&pattern, &zero, sizeof pattern);                                                                   \
-            any |= pattern;                                                                                            \
-        }                                                                                                              \
-        int found = 0;                                                                                                 \
-        if (any)                                                                                                       \
-            for (ptrdiff_t i = 0; i < n; i++)                                                                          \
-                found |= x[i] > largest || x[i] < -largest;                                                            \
-        return found;                                                                                                  \
+/* x - x is 0, of which all bits are 0, unless x is infinite or NaN; which of them it is we ask only then. bits: an
+ * integer as wide as type */
+#define HAS_INFINITY(name, type, bits, largest) \
+    static int name(const type *x, ptrdiff_t n) \
+    { \
+        bits any = 0; \
+        for (ptrdiff_t i = 0; i < n; i++) { \
+            const type zero = x[i] - x[i]; \
+            bits pattern; \
+            memcpy(&pattern, &zero, sizeof pattern); \
+            any |= pattern; \
+        } \
+        int found = 0; \
+        if (any) \
+            for (ptrdiff_t i = 0; i < n; i++) \
+                found |= x[i] > largest || x[i] < -largest; \
+        return found; \
     }
 
 HAS_INFINITY(has_infinity_f32, float, uint32_t, FLT_MAX)

@@ -108,8 +108,8 @@ static void finish(const bnfast_job *job, const bnfast_block *block, ptrdiff_t i
         if (job->fold > 1)
             bnfast_merge(job, a, b, one_row, one_row, 0, job->fold, fold_count);
         if (rows_left(job) > 0)
-            bnfast_merge_pair(job, one_row, (double)(job->fold * folded_rows(job)), a, b, (double)rows_left(job), extra_a,
-                              extra_b);
+            bnfast_merge_pair(job, one_row, (double)(job->fold * folded_rows(job)), a, b, (double)rows_left(job),
+                              extra_a, extra_b);
         if (job->inner > 1) {
             for (ptrdiff_t c = 0; c < n; c++)
                 for (ptrdiff_t t = 0; t < job->inner; t++) {
@@ -134,8 +134,8 @@ static void finish(const bnfast_job *job, const bnfast_block *block, ptrdiff_t i
     }
 }
 
-/* n_rows rows of n_columns, `stride` apart, from folded row `row` on, in parts whose coefficients stay in L1. next: elements
- * to what is needed next, or 0 */
+/* n_rows rows of n_columns, `stride` apart, from folded row `row` on, in parts whose coefficients stay in L1. next:
+ * elements to what is needed next, or 0 */
 static void apply(const bnfast_job *job, const bnfast_block *block, ptrdiff_t row, ptrdiff_t n_rows, ptrdiff_t stride,
                   ptrdiff_t n_columns, ptrdiff_t next)
 {
@@ -224,7 +224,8 @@ static ptrdiff_t column_parts(const bnfast_job *job)
     return quotient_up(job->channels * columns_of_channel(job), TASK_COLUMNS);
 }
 
-/* Neighbouring segments that make one task: long enough for the memory's prefetchers, and enough tasks for all threads. */
+/* Neighbouring segments that make one task: long enough for the memory's prefetchers, and enough tasks for all threads.
+ * */
 static ptrdiff_t segments_of_task(const bnfast_job *job)
 {
     const ptrdiff_t bytes = job->segment_rows * row_stride(job) * job->kernels->itemsize;
@@ -272,8 +273,8 @@ static void apply_task(const bnfast_job *job, ptrdiff_t index, int thread)
         bnfast_stream_fence();
 }
 
-/* Channels of a block all rows of which stay in L2 when they lie together; whole cache lines of columns. 0: too few, or the
- * whole array stays in the last-level cache between reduction and map, which is faster. */
+/* Channels of a block all rows of which stay in L2 when they lie together; whole cache lines of columns. 0: too few, or
+ * the whole array stays in the last-level cache between reduction and map, which is faster. */
 static ptrdiff_t channels_of_block(const bnfast_job *job)
 {
     const ptrdiff_t size = job->kernels->itemsize, line = 64 / size;

@@ -3,12 +3,13 @@
  * Every operation is reduce, finish, apply. What one leaf call reduces is a *segment*; segments depend on the
  * shape and the layout alone and are merged in index order, as a tree, so the bits of a result depend neither on
  * the number of threads nor on how the tasks are scheduled. A *block* is a range of channels whose three steps
- * are done back to back while the data are in cache (the last one perhaps while the next block is reduced); where channels are few or too long for that, the whole array
- * is one block and each step is a phase of its own, split over rows.
+ * are done back to back while the data are in cache (the last one perhaps while the next block is reduced); where
+ * channels are few or too long for that, the whole array is one block and each step is a phase of its own, split over
+ * rows.
  *
  * The caller fills the first part, calls bnfast_plan, gives `workspace`, then runs the phases one after another,
- * the tasks of a phase in parallel. Neighbouring tasks take neighbouring memory, and so do tasks of two phases at the same
- * fraction of each: a thread that does the same share of every phase finds what it needs in its own caches.
+ * the tasks of a phase in parallel. Neighbouring tasks take neighbouring memory, and so do tasks of two phases at the
+ * same fraction of each: a thread that does the same share of every phase finds what it needs in its own caches.
  * Nothing here allocates, locks or knows of threads. */
 
 #ifndef BNFAST_JOB_H
@@ -62,10 +63,10 @@ struct bnfast_job {
     ptrdiff_t fold;           /* interleaved: rows seen as one, so that narrow rows fill vectors */
     ptrdiff_t block_channels;
     ptrdiff_t task_channels; /* of the neighbouring blocks that a task does one after another */
-    ptrdiff_t lead; /* interleaved: columns before the first that begins a cache line of `out` */
-    int pack;       /* interleaved: copy a block's rows together while they are reduced */
-    ptrdiff_t apply_rows; /* rows a task of the apply phase takes */
-    int stream;           /* write around the caches */
+    ptrdiff_t lead;          /* interleaved: columns before the first that begins a cache line of `out` */
+    int pack;                /* interleaved: copy a block's rows together while they are reduced */
+    ptrdiff_t apply_rows;    /* rows a task of the apply phase takes */
+    int stream;              /* write around the caches */
     ptrdiff_t scratch_bytes;
     ptrdiff_t workspace_bytes;
     int n_phases;

@@ -6,10 +6,10 @@
  *   interleaved  neighbours belong to different columns, a column to one channel (NHWC, NC)
  *
  * A *leaf* is an inner loop over one dtype for one instruction set. Every operation of the package is the
- * same three steps: reduce (leaf), finish (finish.c), apply (leaf). The leaves see one segment at a time, of one or of several channels; who
- * decides what a segment is, and in which order the results are merged, stands in job.h. A leaf knows no
- * Python, no NumPy, no OpenMP and no malloc, and gives the same bits for every instruction set: sums run in two
- * chains of fixed virtual lanes (64 bytes each: 16 float32 or 8 float64), and nothing is contracted into an fma.
+ * same three steps: reduce (leaf), finish (finish.c), apply (leaf). The leaves see one segment at a time, of one or of
+ * several channels; who decides what a segment is, and in which order the results are merged, stands in job.h. A leaf
+ * knows no Python, no NumPy, no OpenMP and no malloc, and gives the same bits for every instruction set: sums run in
+ * two chains of fixed virtual lanes (64 bytes each: 16 float32 or 8 float64), and nothing is contracted into an fma.
  *
  * All strides and sizes count elements. `x`, `u` and `out` point to elements of the leaf's dtype and need no
  * alignment beyond the dtype's own. `out` may be `x` or `u`, the very same elements, and must not overlap them
@@ -21,8 +21,7 @@
 #include <stddef.h>
 
 #if defined(__FAST_MATH__) || (defined(__FINITE_MATH_ONLY__) && __FINITE_MATH_ONLY__) || \
-    defined(__ASSOCIATIVE_MATH__) || defined(__RECIPROCAL_MATH__) || \
-    (defined(__GCC_IEC_559) && __GCC_IEC_559 == 0)
+    defined(__ASSOCIATIVE_MATH__) || defined(__RECIPROCAL_MATH__) || (defined(__GCC_IEC_559) && __GCC_IEC_559 == 0)
 #error "bnfast must not be built with fast-math (-Ofast, -ffast-math and what they contain): check CFLAGS"
 #endif
 
@@ -42,12 +41,14 @@ typedef struct {
     ptrdiff_t n_rows, stride, n_channels, length;
 } bnfast_runs;
 
-/* A map of planar runs that can be done little by little, while something else is reduced: memory reads and writes at the
- * same time only if both stand in one loop. x, u: (n_rows, n_channels, length), rows `stride` apart IN; out: the same OUT;
- * gradient: the map is gradient, not normalize; stream: write around the cache (the caller then issues bnfast_stream_fence);
+/* A map of planar runs that can be done little by little, while something else is reduced: memory reads and writes at
+ * the same time only if both stand in one loop. x, u: (n_rows, n_channels, length), rows `stride` apart IN; out: the
+ * same OUT;
+ * gradient: the map is gradient, not normalize; stream: write around the cache (the caller then issues
+ * bnfast_stream_fence);
  * ahead: where not 0, the elements so far behind those of x and u are brought into cache (only with stream).
- * The last four say how far it is; they begin as 0: row, channel of it, elements of the row that are written, and where the
- * channel ends in the row (0: nothing of the row has been touched). */
+ * The last four say how far it is; they begin as 0: row, channel of it, elements of the row that are written, and where
+ * the channel ends in the row (0: nothing of the row has been touched). */
 typedef struct {
     const void *x, *u;
     void *out;
@@ -69,11 +70,12 @@ typedef struct {
     const char *isa;    /* "baseline", "avx2", "avx512" */
     ptrdiff_t itemsize; /* bytes an element */
 
-    /* Mean less center, and sum of squared deviations, of one segment of some channels. center: some value of the channel,
-     * finite
-     * planar: x: (n_rows, n_channels, length), rows `stride` apart IN; center: (n_channels,) IN; mean, m2: the same OUT;
-     * next: elements from x to what is reduced next, to be brought into cache; writer: a normalize that may go on meanwhile,
-     * or NULL
+    /* Mean less center, and sum of squared deviations, of one segment of some channels. center: some value of the
+     * channel, finite
+     * planar: x: (n_rows, n_channels, length), rows `stride` apart IN; center: (n_channels,) IN; mean, m2: the same
+     * OUT;
+     * next: elements from x to what is reduced next, to be brought into cache; writer: a normalize that may go on
+     * meanwhile, or NULL
      * interleaved: x: (n_rows, n_columns), rows `stride` apart IN; center: (n_columns,) IN; mean, m2: the same OUT;
      * packed: the elements of x once more, dense OUT, or NULL */
     void (*moments_planar)(const void *x, const bnfast_runs *runs, ptrdiff_t next, const void *center, double *mean,
@@ -84,14 +86,13 @@ typedef struct {
     /* Sum of u, and of u * (x - center), over one segment; shapes as above, center: the mean, rounded */
     void (*sums_planar)(const void *x, const void *u, const bnfast_runs *runs, ptrdiff_t next, const void *center,
                         double *sum, double *dot);
-    void (*sums_interleaved)(const void *x, const void *u, ptrdiff_t n_rows, ptrdiff_t stride,
-                             ptrdiff_t n_columns, const void *center, double *sum, double *dot, void *packed_x,
-                             void *packed_u);
+    void (*sums_interleaved)(const void *x, const void *u, ptrdiff_t n_rows, ptrdiff_t stride, ptrdiff_t n_columns,
+                             const void *center, double *sum, double *dot, void *packed_x, void *packed_u);
 
     /* Writes what is left of a planar map. */
     void (*write_rest)(bnfast_writer *writer);
-    /* The maps of bnfast_coefficients; c points to the first column's coefficients. `stream`: write around the cache (the
-     * caller then issues bnfast_stream_fence). */
+    /* The maps of bnfast_coefficients; c points to the first column's coefficients. `stream`: write around the cache
+     * (the caller then issues bnfast_stream_fence). */
     void (*normalize_interleaved)(const void *x, void *out, const bnfast_columns *columns, const bnfast_coefficients *c,
                                   int stream);
     void (*gradient_interleaved)(const void *x, const void *u, void *out, const bnfast_columns *columns,
@@ -106,8 +107,8 @@ typedef struct {
     /* Centres in the dtype. A centre is taken off in two parts: what its rounding leaves, times `slope`, goes
      * into the shift. center, slope: (n,) IN; shift: (n,) IN OUT; center_out: (n,) OUT, dtype of the data */
     void (*round_centers)(ptrdiff_t n, const double *center, const double *slope, double *shift, void *center_out);
-    /* For each of n channels, `step` apart, the middle one of the BNFAST_SAMPLES values at x + offsets[i], so that one or
-     * two outliers are never taken; 0 where it is not finite. out: (n,) OUT */
+    /* For each of n channels, `step` apart, the middle one of the BNFAST_SAMPLES values at x + offsets[i], so that one
+     * or two outliers are never taken; 0 where it is not finite. out: (n,) OUT */
     void (*typical_values)(ptrdiff_t n, ptrdiff_t step, const void *x, const ptrdiff_t *offsets, void *out);
     /* The memory floor: out = x, or x + u where u is not NULL, streamed. n: elements */
     void (*floor)(const void *x, const void *u, void *out, ptrdiff_t n);

@@ -15,8 +15,8 @@
 #include "backward.inc.h"
 
 /* Chan, Golub, LeVeque (1979): n = a + b, d = mean_b - mean_a, mean = mean_a + d*b/n, m2 = m2_a + m2_b + d*d*a*b/n */
-static void FN(merge_moments)(ptrdiff_t n, double count_a, double *restrict mean_a, double *restrict m2_a, double count_b,
-                              const double *restrict mean_b, const double *restrict m2_b)
+static void FN(merge_moments)(ptrdiff_t n, double count_a, double *restrict mean_a, double *restrict m2_a,
+                              double count_b, const double *restrict mean_b, const double *restrict m2_b)
 {
     const double part = count_b / (count_a + count_b), weight = count_a * part;
     for (ptrdiff_t i = 0; i < n; i++) {
@@ -35,7 +35,8 @@ static void FN(merge_sums)(ptrdiff_t n, double *restrict sum_a, double *restrict
     }
 }
 
-static void FN(inverse_roots)(ptrdiff_t n, const double *restrict m2, double count, double eps, double *restrict inv_std)
+static void FN(inverse_roots)(ptrdiff_t n, const double *restrict m2, double count, double eps,
+                              double *restrict inv_std)
 {
     for (ptrdiff_t i = 0; i < n; i++)
         inv_std[i] = 1.0 / sqrt(m2[i] / count + eps);

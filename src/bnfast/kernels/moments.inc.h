@@ -7,12 +7,13 @@
  * small that d*d may have lost digits to underflow is done again in two passes of float64 while it lies in cache;
  * ordinary data never get there. The pivot is the mean of a few elements spread over the segment (the first ones
  * are often unlike the rest: image borders), summed as a tree so that a constant channel's pivot is exact.
- * The mean is given relative to `center`, a value typical of the channel: merging means far from zero would lose what the
- * pivot has saved.
- * Relative error of m2 for float32: 1e-8 typically, 2e-7 in small segments, 1e-6 where one outlier is most of it.
+ * The mean is given relative to `center`, a value typical of the channel: merging means far from zero would lose what
+ * the pivot has saved. Relative error of m2 for float32: 1e-8 typically, 2e-7 in small segments, 1e-6 where one outlier
+ * is most of it.
  * Memory traffic: one read. */
 
-/* SAMPLES: elements for a pivot, spread over the segment, a power of two. PIVOT_COLUMNS, PIVOT_CHANNELS: pivots at once.
+/* SAMPLES: elements for a pivot, spread over the segment, a power of two. PIVOT_COLUMNS, PIVOT_CHANNELS: pivots at
+ * once.
  * FEW_ROWS: columns with fewer are always done in two passes of float64, as too few roundings average out */
 #define PIVOT_SAMPLES 16
 #define COLUMN_SAMPLES 8
@@ -60,7 +61,8 @@ static void FN(moments_wide)(const T *x, ptrdiff_t n_rows, ptrdiff_t stride, ptr
 
 /* For each of n_channels <= PIVOT_CHANNELS channels the mean of a few elements spread over its segment.
  * x: (n_rows, n_channels, length), rows `stride` apart IN; pivots: (n_channels,) OUT */
-static void FN(pivots)(const T *x, ptrdiff_t n_rows, ptrdiff_t stride, ptrdiff_t n_channels, ptrdiff_t length, T *pivots)
+static void FN(pivots)(const T *x, ptrdiff_t n_rows, ptrdiff_t stride, ptrdiff_t n_channels, ptrdiff_t length,
+                       T *pivots)
 {
     double sample[PIVOT_SAMPLES][PIVOT_CHANNELS];
     ptrdiff_t samples = PIVOT_SAMPLES;
@@ -92,8 +94,9 @@ static void FN(moments_planar)(const void *data, const bnfast_runs *runs, ptrdif
         const T *from = x + first * length;
         T pivots[PIVOT_CHANNELS];
         FN(pivots)(from, runs->n_rows, runs->stride, some.n_channels, length, pivots);
-        FN(sums_of_runs)(from, from, &some, behind < runs->n_channels ? some.n_channels * length : next - first * length,
-                         pivots, 0, mean + first, m2 + first, writer);
+        FN(sums_of_runs)(from, from, &some,
+                         behind < runs->n_channels ? some.n_channels * length : next - first * length, pivots, 0,
+                         mean + first, m2 + first, writer);
         for (ptrdiff_t i = first; i < behind; i++) {
             const double center = (double)centers[i], sum = mean[i], square = m2[i];
             mean[i] = ((double)pivots[i - first] - center) + sum / n;
@@ -105,8 +108,8 @@ static void FN(moments_planar)(const void *data, const bnfast_runs *runs, ptrdif
 }
 
 /* The same two passes for a block of columns; writes the columns marked in `wanted` alone, so that what one column
- * holds (a NaN, say) never moves another's bits. wanted: (n_columns,) IN, or NULL: all; mean, m2: (n_columns,) OUT where
- * wanted */
+ * holds (a NaN, say) never moves another's bits. wanted: (n_columns,) IN, or NULL: all; mean, m2: (n_columns,) OUT
+ * where wanted */
 static void FN(moments_interleaved_wide)(const T *x, ptrdiff_t n_rows, ptrdiff_t stride, ptrdiff_t n_columns,
                                          const int *wanted, const T *center, double *mean, double *m2)
 {
@@ -162,7 +165,8 @@ static void FN(moments_interleaved_block)(const T *x, ptrdiff_t n_rows, ptrdiff_
     }
     T pivots[COLUMNS];
     for (ptrdiff_t c = 0; c < n_columns; c += PIVOT_COLUMNS)
-        FN(column_pivots)(x + c, n_rows, stride, n_columns - c < PIVOT_COLUMNS ? n_columns - c : PIVOT_COLUMNS, pivots + c);
+        FN(column_pivots)(x + c, n_rows, stride, n_columns - c < PIVOT_COLUMNS ? n_columns - c : PIVOT_COLUMNS,
+                          pivots + c);
     FN(sums_of_columns)(x, x, n_rows, stride, packed, packed, packed_stride, n_columns, pivots, 0, mean, m2);
     int untrusted[COLUMNS], n_untrusted = 0;
     for (ptrdiff_t c = 0; c < n_columns; c++) {
@@ -186,6 +190,6 @@ static void FN(moments_interleaved)(const void *data, ptrdiff_t n_rows, ptrdiff_
     const T *x = data;
     for (ptrdiff_t c = 0; c < n_columns; c += COLUMNS)
         FN(moments_interleaved_block)(x + c, n_rows, stride, packed ? (T *)packed + c : NULL, n_columns,
-                                      n_columns - c < COLUMNS ? n_columns - c : COLUMNS, (const T *)center + c, mean + c,
-                                      m2 + c);
+                                      n_columns - c < COLUMNS ? n_columns - c : COLUMNS, (const T *)center + c,
+                                      mean + c, m2 + c);
 }

@@ -14,7 +14,8 @@ struct FN(map) {
 };
 
 /* Coefficients of columns j .. j + n - 1 */
-static ALWAYS_INLINE struct FN(map) FN(map_of_columns)(const bnfast_coefficients *c, ptrdiff_t j, ptrdiff_t n, int gradient)
+static ALWAYS_INLINE struct FN(map)
+    FN(map_of_columns)(const bnfast_coefficients *c, ptrdiff_t j, ptrdiff_t n, int gradient)
 {
     const FN(vec) zero = FN(set1)(0);
     struct FN(map) map = {zero, zero, zero, zero, zero, zero};
@@ -96,8 +97,9 @@ static ALWAYS_INLINE ptrdiff_t FN(vectors_left)(const bnfast_writer *w) { return
 
 static ALWAYS_INLINE int FN(written)(const bnfast_writer *w) { return w->row == w->runs.n_rows; }
 
-/* At least n elements more, or all that is left. A row is written as one run: a vector may begin in one channel and end in
- * the next, so that no line of memory is written in two parts. Channels have at least VN elements, but for one that is alone. */
+/* At least n elements more, or all that is left. A row is written as one run: a vector may begin in one channel and end
+ * in the next, so that no line of memory is written in two parts. Channels have at least VN elements, but for one that
+ * is alone. */
 static ALWAYS_INLINE void FN(write_map)(bnfast_writer *w, ptrdiff_t n, int gradient, int stream)
 {
     const bnfast_coefficients *c = &w->coefficients;
@@ -175,11 +177,11 @@ static ALWAYS_INLINE void FN(map_rows)(const T *x, const T *u, T *out, const T *
 {
     const ptrdiff_t n_columns = columns->n_columns, out_stride = columns->out_stride;
     ptrdiff_t j = 0;
-#define ELEMENTS(n, stream)                                                                                            \
-    do {                                                                                                               \
-        const struct FN(map) map = FN(map_of_columns)(c, j, n, gradient);                                              \
-        FN(map_elements)(&map, x + j, u + j, out + j, rows, columns->stride, out_stride, n, gradient, stream);         \
-        j += (n);                                                                                                      \
+#define ELEMENTS(n, stream) \
+    do { \
+        const struct FN(map) map = FN(map_of_columns)(c, j, n, gradient); \
+        FN(map_elements)(&map, x + j, u + j, out + j, rows, columns->stride, out_stride, n, gradient, stream); \
+        j += (n); \
     } while (0)
     if (stream) {
         const ptrdiff_t head = FN(to_aligned)(out, n_columns);
@@ -192,15 +194,15 @@ static ALWAYS_INLINE void FN(map_rows)(const T *x, const T *u, T *out, const T *
                     if (next_u)
                         PREFETCH_L2(next_u + r * out_stride + j, 0);
                 }
-            else if (n_columns < columns->stride) { /* a part of wide rows is not the one stream that the hardware expects */
+            else if (n_columns < columns->stride) {
+                /* a part of wide rows is not the one stream that the hardware expects */
                 PREFETCH_L2(x + j, 2 * columns->stride * (ptrdiff_t)sizeof(T));
                 if (gradient)
                     PREFETCH_L2(u + j, 2 * columns->stride * (ptrdiff_t)sizeof(T));
             }
             ELEMENTS(VN, 1);
         }
-    }
-    else
+    } else
         for (ptrdiff_t vectors = n_columns / VN; vectors > 0; vectors--)
             ELEMENTS(VN, 0);
     if (j < n_columns)
@@ -241,17 +243,17 @@ static ALWAYS_INLINE void FN(map_columns)(const T *x, const T *u, T *out, const 
         FN(map_run)(x, u, out, n_rows * stride, stride, c, gradient);
         return;
     }
-#define DO_ROWS(rows)                                                                                                  \
-    do {                                                                                                               \
-        FN(map_rows)(x, u, out, next_x, next_u, rows, columns, c, gradient, stream);                                   \
-        x += (rows)*stride;                                                                                            \
-        u += (rows)*stride;                                                                                            \
-        out += (rows)*out_stride;                                                                                      \
-        if (next_x)                                                                                                    \
-            next_x += (rows)*out_stride;                                                                               \
-        if (next_u)                                                                                                    \
-            next_u += (rows)*out_stride;                                                                               \
-        r += (rows);                                                                                                   \
+#define DO_ROWS(rows) \
+    do { \
+        FN(map_rows)(x, u, out, next_x, next_u, rows, columns, c, gradient, stream); \
+        x += (rows) * stride; \
+        u += (rows) * stride; \
+        out += (rows) * out_stride; \
+        if (next_x) \
+            next_x += (rows) * out_stride; \
+        if (next_u) \
+            next_u += (rows) * out_stride; \
+        r += (rows); \
     } while (0)
     /* What comes from cache waits for instructions; what comes from memory is best read as one stream. */
     if (!stream)

@@ -8,9 +8,10 @@
 
 #include "block.h"
 
-/* Elements of a segment: many, as each costs a division or two; fewer for float64, whose sums have nothing wider to go to.
- * TASKS: a thread, where there are enough channels. SWEEP: elements of a task where the channels do not matter. LONG_ROW:
- * bytes of a row that is read fast by itself. */
+/* Elements of a segment: many, as each costs a division or two; fewer for float64, whose sums have nothing wider to go
+ * to.
+ * TASKS: a thread, where there are enough channels. SWEEP: elements of a task where the channels do not matter.
+ * LONG_ROW: bytes of a row that is read fast by itself. */
 enum { SEGMENT = 16384, SEGMENT_F64 = 4096, TASKS = 4, SWEEP = 1 << 16, LONG_ROW = 3584, PENDING_BYTES = 256 };
 
 static ptrdiff_t row_stride(const bnfast_job *job) { return job->channels * job->inner; }
@@ -52,18 +53,18 @@ static void reduce(const bnfast_job *job, const bnfast_block *block, ptrdiff_t s
     double *a = block->a + s * block->width + i, *b = block->b + s * block->width + i;
     const void *center = (const char *)block->channel.center + i * size;
     if (job->u)
-        job->kernels->sums_planar((const char *)job->x + offset, (const char *)job->u + offset, &runs, next, center, a, b);
+        job->kernels->sums_planar((const char *)job->x + offset, (const char *)job->u + offset, &runs, next, center, a,
+                                  b);
     else
         job->kernels->moments_planar((const char *)job->x + offset, &runs, next, center, a, b, writer);
 }
 
-/* Writes n_rows rows from `row` on, of n_channels channels from the block's i-th on; of one channel perhaps only `length`
- * elements from `begin` on. It has not begun; the block has to stay until it is done. */
+/* Writes n_rows rows from `row` on, of n_channels channels from the block's i-th on; of one channel perhaps only
+ * `length` elements from `begin` on. It has not begun; the block has to stay until it is done. */
 static bnfast_writer writer_of(const bnfast_job *job, const bnfast_block *block, ptrdiff_t i, ptrdiff_t n_channels,
                                ptrdiff_t row, ptrdiff_t n_rows, ptrdiff_t begin, ptrdiff_t length)
 {
-    const ptrdiff_t offset =
-        (row * row_stride(job) + (block->first + i) * job->inner + begin) * job->kernels->itemsize;
+    const ptrdiff_t offset = (row * row_stride(job) + (block->first + i) * job->inner + begin) * job->kernels->itemsize;
     bnfast_writer writer = {
         .x = (const char *)job->x + offset,
         .u = job->u ? (const char *)job->u + offset : NULL,
@@ -115,8 +116,9 @@ static void begin_task(const bnfast_job *job, ptrdiff_t index, int thread)
         pending_of(job, t)->active = pending_of(job, t)->odd = 0;
 }
 
-/* Whether a block is written while the next is reduced, in one loop. The backward pass, two arrays to read for one to write,
- * and short rows, read best in the order of memory, are faster if the next block is asked for while this one is written. */
+/* Whether a block is written while the next is reduced, in one loop. The backward pass, two arrays to read for one to
+ * write, and short rows, read best in the order of memory, are faster if the next block is asked for while this one is
+ * written. */
 static int writes_later(const bnfast_job *job)
 {
     return bnfast_applies(job) && job->u == NULL && job->inner * job->kernels->itemsize >= LONG_ROW;
@@ -221,7 +223,8 @@ static void apply_task(const bnfast_job *job, ptrdiff_t index, int thread)
                     row = index / s.pieces / s.parts * s.n_rows;
     bnfast_writer writer = writer_of(job, &block, i, least(s.n_channels, job->channels - i), row,
                                      least(s.n_rows, job->outer - row), begin, least(s.length, job->inner - begin));
-    bnfast_note_infinity(job, writer.x, writer.runs.n_rows, writer.runs.stride, writer.runs.n_channels * writer.runs.length);
+    bnfast_note_infinity(job, writer.x, writer.runs.n_rows, writer.runs.stride,
+                         writer.runs.n_channels * writer.runs.length);
     job->kernels->write_rest(&writer);
     if (job->stream)
         bnfast_stream_fence();

@@ -4,8 +4,8 @@
  * A lane takes CHAIN terms in the data's dtype, in each of two chains so that additions need not wait for each other;
  * then the chains are added and go to float64. Relative to the sum of the absolute terms the error of a sum is at most
  * (CHAIN + 3) * 2^-24 for float32, 1e-8 typically, however many terms there are.
- * A column has a single lane, whose roundings average out the less the fewer its rows are: chains of COLUMN_CHAIN terms,
- * which below AVERAGING_ROWS are not even added before they go to float64. */
+ * A column has a single lane, whose roundings average out the less the fewer its rows are: chains of COLUMN_CHAIN
+ * terms, which below AVERAGING_ROWS are not even added before they go to float64. */
 
 #define CHAIN 16
 #define COLUMN_CHAIN 4
@@ -16,8 +16,8 @@
 #define COLUMNS ((ptrdiff_t)(4096 / sizeof(T)))
 #define TILE_ROWS 16
 
-/* How many elements ahead of the sums memory is asked for: the sums of a block are not the simple stream that the hardware
- * expects. */
+/* How many elements ahead of the sums memory is asked for: the sums of a block are not the simple stream that the
+ * hardware expects. */
 #define AHEAD ((ptrdiff_t)(4096 / sizeof(T)))
 
 struct FN(pair) {
@@ -32,20 +32,21 @@ static ALWAYS_INLINE void FN(take)(struct FN(pair) * s, FN(vec) x, FN(vec) u, FN
 }
 
 /* `steps` terms for every lane of both chains; `ahead`: elements to what is to be brought into cache. */
-#define TAKE_STEPS(more)                                                                                               \
-    for (ptrdiff_t s = 0; s < steps; s++, row += 2 * VL, row_u += 2 * VL)                                              \
-        for (int i = 0; i < 2; i++) {                                                                                  \
-            PREFETCH_L2(row + i * VL, ahead * (ptrdiff_t)sizeof(T));                                                   \
-            if (with_u)                                                                                                \
-                PREFETCH_L2(row_u + i * VL, ahead * (ptrdiff_t)sizeof(T));                                             \
-            for (int k = 0; k < VU; k++) {                                                                             \
-                more;                                                                                                  \
-                FN(take)(&chain[i][k], FN(load)(row + i * VL + k * VN),                                                \
-                         with_u ? FN(load)(row_u + i * VL + k * VN) : zero, center, with_u);                           \
-            }                                                                                                          \
+#define TAKE_STEPS(more) \
+    for (ptrdiff_t s = 0; s < steps; s++, row += 2 * VL, row_u += 2 * VL) \
+        for (int i = 0; i < 2; i++) { \
+            PREFETCH_L2(row + i * VL, ahead * (ptrdiff_t)sizeof(T)); \
+            if (with_u) \
+                PREFETCH_L2(row_u + i * VL, ahead * (ptrdiff_t)sizeof(T)); \
+            for (int k = 0; k < VU; k++) { \
+                more; \
+                FN(take)(&chain[i][k], FN(load)(row + i * VL + k * VN), \
+                         with_u ? FN(load)(row_u + i * VL + k * VN) : zero, center, with_u); \
+            } \
         }
 
-/* x, u: (n_rows, length), rows `stride` apart IN; u where with_u; next: elements to what is reduced next; sum, dot: scalars
+/* x, u: (n_rows, length), rows `stride` apart IN; u where with_u; next: elements to what is reduced next; sum, dot:
+ * scalars
  * OUT; w: a normalize that goes on meanwhile, or NULL */
 static ALWAYS_INLINE void FN(sums_of_rows)(const T *x, const T *u, ptrdiff_t n_rows, ptrdiff_t stride, ptrdiff_t length,
                                            ptrdiff_t next, T center_value, int with_u, double *sum, double *dot,
@@ -58,14 +59,14 @@ static ALWAYS_INLINE void FN(sums_of_rows)(const T *x, const T *u, ptrdiff_t n_r
     memset(wide_dot, 0, sizeof wide_dot);
     memset(chain, 0, sizeof chain);
     ptrdiff_t room = CHAIN; /* terms a chain may still take */
-#define FLUSH_CHAINS                                                                                                   \
-    if (room == 0) {                                                                                                   \
-        for (int k = 0; k < VU; k++) {                                                                                 \
-            FN(widen_add)(wide_sum + k * WIDE_PER_VEC, chain[0][k].sum + chain[1][k].sum);                             \
-            FN(widen_add)(wide_dot + k * WIDE_PER_VEC, chain[0][k].dot + chain[1][k].dot);                             \
-        }                                                                                                              \
-        memset(chain, 0, sizeof chain);                                                                                \
-        room = CHAIN;                                                                                                  \
+#define FLUSH_CHAINS \
+    if (room == 0) { \
+        for (int k = 0; k < VU; k++) { \
+            FN(widen_add)(wide_sum + k * WIDE_PER_VEC, chain[0][k].sum + chain[1][k].sum); \
+            FN(widen_add)(wide_dot + k * WIDE_PER_VEC, chain[0][k].dot + chain[1][k].dot); \
+        } \
+        memset(chain, 0, sizeof chain); \
+        room = CHAIN; \
     }
     for (ptrdiff_t r = 0; r < n_rows; r++) {
         const T *row = x + r * stride, *row_u = u + r * stride;
@@ -84,12 +85,10 @@ static ALWAYS_INLINE void FN(sums_of_rows)(const T *x, const T *u, ptrdiff_t n_r
                 w->at += steps * 2 * VL;
                 if (w->stream) {
                     TAKE_STEPS(FN(map_elements)(&map, from, from, out, 1, 0, 0, VN, 0, 1); from += VN; out += VN)
-                }
-                else {
+                } else {
                     TAKE_STEPS(FN(map_elements)(&map, from, from, out, 1, 0, 0, VN, 0, 0); from += VN; out += VN)
                 }
-            }
-            else {
+            } else {
                 if (w && !FN(written)(w)) {
                     FN(write_some)(w, 2 * VL);
                     steps = 1;
@@ -123,8 +122,8 @@ static ALWAYS_INLINE void FN(sums_of_rows)(const T *x, const T *u, ptrdiff_t n_r
 }
 
 /* Adds a tile of at most TILE_ROWS rows to the sums of `vectors` vectors of columns from c on, or of n < VN columns.
- * packed_x, packed_u: (n_rows, .) OUT, rows `packed_stride` apart, the same elements again; or NULL. apart: sums go to float64
- * chain by chain */
+ * packed_x, packed_u: (n_rows, .) OUT, rows `packed_stride` apart, the same elements again; or NULL. apart: sums go to
+ * float64 chain by chain */
 static ALWAYS_INLINE void FN(sums_of_tile)(const T *x, const T *u, ptrdiff_t n_rows, ptrdiff_t stride, T *packed_x,
                                            T *packed_u, ptrdiff_t packed_stride, const T *centers, ptrdiff_t c,
                                            int vectors, ptrdiff_t n, int with_u, double *sum, double *dot,
@@ -141,26 +140,26 @@ static ALWAYS_INLINE void FN(sums_of_tile)(const T *x, const T *u, ptrdiff_t n_r
         packed_x += c;
         packed_u += c;
     }
-#define TAKE_ROW(i)                                                                                                    \
-    for (int k = 0; k < vectors; k++) {                                                                                \
-        PREFETCH_L2(x + k * VN, ahead * (ptrdiff_t)sizeof(T));                                                         \
-        const FN(vec) x_values = FN(load_up_to)(x + k * VN, n, center[k]);                                             \
-        FN(vec) u_values = zero;                                                                                       \
-        if (packed_x)                                                                                                  \
-            FN(store_up_to)(packed_x + k * VN, n, x_values);                                                           \
-        if (with_u) {                                                                                                  \
-            PREFETCH_L2(u + k * VN, ahead * (ptrdiff_t)sizeof(T));                                                     \
-            u_values = FN(load_up_to)(u + k * VN, n, zero);                                                            \
-            if (packed_x)                                                                                              \
-                FN(store_up_to)(packed_u + k * VN, n, u_values);                                                       \
-        }                                                                                                              \
-        FN(take)(&chain[i][k], x_values, u_values, center[k], with_u);                                                 \
-    }                                                                                                                  \
-    x += stride;                                                                                                       \
-    u += stride;                                                                                                       \
-    if (packed_x) {                                                                                                    \
-        packed_x += packed_stride;                                                                                     \
-        packed_u += packed_stride;                                                                                     \
+#define TAKE_ROW(i) \
+    for (int k = 0; k < vectors; k++) { \
+        PREFETCH_L2(x + k * VN, ahead * (ptrdiff_t)sizeof(T)); \
+        const FN(vec) x_values = FN(load_up_to)(x + k * VN, n, center[k]); \
+        FN(vec) u_values = zero; \
+        if (packed_x) \
+            FN(store_up_to)(packed_x + k * VN, n, x_values); \
+        if (with_u) { \
+            PREFETCH_L2(u + k * VN, ahead * (ptrdiff_t)sizeof(T)); \
+            u_values = FN(load_up_to)(u + k * VN, n, zero); \
+            if (packed_x) \
+                FN(store_up_to)(packed_u + k * VN, n, u_values); \
+        } \
+        FN(take)(&chain[i][k], x_values, u_values, center[k], with_u); \
+    } \
+    x += stride; \
+    u += stride; \
+    if (packed_x) { \
+        packed_x += packed_stride; \
+        packed_u += packed_stride; \
     }
     for (ptrdiff_t r = 0; r < n_rows; r += 2 * COLUMN_CHAIN) {
         const ptrdiff_t end = n_rows - r < 2 * COLUMN_CHAIN ? n_rows : r + 2 * COLUMN_CHAIN;
@@ -188,10 +187,9 @@ static ALWAYS_INLINE void FN(sums_of_tile)(const T *x, const T *u, ptrdiff_t n_r
 #undef TAKE_ROW
 }
 
-static ALWAYS_INLINE void FN(sums_of_columns_as)(const T *x, const T *u, ptrdiff_t n_rows, ptrdiff_t stride, T *packed_x,
-                                                 T *packed_u, ptrdiff_t packed_stride, ptrdiff_t n_columns,
-                                                 const T *centers, int with_u, double *sum, double *dot,
-                                                 ptrdiff_t next)
+static ALWAYS_INLINE void FN(sums_of_columns_as)(const T *x, const T *u, ptrdiff_t n_rows, ptrdiff_t stride,
+                                                 T *packed_x, T *packed_u, ptrdiff_t packed_stride, ptrdiff_t n_columns,
+                                                 const T *centers, int with_u, double *sum, double *dot, ptrdiff_t next)
 {
     memset(sum, 0, (size_t)n_columns * sizeof *sum);
     memset(dot, 0, (size_t)n_columns * sizeof *dot);
@@ -200,9 +198,9 @@ static ALWAYS_INLINE void FN(sums_of_columns_as)(const T *x, const T *u, ptrdiff
         ptrdiff_t c = 0, ahead = TILE_ROWS * stride;
         if (r + TILE_ROWS >= n_rows)
             ahead = next + (n_rows < TILE_ROWS ? 0 : TILE_ROWS - n_rows) * stride;
-#define TILE(vectors, n)                                                                                               \
-    FN(sums_of_tile)(x + r * stride, u + r * stride, rows, stride, packed_x ? packed_x + r * packed_stride : NULL,     \
-                     packed_x ? packed_u + r * packed_stride : NULL, packed_stride, centers, c, vectors, n, with_u,    \
+#define TILE(vectors, n) \
+    FN(sums_of_tile)(x + r * stride, u + r * stride, rows, stride, packed_x ? packed_x + r * packed_stride : NULL, \
+                     packed_x ? packed_u + r * packed_stride : NULL, packed_stride, centers, c, vectors, n, with_u, \
                      sum, dot, ahead, n_rows < AVERAGING_ROWS)
         for (; c + COLUMN_VECTORS * VN <= n_columns; c += COLUMN_VECTORS * VN)
             TILE(COLUMN_VECTORS, VN);
@@ -217,23 +215,20 @@ static ALWAYS_INLINE void FN(sums_of_columns_as)(const T *x, const T *u, ptrdiff
 /* x, u: (n_rows, n_columns <= COLUMNS), rows `stride` apart IN; centers: (n_columns,) IN; sum, dot: (n_columns,) OUT;
  * packed_x, packed_u: NULL, or (n_rows, n_columns) with rows packed_stride apart OUT */
 static ALWAYS_INLINE void FN(sums_of_columns)(const T *x, const T *u, ptrdiff_t n_rows, ptrdiff_t stride, T *packed_x,
-                                              T *packed_u, ptrdiff_t packed_stride, ptrdiff_t n_columns, const T *centers,
-                                              int with_u, double *sum, double *dot)
+                                              T *packed_u, ptrdiff_t packed_stride, ptrdiff_t n_columns,
+                                              const T *centers, int with_u, double *sum, double *dot)
 {
     const ptrdiff_t next = n_rows * stride;
     if (packed_x)
-        FN(sums_of_columns_as)(x, u, n_rows, stride, packed_x, packed_u, packed_stride, n_columns, centers, with_u, sum, dot,
-                               next);
+        FN(sums_of_columns_as)(x, u, n_rows, stride, packed_x, packed_u, packed_stride, n_columns, centers, with_u, sum,
+                               dot, next);
     else
         FN(sums_of_columns_as)(x, u, n_rows, stride, NULL, NULL, 0, n_columns, centers, with_u, sum, dot, next);
 }
 
-/* Where rows are short and many, their elements are summed as columns, and the columns of a channel added at the end: rows
- * that do not fill vectors cost nothing then. */
-static int FN(summed_as_columns)(const bnfast_runs *runs)
-{
-    return runs->length < 4 * VL && runs->n_rows >= CHAIN;
-}
+/* Where rows are short and many, their elements are summed as columns, and the columns of a channel added at the end:
+ * rows that do not fill vectors cost nothing then. */
+static int FN(summed_as_columns)(const bnfast_runs *runs) { return runs->length < 4 * VL && runs->n_rows >= CHAIN; }
 
 /* Sum of a channel's columns, VL at a time. columns: (length,) IN */
 static ALWAYS_INLINE double FN(fold_columns)(const double *columns, ptrdiff_t length)
@@ -266,11 +261,11 @@ static void FN(sums_of_short_rows)(const T *x, const T *u, const bnfast_runs *ru
             for (ptrdiff_t j = 0; j < length; j++)
                 column_centers[c * length + j] = centers[i + c];
         if (with_u)
-            FN(sums_of_columns_as)(x + i * length, u + i * length, runs->n_rows, runs->stride, NULL, NULL, 0, n * length,
-                                   column_centers, 1, column_sum, column_dot, to_next);
+            FN(sums_of_columns_as)(x + i * length, u + i * length, runs->n_rows, runs->stride, NULL, NULL, 0,
+                                   n * length, column_centers, 1, column_sum, column_dot, to_next);
         else
-            FN(sums_of_columns_as)(x + i * length, u + i * length, runs->n_rows, runs->stride, NULL, NULL, 0, n * length,
-                                   column_centers, 0, column_sum, column_dot, to_next);
+            FN(sums_of_columns_as)(x + i * length, u + i * length, runs->n_rows, runs->stride, NULL, NULL, 0,
+                                   n * length, column_centers, 0, column_sum, column_dot, to_next);
         for (ptrdiff_t c = 0; c < n; c++) {
             sum[i + c] = FN(fold_columns)(column_sum + c * length, length);
             dot[i + c] = FN(fold_columns)(column_dot + c * length, length);
@@ -279,8 +274,8 @@ static void FN(sums_of_short_rows)(const T *x, const T *u, const bnfast_runs *ru
 }
 
 /* The sums of some channels. Shapes as for sums_of_short_rows. w: may go on meanwhile, not with_u; or NULL */
-static void FN(sums_of_runs)(const T *x, const T *u, const bnfast_runs *runs, ptrdiff_t next, const T *centers, int with_u,
-                             double *sum, double *dot, bnfast_writer *w)
+static void FN(sums_of_runs)(const T *x, const T *u, const bnfast_runs *runs, ptrdiff_t next, const T *centers,
+                             int with_u, double *sum, double *dot, bnfast_writer *w)
 {
     if (FN(summed_as_columns)(runs)) {
         FN(sums_of_short_rows)(x, u, runs, next, centers, with_u, sum, dot);
@@ -288,8 +283,8 @@ static void FN(sums_of_runs)(const T *x, const T *u, const bnfast_runs *runs, pt
     }
     for (ptrdiff_t i = 0; i < runs->n_channels; i++) {
         const ptrdiff_t at = i * runs->length, to_next = i + 1 < runs->n_channels ? runs->length : next - at;
-#define SUMS(with_u, w)                                                                                                \
-    FN(sums_of_rows)(x + at, u + at, runs->n_rows, runs->stride, runs->length, to_next, centers[i], with_u, sum + i,   \
+#define SUMS(with_u, w) \
+    FN(sums_of_rows)(x + at, u + at, runs->n_rows, runs->stride, runs->length, to_next, centers[i], with_u, sum + i, \
                      dot + i, w)
         if (with_u)
             SUMS(1, NULL);
