@@ -13,7 +13,7 @@ pytestmark = pytest.mark.skipif(
     reason="reads and sets MXCSR through a C library made for Linux on x86-64",
 )
 
-# `look`: the control bits of each thread of a team of the OpenMP runtime that bnfast uses, of which a wheel has its own.
+# `look`: the control bits of each thread of a team, of the OpenMP runtime that bnfast uses: a wheel has its own.
 MXCSR = """
 #include <xmmintrin.h>
 unsigned get(void) { return _mm_getcsr() & ~0x3fu; }
