@@ -272,7 +272,9 @@ def children(pid):
 @linux
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL], ids=["interrupt", "kill"])
 def test_workers_do_not_outlive_the_command(tqdm, how):
+    ctrl_c = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"  # a background shell ignores it
     code = f"import sys; from bnfast.bench import main; sys.exit(main(['--only', 'numpy', '--shapes', '{TINY}']))"
+    code = f"{ctrl_c}; {code}"
     command = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     workers = []
     try:

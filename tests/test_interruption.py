@@ -307,7 +307,16 @@ def test_a_storm_of_ctrl_c_from_outside(steps):
     assert int(hits) >= steps // 20
 
 
+@pytest.fixture
+def _ctrl_c_raises():
+    """Also where the suite runs in the background of a shell, which ignores Ctrl-C there."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @needs_posix
+@pytest.mark.usefixtures("_ctrl_c_raises")
 def test_ctrl_c_waits_for_one_kernel_at_most():
     """It arrives in the middle of a kernel, and no further one begins."""
     x = np.random.default_rng(0).standard_normal((128, 64, 56, 56)).astype(np.float32)
