@@ -125,9 +125,9 @@ static int writes_later(const bnfast_job *job)
 }
 
 /* The steps for channels first .. first+n-1, but perhaps for the last. `next`: whether those behind them come next */
-static void do_block(const bnfast_job *job, ptrdiff_t first, ptrdiff_t n, int next, pending *p)
+static void do_block(const bnfast_job *job, ptrdiff_t first, ptrdiff_t n, int next, char *scratch, pending *p)
 {
-    char *scratch = (char *)p + PENDING_BYTES + p->odd * ((job->scratch_bytes - PENDING_BYTES) / 2);
+    scratch += PENDING_BYTES + p->odd * ((job->scratch_bytes - PENDING_BYTES) / 2);
     const bnfast_block block = bnfast_block_in(job, scratch, first, n, 1);
     bnfast_writer *writer = p->active ? &p->writer : NULL;
     bnfast_prepare(job, &block);
@@ -154,9 +154,10 @@ static void do_block(const bnfast_job *job, ptrdiff_t first, ptrdiff_t n, int ne
 static void blocks_task(const bnfast_job *job, ptrdiff_t index, int thread)
 {
     const ptrdiff_t begin = index * job->task_channels, end = least(begin + job->task_channels, job->channels);
+    pending nothing = {.active = 0}, *const p = writes_later(job) ? pending_of(job, thread) : &nothing;
     for (ptrdiff_t first = begin; first < end; first += job->block_channels) {
         const ptrdiff_t n = least(job->block_channels, end - first);
-        do_block(job, first, n, first + n < end, pending_of(job, thread));
+        do_block(job, first, n, first + n < end, (char *)pending_of(job, thread), p);
     }
     if (job->stream)
         bnfast_stream_fence();
@@ -240,7 +241,8 @@ static void plan_blocks(bnfast_job *job, ptrdiff_t channel_bytes)
     job->task_channels = share / job->block_channels * job->block_channels;
     job->scratch_bytes = PENDING_BYTES + (writes_later(job) ? 2 : 1) * bnfast_block_bytes(job, job->block_channels, 1);
     job->workspace_bytes = job->scratch_bytes * threads;
-    add_phase(job, begin_task, 1, FORWARDS);
+    if (writes_later(job))
+        add_phase(job, begin_task, 1, FORWARDS);
     add_phase(job, blocks_task, quotient_up(job->channels, job->task_channels), FORWARDS);
     if (writes_later(job))
         add_phase(job, pending_task, threads, FORWARDS);
