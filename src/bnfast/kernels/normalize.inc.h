@@ -108,6 +108,12 @@ static ALWAYS_INLINE void FN(write_map)(bnfast_writer *w, ptrdiff_t n, int gradi
     const T *x = w->x, *u = w->u;
     T *out = w->out;
     ptrdiff_t row = w->row, i = w->channel, j = w->at, end = w->end;
+#define ASK_AHEAD \
+    if (stream && ahead) { \
+        PREFETCH_L2(x + j, ahead); \
+        if (gradient) \
+            PREFETCH_L2(u + j, ahead); \
+    }
     for (; n > 0 && row < w->runs.n_rows; row++, x += stride, u += stride, out += stride, i = j = end = 0) {
         struct FN(map) map = FN(map_of_channel)(c, i, gradient);
         if (end == 0) {
@@ -121,11 +127,7 @@ static ALWAYS_INLINE void FN(write_map)(bnfast_writer *w, ptrdiff_t n, int gradi
         }
         for (;;) {
             for (; n > 0 && end - j >= VN; n -= VN, j += VN) {
-                if (stream && ahead) {
-                    PREFETCH_L2(x + j, ahead);
-                    if (gradient)
-                        PREFETCH_L2(u + j, ahead);
-                }
+                ASK_AHEAD
                 FN(map_elements)(&map, x + j, u + j, out + j, 1, 0, 0, VN, gradient, stream);
             }
             if (n <= 0)
@@ -134,6 +136,7 @@ static ALWAYS_INLINE void FN(write_map)(bnfast_writer *w, ptrdiff_t n, int gradi
                 break;
             const struct FN(map) next = FN(map_of_channel)(c, ++i, gradient);
             if (j < end) {
+                ASK_AHEAD
                 const struct FN(map) both = FN(map_of_two)(end - j, map, next, gradient);
                 FN(map_elements)(&both, x + j, u + j, out + j, 1, 0, 0, VN, gradient, stream);
                 n -= VN;
@@ -147,6 +150,7 @@ static ALWAYS_INLINE void FN(write_map)(bnfast_writer *w, ptrdiff_t n, int gradi
         n -= row_length - j;
     }
 enough:
+#undef ASK_AHEAD
     w->x = x;
     w->u = u;
     w->out = out;

@@ -103,7 +103,10 @@ static ALWAYS_INLINE void FN(sums_of_rows)(const T *x, const T *u, ptrdiff_t n_r
         if (left > 0) {
             if (w)
                 FN(write_some)(w, left);
-            for (int i = 0; i < 2 && left > i * VL; i++)
+            for (int i = 0; i < 2 && left > i * VL; i++) {
+                PREFETCH_L2(row + i * VL, to_next * (ptrdiff_t)sizeof(T));
+                if (with_u)
+                    PREFETCH_L2(row_u + i * VL, to_next * (ptrdiff_t)sizeof(T));
                 for (int k = 0; k < VU; k++) {
                     const ptrdiff_t j = i * VL + k * VN;
                     FN(vec) u_values = zero;
@@ -111,6 +114,7 @@ static ALWAYS_INLINE void FN(sums_of_rows)(const T *x, const T *u, ptrdiff_t n_r
                         u_values = FN(load_part)(row_u + j, left - j, zero);
                     FN(take)(&chain[i][k], FN(load_part)(row + j, left - j, center), u_values, center, with_u);
                 }
+            }
             room -= 1;
             FLUSH_CHAINS
         }
