@@ -17,8 +17,8 @@
 #define COLUMNS ((ptrdiff_t)(4096 / sizeof(T)))
 #define TILE_ROWS(with_u) ((with_u) ? 8 : 32)
 
-/* How many elements ahead of the sums memory is asked for: the sums of a block are not the simple stream that the
- * hardware expects. */
+/* How many elements ahead of the sums memory is asked for, in long rows of one array twice as many: the sums of a block
+ * are not the simple stream that the hardware expects. */
 #define AHEAD ((ptrdiff_t)(4096 / sizeof(T)))
 
 struct FN(pair) {
@@ -60,6 +60,7 @@ static ALWAYS_INLINE void FN(sums_of_rows)(const T *x, const T *u, ptrdiff_t n_r
     memset(wide_dot, 0, sizeof wide_dot);
     memset(chain, 0, sizeof chain);
     ptrdiff_t room = CHAIN; /* terms a chain may still take */
+    const ptrdiff_t reach = !with_u && length > 2 * AHEAD ? 2 * AHEAD : AHEAD;
 #define FLUSH_CHAINS \
     if (room == 0) { \
         for (int k = 0; k < VU; k++) { \
@@ -72,11 +73,11 @@ static ALWAYS_INLINE void FN(sums_of_rows)(const T *x, const T *u, ptrdiff_t n_r
     for (ptrdiff_t r = 0; r < n_rows; r++) {
         const T *row = x + r * stride, *row_u = u + r * stride;
         /* past the end of the row: to its successor, or to what comes next */
-        const ptrdiff_t to_next = (r + 1 < n_rows ? stride : next - r * stride) - length + AHEAD;
+        const ptrdiff_t to_next = (r + 1 < n_rows ? stride : next - r * stride) - length + reach;
         ptrdiff_t left = length;
         while (left >= 2 * VL) {
             ptrdiff_t steps = left / (2 * VL) < room ? left / (2 * VL) : room;
-            const ptrdiff_t ahead = left > AHEAD ? AHEAD : to_next;
+            const ptrdiff_t ahead = left > reach ? reach : to_next;
             const ptrdiff_t together = w ? FN(vectors_left)(w) / (2 * VU) : 0;
             if (together > 0) {
                 const struct FN(map) map = FN(map_of_channel)(&w->coefficients, w->channel, 0);
