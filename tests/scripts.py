@@ -11,6 +11,9 @@ import pytest
 # Variables that decide about threads; a script gets exactly those its test gives it.
 DECIDING = ("BNFAST_", "OMP_", "GOMP_", "KMP_")
 
+# Whether this process runs under tools/sanitize.
+SANITIZED = "asan" in os.environ.get("LD_PRELOAD", "")
+
 # A library with a parallel region of its own, on the same OpenMP runtime as bnfast if that is the system's.
 TEAM_LIBRARY = """
 int team(void)
@@ -41,6 +44,11 @@ def completed(script, *arguments, timeout=60, options=(), cwd=None, command=(), 
         )
     except subprocess.TimeoutExpired as expired:
         pytest.fail(f"hangs: {(expired.stdout or b'').decode()[-2000:]}\n{(expired.stderr or b'').decode()[-4000:]}")
+
+
+def preloaded(library):
+    """LD_PRELOAD with this library, behind those that are there already."""
+    return " ".join([*os.environ.get("LD_PRELOAD", "").split(), library])
 
 
 def c_library(folder, source, *flags):

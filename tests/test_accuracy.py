@@ -384,6 +384,18 @@ def test_few_rows_leave_little_to_average_out(rng, n_rows):
     check_moments(bnfast.moments(x), x)
 
 
+@pytest.mark.parametrize("n_rows", [2, 3, 5, 7, 11, 15, 16, 17])
+def test_few_rows_of_huge_constants_have_no_deviation(dtype, n_rows):
+    """The mean of equal values is that value, however it is taken, and its square may not overflow."""
+    values = (np.finfo(dtype).max * np.geomspace(1e-9, 1e-2, 200)).astype(dtype)
+    x = np.tile(values, (n_rows, 1))
+    y, mean, inv_std = F.batch_norm(x)
+    assert (mean == values).all()
+    assert (bnfast.moments(x).m2 == 0).all()
+    assert np.isfinite(inv_std).all()
+    assert (y == 0).all()
+
+
 # --- variance is never negative --------------------------------------------------------------------------------
 
 

@@ -58,7 +58,7 @@ CASES = [
     ((2000, 256), -1, "C"),
     ((300, 1000), 1, "C"),
     ((40, 2100), 1, "C"),
-    # interleaved, blocks of columns that are copied together
+    # interleaved, and a multiple of a cache line wide: blocks of columns are copied together where caches are small
     ((300, 1024), 1, "C"),
     ((5, 7, 9, 512), -1, "C"),
     ((300, 256, 2), 1, "C"),
@@ -137,6 +137,28 @@ def test_bits_do_not_depend_on_threads_or_instruction_set(case, dtype):
     assert len(found) == len(ISAS) * len(N_THREADS)
     unlike = {key for key, value in found.items() if value != found[ISAS[0], 1]}
     assert not unlike, f"these differ from {ISAS[0]} on one thread: {sorted(unlike)}"
+
+
+@pytest.fixture
+def caches():
+    """Sets the sizes of the caches that bnfast believes in."""
+    before = _core.cache_bytes()
+    yield _core.set_cache_bytes
+    _core.set_cache_bytes(*before)
+
+
+CACHES = [(2**15, 2**16), (2**17, 2**18), (2**20, 2**18), (2**22, 2**40)]  # the second level, the last one
+FEW_ROWS = [((12, 2048), 1, "C"), ((256 + 7, 1024), 1, "C")]  # and few in the last segment
+
+
+@pytest.mark.parametrize("case", CASES + FEW_ROWS, ids=case_name)
+def test_bits_do_not_depend_on_the_caches(caches, case, dtype):
+    """They decide about blocks of channels, about copying them together, and about streaming stores."""
+    expected = digest_of(case, dtype, 2)
+    for l2, last_level in CACHES:
+        caches(l2, last_level)
+        for n_threads in (1, 2):
+            assert digest_of(case, dtype, n_threads) == expected, (l2, last_level, n_threads)
 
 
 def random_shapes(n):

@@ -266,6 +266,38 @@ print("never corrupt")
     assert run_script(HEAD + body, seconds, timeout=120 + 3 * seconds) == "never corrupt"
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_a_forward_takes_the_parameters_of_one_moment(dtype):
+    """Another thread loads new ones meanwhile; no y has some channels of these and some of those."""
+    body = """
+C, dtype = 256, sys.argv[1]
+x = np.random.default_rng(0).standard_normal((32, C, 14, 14)).astype(dtype)
+bn = bnfast.BatchNorm(C, dtype=dtype)
+states = [bn.state_dict() | {"bias": np.full(C, beta, dtype)} for beta in (0, 100)]
+seen, stop = set(), threading.Event()
+def load():
+    for state in itertools.cycle(states):
+        if stop.is_set():
+            break
+        bn.load_state_dict(state)
+loader = threading.Thread(target=load, daemon=True)
+loader.start()
+end = time.monotonic() + 60
+calls = 0
+while len(seen) < 2 or calls < 40:
+    y = bn(x)
+    of_channels = {round(float(m)) for m in y.mean((0, 2, 3))}
+    assert len(of_channels) == 1, of_channels
+    seen |= of_channels
+    calls += 1
+    assert time.monotonic() < end, seen
+stop.set()
+loader.join()
+print(sorted(seen))
+"""
+    assert run_script(HEAD + "import itertools\n" + body, dtype, timeout=120) == "[0, 100]"
+
+
 # --- stopped, moved, ended -----------------------------------------------------------------------------------
 
 

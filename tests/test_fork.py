@@ -11,7 +11,7 @@ import sys
 
 import pytest
 from campaign import short_and_long
-from scripts import TEAM_LIBRARY, c_library
+from scripts import TEAM_LIBRARY, c_library, preloaded
 
 import bnfast
 
@@ -285,8 +285,8 @@ def work():
 warm()
 print(child_is_fine(work), bnfast.config()["forked_serial"], warm())
 """
-    preloaded = c_library(tmp_path, NO_PAUSE)
-    assert run_script(body, tmp_path, LD_PRELOAD=preloaded) == "True False True"
+    library = c_library(tmp_path, NO_PAUSE)
+    assert run_script(body, tmp_path, LD_PRELOAD=preloaded(library)) == "True False True"
 
 
 def test_a_layer_trains_on_in_the_child(tmp_path):

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 from campaign import short_and_long
-from scripts import TEAM_LIBRARY, c_library, completed, run_script
+from scripts import TEAM_LIBRARY, c_library, completed, preloaded, run_script
 
 import bnfast
 
@@ -65,7 +65,7 @@ int pthread_create(pthread_t *thread, const pthread_attr_t *attributes, void *(*
 }
 """
 SHIM = """
-shim = ctypes.CDLL(os.environ["LD_PRELOAD"])
+shim = ctypes.CDLL(os.environ["LD_PRELOAD"].split()[-1])
 allowed, asked = (ctypes.c_int.in_dll(shim, name) for name in ("allowed", "asked"))
 """
 
@@ -76,7 +76,7 @@ def refusing(tmp_path_factory):
 
 
 def run_refused(refusing, body):
-    return run_script(HEAD + SHIM + body, LD_PRELOAD=refusing)
+    return run_script(HEAD + SHIM + body, LD_PRELOAD=preloaded(refusing))
 
 
 def test_no_thread_at_all_right_bits_and_one_warning(refusing):
@@ -131,7 +131,7 @@ def test_without_the_try_the_process_ends(refusing, tmp_path):
     if "gomp" not in bnfast.config()["openmp_library"]:
         pytest.skip("only libgomp is known to end the process")
     body = "library = ctypes.CDLL(sys.argv[1]); allowed.value = 0; library.team()"
-    run = completed(HEAD + SHIM + body, c_library(tmp_path, TEAM_LIBRARY, "-fopenmp"), LD_PRELOAD=refusing)
+    run = completed(HEAD + SHIM + body, c_library(tmp_path, TEAM_LIBRARY, "-fopenmp"), LD_PRELOAD=preloaded(refusing))
     assert run.returncode == 1
     assert "Thread creation failed" in run.stderr
 

@@ -35,7 +35,7 @@ TABLE = {
         y=2e-7,
         # The centre is subtracted in two parts and the mean is float64: no digit of x is lost.
         y_mean=0.0,
-        # Lanes of 16 float32 terms, then float64: an error of 2^-25 an element, which averages out. TRUST.md A8.
+        # Lanes of 16 float32 terms (of columns: 4), then float64: 2^-25 an element, which averages out. TRUST.md A8.
         mean=1e-7,
         mean_rounding=EPS,
         # The same, amplified by the loss the pivot may cause (a factor of 3). TRUST.md A8.

@@ -33,6 +33,7 @@ cdef extern from "kernels/job.h" nogil:
     int bnfast_isa_compiled(int i) noexcept
     int bnfast_isa_supported(int i) noexcept
     void bnfast_read_caches() noexcept
+    void bnfast_set_caches(Py_ssize_t l2, Py_ssize_t last_level) noexcept
     Py_ssize_t bnfast_l2_bytes() noexcept
     Py_ssize_t bnfast_last_level_bytes() noexcept
 
@@ -98,14 +99,15 @@ cdef extern from "openmp.h" nogil:
     int bnfast_openmp_enter(int budget) noexcept
     void bnfast_openmp_leave(int budget, int team) noexcept
     int bnfast_openmp_take_shortage() noexcept
+    unsigned long long bnfast_float_control() noexcept
+    void bnfast_set_float_control(unsigned long long control) noexcept
 
+cdef extern from "shares.h" nogil:
     ctypedef struct bnfast_share:
         pass
 
     void bnfast_share_out(bnfast_share *shares, int n_shares, Py_ssize_t n_tasks, int backwards) noexcept
     Py_ssize_t bnfast_take(bnfast_share *share) noexcept
-    unsigned long long bnfast_float_control() noexcept
-    void bnfast_set_float_control(unsigned long long control) noexcept
 
 cdef extern from "rivals.h" nogil:
     void bnfast_rivals_init() noexcept
@@ -510,11 +512,23 @@ cpdef int team_for(Py_ssize_t elements) except -1:
     return budget if chosen_by_user else bnfast_rivals_leave(budget, elements)
 
 
+cdef char *kept(bnfast_parameter *parameter, Py_ssize_t channels, char *at) noexcept:
+    """Copies a parameter to `at`, and has it read from there; returns what is behind it."""
+    if parameter.wide != NULL:
+        memcpy(at, parameter.wide, channels * 8)
+        parameter.wide = <const double *>at
+    elif parameter.narrow != NULL:
+        memcpy(at, parameter.narrow, channels * 4)
+        parameter.narrow = <const float *>at
+    return at + channels * 8
+
+
 cdef int compute(bnfast_job *job, cnp.ndarray x) except -1:
     """Plans and runs a job whose arrays are set; job.u, if any, lies as x does."""
     cdef Py_ssize_t elements = job.outer * job.channels * job.inner
-    cdef Py_ssize_t shares_bytes
+    cdef Py_ssize_t more
     cdef char *memory
+    cdef char *at
     cdef bnfast_share *shares
     cdef bint small = elements < SMALL
     cdef int budget = 1
@@ -524,17 +538,24 @@ cdef int compute(bnfast_job *job, cnp.ndarray x) except -1:
         budget = team_for(elements)
         job.n_threads = bnfast_openmp_enter(budget)
     bnfast_plan(job)
-    shares_bytes = 0 if small else job.n_threads * <Py_ssize_t>sizeof(bnfast_share)
-    memory = <char *>PyMem_RawMalloc(shares_bytes + job.workspace_bytes + 64)
+    # what the threads need besides: their shares, and the parameters as they are now, as others may change them meanwhile
+    more = 0 if small else job.n_threads * <Py_ssize_t>sizeof(bnfast_share) + 4 * job.channels * 8
+    memory = <char *>PyMem_RawMalloc(more + job.workspace_bytes + 64)
     if memory == NULL:
         if not small:
             bnfast_openmp_leave(budget, job.n_threads)
         raise MemoryError(f"no memory for {job.workspace_bytes} bytes of workspace")
-    shares = <bnfast_share *>(memory + (-<uintptr_t>memory & 63))
-    job.workspace = <char *>shares + shares_bytes
+    job.workspace = memory + (-<uintptr_t>memory & 63)
     if small:
         run_alone(job)
     else:
+        shares = <bnfast_share *>job.workspace
+        job.workspace += job.n_threads * sizeof(bnfast_share)
+        at = job.workspace + job.workspace_bytes
+        at = kept(&job.gamma, job.channels, at)
+        at = kept(&job.beta, job.channels, at)
+        at = kept(&job.vgamma, job.channels, at)
+        at = kept(&job.vbeta, job.channels, at)
         run(job, shares)
         bnfast_openmp_leave(budget, job.n_threads)
     PyMem_RawFree(memory)
@@ -864,6 +885,11 @@ def select_isa(str name=None):
 def cache_bytes():
     """(L2, last level) of this CPU."""
     return bnfast_l2_bytes(), bnfast_last_level_bytes()
+
+
+def set_cache_bytes(Py_ssize_t l2, Py_ssize_t last_level):
+    """For tests: as if this CPU had such caches. They decide what is done in which order, never a bit of a result."""
+    bnfast_set_caches(l2, last_level)
 
 
 def openmp_version():

@@ -9,6 +9,8 @@
 
 #include "openmp.h"
 
+#include "counter.h"
+
 #include <stddef.h>
 #include <stdint.h>
 #include <stdlib.h>
@@ -35,21 +37,10 @@ int bnfast_openmp_forked_serial(void) { return forked_serial; }
 
 #if defined(_OPENMP)
 
-#if defined(_MSC_VER)
-#include <intrin.h>
-typedef volatile long counter;
-static long add(counter *to, long n) { return _InterlockedExchangeAdd(to, n) + n; }
-static long exchange(counter *old, long value) { return _InterlockedExchange(old, value); }
-#else
-typedef long counter;
-static long add(counter *to, long n) { return __atomic_add_fetch(to, n, __ATOMIC_RELAXED); }
-static long exchange(counter *old, long value) { return __atomic_exchange_n(old, value, __ATOMIC_RELAXED); }
-#endif
-
-static counter callers;  /* threads inside a call of ours */
-static counter busy;     /* workers of theirs */
-static counter started;  /* workers of all pools, asleep or not */
-static counter shortage; /* threads have been refused, and nobody has asked yet */
+static bnfast_counter callers;  /* threads inside a call of ours */
+static bnfast_counter busy;     /* workers of theirs */
+static bnfast_counter started;  /* workers of all pools, asleep or not */
+static bnfast_counter shortage; /* threads have been refused, and nobody has asked yet */
 
 long bnfast_openmp_version(void) { return _OPENMP; }
 int bnfast_openmp_max_threads(void) { return omp_get_max_threads(); }
@@ -114,10 +105,10 @@ static void set_pool_size(int workers)
 {
     const int before = pool_size();
     if (workers != before && has_pool_key && pthread_setspecific(pool_key, (void *)(intptr_t)workers) == 0)
-        add(&started, workers - before);
+        bnfast_add(&started, workers - before);
 }
 
-static void thread_ended(void *workers) { add(&started, -(long)(intptr_t)workers); }
+static void thread_ended(void *workers) { bnfast_add(&started, -(long)(intptr_t)workers); }
 
 /* The pool is the calling thread's, whoever has used it: another library may share this runtime. Without a pool the
  * pause does nothing. */
@@ -193,7 +184,7 @@ static int possible_team(int team)
         return 1 + workers;
     const int possible = 1 + workers + startable(team - 1 - workers);
     if (possible < team && refused == 0)
-        exchange(&shortage, 1);
+        bnfast_exchange(&shortage, 1);
     __atomic_store_n(&last, possible < team ? now() : 0, __ATOMIC_RELAXED);
     return possible;
 }
@@ -205,13 +196,13 @@ enum { MAX_ASLEEP = 64 };
 
 static void keep_or_give_back(int budget)
 {
-    static counter largest_budget;
-    if (budget > add(&largest_budget, 0))
-        exchange(&largest_budget, budget);
+    static bnfast_counter largest_budget;
+    if (budget > bnfast_add(&largest_budget, 0))
+        bnfast_exchange(&largest_budget, budget);
     if (!gives_pools_back || pool_size() == 0)
         return;
-    const long asleep = add(&started, 0) - add(&busy, 0);
-    if (asleep > MAX_ASLEEP && asleep > 2 * (add(&largest_budget, 0) - 1) && pause_pool())
+    const long asleep = bnfast_add(&started, 0) - bnfast_add(&busy, 0);
+    if (asleep > MAX_ASLEEP && asleep > 2 * (bnfast_add(&largest_budget, 0) - 1) && pause_pool())
         set_pool_size(0);
 }
 
@@ -230,21 +221,21 @@ void bnfast_openmp_handle_fork(int on) { (void)on; }
 /* Workers for this call, of the budget that other calls have left. */
 static int take_workers(int budget, int wanted)
 {
-    const long over = add(&busy, wanted) - budget;
+    const long over = bnfast_add(&busy, wanted) - budget;
     const int refused = over <= 0 ? 0 : over < wanted ? (int)over : wanted;
     if (refused > 0)
-        add(&busy, -refused);
+        bnfast_add(&busy, -refused);
     return wanted - refused;
 }
 
 int bnfast_openmp_enter(int budget)
 {
-    const int share = (int)(budget / add(&callers, 1));
+    const int share = (int)(budget / bnfast_add(&callers, 1));
     if (forked_serial || share <= 1 || omp_in_parallel())
         return 1;
     const int workers = take_workers(budget, share - 1), team = workers > 0 ? possible_team(1 + workers) : 1;
     if (team - 1 < workers)
-        add(&busy, team - 1 - workers);
+        bnfast_add(&busy, team - 1 - workers);
     if (team > 1)
         set_pool_size(team - 1);
     return team;
@@ -253,38 +244,20 @@ int bnfast_openmp_enter(int budget)
 void bnfast_openmp_leave(int budget, int team)
 {
     if (team > 1)
-        add(&busy, 1 - team);
+        bnfast_add(&busy, 1 - team);
     keep_or_give_back(budget);
-    add(&callers, -1);
+    bnfast_add(&callers, -1);
 }
 
-void bnfast_share_out(bnfast_share *shares, int n_shares, ptrdiff_t n_tasks, int backwards)
-{
-    for (int i = 0; i < n_shares; i++) {
-        shares[i].begin = (long)(n_tasks / n_shares * i + n_tasks % n_shares * i / n_shares);
-        shares[i].end = (long)(n_tasks / n_shares * (i + 1) + n_tasks % n_shares * (i + 1) / n_shares);
-        shares[i].taken = 0;
-        shares[i].backwards = backwards;
-    }
-}
-
-ptrdiff_t bnfast_take(bnfast_share *share)
-{
-    const long taken = add(&share->taken, 1);
-    if (taken > share->end - share->begin)
-        return -1;
-    return share->backwards ? share->end - taken : share->begin + taken - 1;
-}
-
-int bnfast_openmp_take_shortage(void) { return exchange(&shortage, 0) != 0; }
+int bnfast_openmp_take_shortage(void) { return bnfast_exchange(&shortage, 0) != 0; }
 
 int bnfast_openmp_run_together(int n, void (*job)(int i, void *context), void *context)
 {
     int together = 0;
     if (forked_serial || omp_in_parallel() || possible_team(n) < n)
         return 0;
-    add(&callers, 1);
-    add(&busy, n - 1);
+    bnfast_add(&callers, 1);
+    bnfast_add(&busy, n - 1);
     set_pool_size(n - 1);
 #pragma omp parallel num_threads(n)
     if (omp_get_num_threads() == n) { /* less: OMP_THREAD_LIMIT, OMP_DYNAMIC; the same for all that are here */
@@ -292,8 +265,8 @@ int bnfast_openmp_run_together(int n, void (*job)(int i, void *context), void *c
             together = 1;
         job(omp_get_thread_num(), context);
     }
-    add(&busy, 1 - n);
-    add(&callers, -1);
+    bnfast_add(&busy, 1 - n);
+    bnfast_add(&callers, -1);
     return together;
 }
 
@@ -308,11 +281,6 @@ int bnfast_openmp_fork_handled(void) { return 1; }
 void bnfast_openmp_handle_fork(int on) { (void)on; }
 int bnfast_openmp_enter(int budget) { return (void)budget, 1; }
 void bnfast_openmp_leave(int budget, int team) { (void)budget, (void)team; }
-void bnfast_share_out(bnfast_share *shares, int n_shares, ptrdiff_t n_tasks, int backwards)
-{
-    (void)shares, (void)n_shares, (void)n_tasks, (void)backwards;
-}
-ptrdiff_t bnfast_take(bnfast_share *share) { return (void)share, -1; }
 int bnfast_openmp_take_shortage(void) { return 0; }
 int bnfast_openmp_run_together(int n, void (*job)(int i, void *context), void *context)
 {

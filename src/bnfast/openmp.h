@@ -5,8 +5,6 @@
 #ifndef BNFAST_OPENMP_H
 #define BNFAST_OPENMP_H
 
-#include <stddef.h>
-
 long bnfast_openmp_version(void);        /* _OPENMP, 0 without */
 const char *bnfast_openmp_library(void); /* path of the runtime, "" if not known */
 int bnfast_openmp_max_threads(void);     /* of the calling thread, as threadpoolctl and the environment set it */
@@ -24,20 +22,6 @@ int bnfast_openmp_forked_serial(void);  /* this is a child whose pool could not 
 int bnfast_openmp_enter(int budget);
 void bnfast_openmp_leave(int budget, int team);
 int bnfast_openmp_take_shortage(void); /* whether, since the last time this was asked, threads were refused anew */
-
-/* The tasks of a phase, cut into a share of neighbours for each thread. A thread does its own share, then helps with
- * those
- * of others: in every phase and every call it comes to the same part of an array, which lies in the caches near it (of
- * several last-level caches, of several memories), and yet no thread waits while there is work. */
-typedef struct {
-    long begin, end; /* its tasks: begin .. end - 1 */
-    long taken;      /* so many of them, or more, if some were asked for when none was left */
-    int backwards;
-    char own_cache_line[64 - 3 * sizeof(long) - sizeof(int)];
-} bnfast_share;
-
-void bnfast_share_out(bnfast_share *shares, int n_shares, ptrdiff_t n_tasks, int backwards);
-ptrdiff_t bnfast_take(bnfast_share *share); /* a task that nobody else gets, or -1: none is left */
 
 /* Runs job(i, context) for i = 0 .. n - 1, each on a thread of its own and all at the same time. Returns whether it
  * did; if a team of n cannot be had it returns 0 and has run nothing. */

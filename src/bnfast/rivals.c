@@ -1,7 +1,7 @@
 /* A thread counts as a rival if its CPU clock has gone on, since the last look, for a quarter of the time or more;
  * where the last look was too long ago, if it goes on between two readings now. A reading takes a fraction of a
- * microsecond. Which threads there are is read from /proc once a second. Elsewhere than on Linux there are no rivals.
- * */
+ * microsecond. Which threads there are is read from /proc once a second. Elsewhere than on Linux there are no
+ * rivals. */
 
 #if !defined(_GNU_SOURCE)
 #define _GNU_SOURCE /* sched_getaffinity */
@@ -48,8 +48,8 @@ static int64_t clock_of(clockid_t id)
     return clock_gettime(id, &t) == 0 ? (int64_t)t.tv_sec * 1000000000 + t.tv_nsec : -1;
 }
 
-/* Time on a CPU of any thread of this process (the kernel's encoding, as pthread_getcpuclockid makes it); -1: it ended.
- * */
+/* Time on a CPU of any thread of this process (the kernel's encoding, as pthread_getcpuclockid makes it); -1: it
+ * ended. */
 static int64_t cpu_time_of(pid_t tid) { return clock_of((clockid_t)(~(unsigned)tid << 3 | 6)); }
 
 static pid_t my_tid(void) { return (pid_t)syscall(SYS_gettid); }

@@ -10,6 +10,7 @@
 
 #define _GNU_SOURCE
 #include "kernels/job.h"
+#include "shares.h"
 
 #include <float.h>
 #include <math.h>
@@ -471,19 +472,47 @@ static void leaves_of_size(ptrdiff_t n)
 typedef struct {
     const bnfast_job *job;
     const bnfast_phase *phase;
-    ptrdiff_t *next;
+    bnfast_share *shares;
     int thread;
 } worker;
 
 static void *work(void *argument)
 {
     const worker *w = argument;
-    for (;;) {
-        const ptrdiff_t i = __atomic_fetch_add(w->next, 1, __ATOMIC_RELAXED);
-        if (i >= w->phase->n_tasks)
-            return NULL;
-        w->phase->task(w->job, i, w->thread);
-    }
+    const int n = w->job->n_threads;
+    for (int s = 0; s < n; s++)
+        for (ptrdiff_t i; (i = bnfast_take(&w->shares[(w->thread + s) % n])) >= 0;)
+            w->phase->task(w->job, i, w->thread);
+    return NULL;
+}
+
+/* Every task once, those of a share in order, shares of neighbours and as even as can be. */
+static void check_shares(void)
+{
+    for (int n_shares = 1; n_shares <= 7; n_shares++)
+        for (ptrdiff_t n_tasks = 0; n_tasks <= 1000; n_tasks = n_tasks < 30 ? n_tasks + 1 : n_tasks * 5 + 3)
+            for (int backwards = 0; backwards < 2; backwards++) {
+                bnfast_share shares[7];
+                ptrdiff_t next = 0;
+                snprintf(context, sizeof context, "%td tasks in %d shares", n_tasks, n_shares);
+                bnfast_share_out(shares, n_shares, n_tasks, backwards);
+                for (int s = 0; s < n_shares; s++) {
+                    const ptrdiff_t n = shares[s].end - shares[s].begin;
+                    if (shares[s].begin != next || n < n_tasks / n_shares || n > n_tasks / n_shares + 1)
+                        fail("share", s, (double)shares[s].begin, (double)next);
+                    for (ptrdiff_t i = 0; i < n; i++) {
+                        const ptrdiff_t task = bnfast_take(&shares[s]);
+                        if (task != next + (backwards ? n - 1 - i : i))
+                            fail("task", i, (double)task, (double)(next + (backwards ? n - 1 - i : i)));
+                    }
+                    for (int i = 0; i < 3; i++)
+                        if (bnfast_take(&shares[s]) != -1)
+                            fail("task too many in share", s, 0, -1);
+                    next += n;
+                }
+                if (next != n_tasks)
+                    fail("tasks", n_shares, (double)next, (double)n_tasks);
+            }
 }
 
 static int max_threads = 3, on_threads; /* on_threads: else one after another, the last first, threads in turn */
@@ -499,9 +528,10 @@ static void run(const bnfast_job *job)
         }
         pthread_t threads[64];
         worker workers[64];
-        ptrdiff_t next = 0;
+        bnfast_share shares[64];
+        bnfast_share_out(shares, job->n_threads, phase->n_tasks, phase->backwards);
         for (int t = 0; t < job->n_threads; t++) {
-            workers[t] = (worker){job, phase, &next, t};
+            workers[t] = (worker){job, phase, shares, t};
             if (pthread_create(&threads[t], NULL, work, &workers[t]) != 0)
                 abort();
         }
@@ -588,6 +618,8 @@ static uint64_t run_job(const example *e)
         job.var = new_doubles(channels, 2);
     if (has_u(e->operation) && !(e->few && e->operation == BNFAST_JVP))
         job.sum = new_doubles(channels, 0), job.dot = new_doubles(channels, 0);
+    /* caches of any size: they decide about blocks, and about copying them together */
+    bnfast_set_caches((ptrdiff_t)1 << (15 + e->channels % 6), (ptrdiff_t)1 << (15 + e->outer % 11));
     bnfast_plan(&job);
     if (e->stream && !e->in_place)
         job.stream = job.out != NULL;
@@ -821,6 +853,8 @@ int main(int argc, char **argv)
         fprintf(stderr, "driver: no such instruction set here, or not 1 to 64 threads\n");
         return 2;
     }
+    if (jobs)
+        check_shares();
     for (ptrdiff_t itemsize = 4; leaves && itemsize <= 8; itemsize += 4) {
         uint64_t first = 0;
         int known = 0;

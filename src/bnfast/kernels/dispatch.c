@@ -110,6 +110,12 @@ void bnfast_read_caches(void)
     last_level_bytes = system_cache(3, last_level_bytes);
 }
 
+void bnfast_set_caches(ptrdiff_t l2, ptrdiff_t last_level)
+{
+    l2_bytes = l2;
+    last_level_bytes = last_level;
+}
+
 ptrdiff_t bnfast_l2_bytes(void) { return l2_bytes; }
 ptrdiff_t bnfast_last_level_bytes(void) { return last_level_bytes; }
 

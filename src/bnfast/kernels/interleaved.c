@@ -224,8 +224,8 @@ static ptrdiff_t column_parts(const bnfast_job *job)
     return quotient_up(job->channels * columns_of_channel(job), TASK_COLUMNS);
 }
 
-/* Neighbouring segments that make one task: long enough for the memory's prefetchers, and enough tasks for all threads.
- * */
+/* Neighbouring segments that make one task: long enough for the memory's prefetchers, and enough tasks for all
+ * threads. */
 static ptrdiff_t segments_of_task(const bnfast_job *job)
 {
     const ptrdiff_t bytes = job->segment_rows * row_stride(job) * job->kernels->itemsize;

@@ -43,8 +43,7 @@ typedef struct {
 
 /* A map of planar runs that can be done little by little, while something else is reduced: memory reads and writes at
  * the same time only if both stand in one loop. x, u: (n_rows, n_channels, length), rows `stride` apart IN; out: the
- * same OUT;
- * gradient: the map is gradient, not normalize; stream: write around the cache (the caller then issues
+ * same OUT; gradient: the map is gradient, not normalize; stream: write around the cache (the caller then issues
  * bnfast_stream_fence);
  * ahead: where not 0, the elements so far behind those of x and u are brought into cache (only with stream).
  * The last four say how far it is; they begin as 0: row, channel of it, elements of the row that are written, and where
@@ -73,8 +72,7 @@ typedef struct {
     /* Mean less center, and sum of squared deviations, of one segment of some channels. center: some value of the
      * channel, finite
      * planar: x: (n_rows, n_channels, length), rows `stride` apart IN; center: (n_channels,) IN; mean, m2: the same
-     * OUT;
-     * next: elements from x to what is reduced next, to be brought into cache; writer: a normalize that may go on
+     * OUT; next: elements from x to what is reduced next, to be brought into cache; writer: a normalize that may go on
      * meanwhile, or NULL
      * interleaved: x: (n_rows, n_columns), rows `stride` apart IN; center: (n_columns,) IN; mean, m2: the same OUT;
      * packed: the elements of x once more, dense OUT, or NULL */
@@ -133,6 +131,7 @@ int bnfast_isa_supported(int i); /* compiled, and this CPU has it */
 
 /* Bytes of the data caches: usual sizes until bnfast_read_caches (at import) has asked the system. */
 void bnfast_read_caches(void);
+void bnfast_set_caches(ptrdiff_t l2, ptrdiff_t last_level); /* for tests: as if this CPU had such caches */
 ptrdiff_t bnfast_l2_bytes(void);
 ptrdiff_t bnfast_last_level_bytes(void);
 

@@ -88,7 +88,6 @@ const bnfast_kernels FN(bnfast_table) = {
 #undef PIVOT_LOSS
 #undef CHAIN
 #undef COLUMN_CHAIN
-#undef AVERAGING_ROWS
 #undef FEW_ROWS
 #undef COLUMN_VECTORS
 #undef AHEAD

@@ -8,19 +8,19 @@
  * ordinary data never get there. The pivot is the mean of a few elements spread over the segment (the first ones
  * are often unlike the rest: image borders), summed as a tree so that a constant channel's pivot is exact.
  * The mean is given relative to `center`, a value typical of the channel: merging means far from zero would lose what
- * the pivot has saved. Relative error of m2 for float32: 1e-8 typically, 2e-7 in small segments, 1e-6 where one outlier
+ * the pivot has saved. Relative error of m2 for float32: 1e-8 typically, 3e-7 in small segments, 1e-6 where one outlier
  * is most of it.
  * Memory traffic: one read. */
 
 /* SAMPLES: elements for a pivot, spread over the segment, a power of two. PIVOT_COLUMNS, PIVOT_CHANNELS: pivots at
- * once.
- * FEW_ROWS: columns with fewer are always done in two passes of float64, as too few roundings average out */
+ * once. FEW_ROWS: columns of float32 with fewer are always done in two passes of float64, as too few roundings average
+ * out */
 #define PIVOT_SAMPLES 16
 #define COLUMN_SAMPLES 8
 #define PIVOT_COLUMNS 256
 #define PIVOT_CHANNELS 64
 #define PIVOT_LOSS 3.0
-#define FEW_ROWS 16
+#define FEW_ROWS (sizeof(T) == 4 ? 16 : 0)
 /* d*d of float32 is normal above 1.2e-38: a mean square below this is not trusted. float64 has nothing wider. */
 #define SMALLEST_MEAN_SQUARE (sizeof(T) == 4 ? 1e-30 : 0.0)
 

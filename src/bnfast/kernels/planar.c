@@ -88,12 +88,23 @@ static void finish(const bnfast_job *job, const bnfast_block *block, ptrdiff_t i
     bnfast_finish(job, block, i, n);
 }
 
+/* Whether a block is written while the next is reduced, in one loop. The backward pass, two arrays to read for one to
+ * write, and short rows, read best in the order of memory, are faster if the next block is asked for while this one is
+ * written. */
+static int writes_later(const bnfast_job *job)
+{
+    return bnfast_applies(job) && job->u == NULL && job->inner * job->kernels->itemsize >= LONG_ROW;
+}
+
 /* What a thread has reduced but not written yet, and which half of its scratch the next block gets. */
 typedef struct {
     bnfast_writer writer;
     int active, odd;
 } pending;
 _Static_assert(sizeof(pending) <= PENDING_BYTES, "it has its place before a thread's scratch");
+
+/* Bytes before a thread's scratch. */
+static ptrdiff_t pending_bytes(const bnfast_job *job) { return writes_later(job) ? PENDING_BYTES : 0; }
 
 static pending *pending_of(const bnfast_job *job, ptrdiff_t thread)
 {
@@ -116,18 +127,11 @@ static void begin_task(const bnfast_job *job, ptrdiff_t index, int thread)
         pending_of(job, t)->active = pending_of(job, t)->odd = 0;
 }
 
-/* Whether a block is written while the next is reduced, in one loop. The backward pass, two arrays to read for one to
- * write, and short rows, read best in the order of memory, are faster if the next block is asked for while this one is
- * written. */
-static int writes_later(const bnfast_job *job)
-{
-    return bnfast_applies(job) && job->u == NULL && job->inner * job->kernels->itemsize >= LONG_ROW;
-}
-
 /* The steps for channels first .. first+n-1, but perhaps for the last. `next`: whether those behind them come next */
-static void do_block(const bnfast_job *job, ptrdiff_t first, ptrdiff_t n, int next, char *scratch, pending *p)
+static void do_block(const bnfast_job *job, ptrdiff_t first, ptrdiff_t n, int next, int thread, pending *p)
 {
-    scratch += PENDING_BYTES + p->odd * ((job->scratch_bytes - PENDING_BYTES) / 2);
+    char *scratch = job->workspace + thread * job->scratch_bytes + pending_bytes(job);
+    scratch += p->odd * ((job->scratch_bytes - pending_bytes(job)) / 2);
     const bnfast_block block = bnfast_block_in(job, scratch, first, n, 1);
     bnfast_writer *writer = p->active ? &p->writer : NULL;
     bnfast_prepare(job, &block);
@@ -157,7 +161,7 @@ static void blocks_task(const bnfast_job *job, ptrdiff_t index, int thread)
     pending nothing = {.active = 0}, *const p = writes_later(job) ? pending_of(job, thread) : &nothing;
     for (ptrdiff_t first = begin; first < end; first += job->block_channels) {
         const ptrdiff_t n = least(job->block_channels, end - first);
-        do_block(job, first, n, first + n < end, (char *)pending_of(job, thread), p);
+        do_block(job, first, n, first + n < end, thread, p);
     }
     if (job->stream)
         bnfast_stream_fence();
@@ -203,7 +207,9 @@ static void reduce_task(const bnfast_job *job, ptrdiff_t index, int thread)
 {
     (void)thread;
     const bnfast_block block = whole(job);
-    const ptrdiff_t s = index / job->channels, i = index % job->channels;
+    /* in the order of memory: rows, channels, pieces of a row */
+    const ptrdiff_t pieces = pieces_of_row(job), i = index / pieces % job->channels;
+    const ptrdiff_t s = index / pieces / job->channels * pieces + index % pieces;
     reduce(job, &block, s, i, 1, NULL);
 }
 
@@ -231,8 +237,8 @@ static void apply_task(const bnfast_job *job, ptrdiff_t index, int thread)
         bnfast_stream_fence();
 }
 
-/* Blocks keep their channels in L2, and what comes next: a quarter each, as more displaces itself (measured: half of L2 took
- * up to 1.2 times as long). */
+/* Blocks keep their channels in L2, and what comes next: a quarter each, as more displaces itself (measured: half
+ * of L2 took up to 1.2 times as long). */
 static void plan_blocks(bnfast_job *job, ptrdiff_t channel_bytes)
 {
     const int threads = job->n_threads;
@@ -240,7 +246,8 @@ static void plan_blocks(bnfast_job *job, ptrdiff_t channel_bytes)
     const ptrdiff_t n = least(bnfast_l2_bytes() / 4 / channel_bytes, share);
     job->block_channels = n < 1 ? 1 : n;
     job->task_channels = share / job->block_channels * job->block_channels;
-    job->scratch_bytes = PENDING_BYTES + (writes_later(job) ? 2 : 1) * bnfast_block_bytes(job, job->block_channels, 1);
+    job->scratch_bytes =
+        pending_bytes(job) + (writes_later(job) ? 2 : 1) * bnfast_block_bytes(job, job->block_channels, 1);
     job->workspace_bytes = job->scratch_bytes * threads;
     if (writes_later(job))
         add_phase(job, begin_task, 1, FORWARDS);

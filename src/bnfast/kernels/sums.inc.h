@@ -5,17 +5,18 @@
  * then the chains are added and go to float64. Relative to the sum of the absolute terms the error of a sum is at most
  * (CHAIN + 3) * 2^-24 for float32, 1e-8 typically, however many terms there are.
  * A column has a single lane, whose roundings average out the less the fewer its rows are: chains of COLUMN_CHAIN
- * terms, which below AVERAGING_ROWS are not even added before they go to float64. */
+ * terms. */
 
 #define CHAIN 16
 #define COLUMN_CHAIN 4
-#define AVERAGING_ROWS 64
 
-/* At most this many columns at once, so that what is gathered for them stays in cache; and this many rows of each array,
- * streams of memory that the hardware follows and the distance of what is asked for ahead: of one array 32 were faster
- * than 16 by up to a fifth, of two arrays 8 were, by as much. */
+/* At most this many columns at once, so that what is gathered for them stays in cache; and this many rows of each
+ * array, streams of memory that the hardware follows and the distance of what is asked for ahead: of one array 32 were
+ * faster than 16 by up to a fifth, of two arrays 8 were, by as much. */
 #define COLUMNS ((ptrdiff_t)(4096 / sizeof(T)))
 #define TILE_ROWS(with_u) ((with_u) ? 8 : 32)
+_Static_assert(TILE_ROWS(0) % (2 * COLUMN_CHAIN) == 0 && TILE_ROWS(1) % (2 * COLUMN_CHAIN) == 0,
+               "chains end where tiles do, or bits would depend on the tiles");
 
 /* How many elements ahead of the sums memory is asked for, in long rows of one array twice as many: the sums of a block
  * are not the simple stream that the hardware expects. */
@@ -46,9 +47,8 @@ static ALWAYS_INLINE void FN(take)(struct FN(pair) * s, FN(vec) x, FN(vec) u, FN
             } \
         }
 
-/* x, u: (n_rows, length), rows `stride` apart IN; u where with_u; next: elements to what is reduced next; sum, dot:
- * scalars
- * OUT; w: a normalize that goes on meanwhile, or NULL */
+/* x, u: (n_rows, length), rows `stride` apart IN, u where with_u; next: elements to what is reduced next; sum, dot:
+ * scalars OUT; w: a normalize that goes on meanwhile, or NULL */
 static ALWAYS_INLINE void FN(sums_of_rows)(const T *x, const T *u, ptrdiff_t n_rows, ptrdiff_t stride, ptrdiff_t length,
                                            ptrdiff_t next, T center_value, int with_u, double *sum, double *dot,
                                            bnfast_writer *w)
@@ -128,12 +128,11 @@ static ALWAYS_INLINE void FN(sums_of_rows)(const T *x, const T *u, ptrdiff_t n_r
 }
 
 /* Adds a tile of at most TILE_ROWS rows to the sums of `vectors` vectors of columns from c on, or of n < VN columns.
- * packed_x, packed_u: (n_rows, .) OUT, rows `packed_stride` apart, the same elements again; or NULL. apart: sums go to
- * float64 chain by chain */
+ * packed_x, packed_u: (n_rows, .) OUT, rows `packed_stride` apart, the same elements again; or NULL */
 static ALWAYS_INLINE void FN(sums_of_tile)(const T *x, const T *u, ptrdiff_t n_rows, ptrdiff_t stride, T *packed_x,
                                            T *packed_u, ptrdiff_t packed_stride, const T *centers, ptrdiff_t c,
                                            int vectors, ptrdiff_t n, int with_u, double *sum, double *dot,
-                                           ptrdiff_t ahead, int apart)
+                                           ptrdiff_t ahead)
 {
     const FN(vec) zero = FN(set1)(0);
     FN(vec) center[COLUMN_VECTORS];
@@ -181,12 +180,7 @@ static ALWAYS_INLINE void FN(sums_of_tile)(const T *x, const T *u, ptrdiff_t n_r
             TAKE_ROW(0)
         }
         for (int k = 0; k < vectors; k++) {
-            FN(vec) last = chain[1][k].sum;
-            if (apart)
-                FN(widen_add_columns)(sum + c + k * VN, chain[0][k].sum, n);
-            else
-                last += chain[0][k].sum;
-            FN(widen_add_columns)(sum + c + k * VN, last, n);
+            FN(widen_add_columns)(sum + c + k * VN, chain[0][k].sum + chain[1][k].sum, n);
             FN(widen_add_columns)(dot + c + k * VN, chain[0][k].dot + chain[1][k].dot, n);
         }
     }
@@ -208,7 +202,7 @@ static ALWAYS_INLINE void FN(sums_of_columns_as)(const T *x, const T *u, ptrdiff
 #define TILE(vectors, n) \
     FN(sums_of_tile)(x + r * stride, u + r * stride, rows, stride, packed_x ? packed_x + r * packed_stride : NULL, \
                      packed_x ? packed_u + r * packed_stride : NULL, packed_stride, centers, c, vectors, n, with_u, \
-                     sum, dot, ahead, n_rows < AVERAGING_ROWS)
+                     sum, dot, ahead)
         for (; c + COLUMN_VECTORS * VN <= n_columns; c += COLUMN_VECTORS * VN)
             TILE(COLUMN_VECTORS, VN);
         for (; c + VN <= n_columns; c += VN)
