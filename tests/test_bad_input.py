@@ -249,7 +249,7 @@ def wrong_eps():
                 function, lambda eps=eps: {"eps": eps}, ValueError, ["eps: ", "positive finite", repr(eps)], "eps"
             )
         yield function_case(function, lambda: {"eps": 10**400}, ValueError, ["eps: ", "positive finite"], "eps_huge")
-        for eps in ("a", None, 1j, [1e-5, 1e-5]):
+        for eps in ("a", "1e-5", True, None, 1j, [1e-5, 1e-5]):
             yield function_case(
                 function, lambda eps=eps: {"eps": eps}, TypeError, ["eps: ", "number", repr(eps)], "eps_not_a_number"
             )
@@ -347,6 +347,8 @@ def test_wrong_arguments_are_refused(prepare):
         ({"eps": 10**400}, ValueError, ["eps", "positive finite"]),
         ({"eps": "a"}, TypeError, ["eps", "number", "'a'"]),
         ({"eps": None}, TypeError, ["eps", "number", "None"]),
+        ({"eps": "1e-5"}, TypeError, ["eps", "number", "'1e-5'"]),
+        ({"momentum": True}, TypeError, ["momentum", "number", "True"]),
         ({"momentum": -0.1}, ValueError, ["momentum", "[0, 1]", "-0.1"]),
         ({"momentum": 1.1}, ValueError, ["momentum", "[0, 1]", "1.1"]),
         ({"momentum": np.nan}, ValueError, ["momentum", "[0, 1]", "nan"]),

@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from . import show_config
+from . import __version__, show_config
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -16,6 +16,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "arguments", nargs=argparse.REMAINDER, help="see: python -m bnfast demo --help; gallery and bench likewise"
     )
+    parser.add_argument("--version", action="version", version=f"bnfast {__version__}")
     args = parser.parse_args(argv)
     if args.command == "demo":
         from .demo import main as demo

@@ -161,7 +161,8 @@ cdef cnp.ndarray as_floating(object value, str name):
             raise ValueError(f"{name}: expected an array, got a {kind} that makes none ({error})") from None
     array = value
     if cnp.PyArray_TYPE(array) != cnp.NPY_FLOAT32 and cnp.PyArray_TYPE(array) != cnp.NPY_FLOAT64:
-        raise TypeError(f"{name}: expected dtype float32 or float64, got {array.dtype}")
+        hint = f"; use {name}.astype(numpy.float32)" if array.dtype.kind in "biuf" else ""
+        raise TypeError(f"{name}: expected dtype float32 or float64, got {array.dtype}{hint}")
     return array
 
 
@@ -262,6 +263,8 @@ cdef double as_eps(object eps) except? -1.0:
     if type(eps) is float and 0.0 < <double>eps < 1e300:
         return eps
     try:
+        if isinstance(eps, (bool, str)):
+            raise TypeError
         value = float(eps)
     except (TypeError, ValueError):
         raise TypeError(f"eps: expected a number, got {eps!r}") from None

@@ -938,6 +938,8 @@ def _dtype(value: DTypeLike) -> np.dtype[Any]:
 
 def _number(value: float, name: str) -> float:
     try:
+        if isinstance(value, (bool, str)):
+            raise TypeError
         return float(value)
     except (TypeError, ValueError):
         raise TypeError(f"{name}: expected a number, got {value!r}") from None
