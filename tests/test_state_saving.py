@@ -294,6 +294,14 @@ def test_a_folder_that_may_be_written_but_not_listed(folder_of_nobody):
     assert mark_of(BatchNorm.load(folder_of_nobody / "bn")) == 1
 
 
+def test_an_error_names_the_path_that_was_given(tmp_path):
+    """Not the temporary file's."""
+    path = tmp_path / "no such folder" / "bn.npz"
+    with pytest.raises(FileNotFoundError) as caught:
+        BatchNorm(3).save(path)
+    assert caught.value.filename == str(path)
+
+
 def test_a_target_that_is_no_file_is_refused(tmp_path):
     (tmp_path / "folder").mkdir()
     os.mkfifo(tmp_path / "pipe")

@@ -172,7 +172,14 @@ def replace(path: str | os.PathLike[str], data: bytes) -> None:
     mode = _mode(target)
     _remove_stale(folder)
     for _ in range(TRIES):
-        if _written(os.path.join(folder, f".tmp-bnfast-{secrets.token_hex(8)}"), target, mode, data):
+        temporary = os.path.join(folder, f".tmp-bnfast-{secrets.token_hex(8)}")
+        try:
+            written = _written(temporary, target, mode, data)
+        except OSError as error:
+            if error.filename == temporary:  # a name that the caller never gave
+                error.filename = target
+            raise
+        if written:
             _sync_folder(folder)
             return
     raise OSError(errno.EBUSY, "every temporary file was removed at once", folder)
