@@ -1244,3 +1244,23 @@ def test_an_interrupt_after_the_kernel_has_written_into_x_leaves_no_wrong_gradie
             getattr(bn, call)(x if call == "forward" else dy, out=x)
     with pytest.raises(RuntimeError, match=f"interrupted {call}"):
         bn.backward(dy)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("track_running_stats", False),
+        ("affine", False),
+        ("gamma", None),
+        ("beta", np.zeros(4, np.float32)),
+        ("running_var", -np.ones(3)),
+        ("unbiased_running_var", "no"),
+    ],
+)
+@pytest.mark.parametrize("keep", [pickle.dumps, copy.copy, copy.deepcopy])
+def test_what_could_not_be_restored_is_not_pickled(name, value, keep):
+    """It is refused when it is written, not when it is too late."""
+    bn = bnfast.BatchNorm(3)
+    setattr(bn, name, value)
+    with pytest.raises(bnfast.StateError, match="cannot be pickled or copied"):
+        keep(bn)

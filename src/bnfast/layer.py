@@ -693,7 +693,12 @@ class BatchNorm:
 
     def __getstate__(self) -> dict[str, Any]:
         attributes = {name: value for name, value in self.__dict__.items() if name not in _NOT_PICKLED}
-        return {"format": FORMAT, "attributes": {**attributes, **self._options()}, **self._statistics_of(self._state)}
+        options, statistics = self._options(), self._statistics_of(self._state)
+        try:  # not when it is too late: attributes may have been set to what nobody could restore
+            BatchNorm._restored(options, **statistics)
+        except (TypeError, KeyError, ValueError, AttributeError, RuntimeError) as error:
+            raise StateError(f"the layer cannot be pickled or copied: {error}") from error
+        return {"format": FORMAT, "attributes": {**attributes, **options}, **statistics}
 
     def _options(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in ("num_features", *_OPTIONS)} | {"training": bool(self.training)}
