@@ -3,7 +3,16 @@
 import operator
 from typing import SupportsIndex
 
-__all__ = ["integer"]
+import numpy as np
+
+__all__ = ["flag", "integer"]
+
+
+def flag(value: bool, name: str) -> bool:
+    """The value, Python's or NumPy's, as a bool; TypeError, which names the argument, for anything else."""
+    if not isinstance(value, bool | np.bool_):
+        raise TypeError(f"{name}: expected a bool, got {value!r:.80}")
+    return bool(value)
 
 
 def integer(value: SupportsIndex, name: str) -> int:

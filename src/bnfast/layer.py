@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from . import _core
-from ._checks import integer
+from ._checks import flag, integer
 from .functional import Array, Statistics
 from .moments import Moments
 from .report import StatisticsReport
@@ -186,13 +186,13 @@ class BatchNorm:
         self.axis = integer(axis, "axis")
         self.eps = eps
         self.momentum = momentum
-        self.affine = bool(affine)
-        self.track_running_stats = bool(track_running_stats)
-        self.unbiased_running_var = bool(unbiased_running_var)
+        self.affine = flag(affine, "affine")
+        self.track_running_stats = flag(track_running_stats, "track_running_stats")
+        self.unbiased_running_var = flag(unbiased_running_var, "unbiased_running_var")
         self.dtype = _dtype(dtype)
         self.training = True
-        self.gamma = np.ones(self.num_features, self.dtype) if affine else None
-        self.beta = np.zeros(self.num_features, self.dtype) if affine else None
+        self.gamma = np.ones(self.num_features, self.dtype) if self.affine else None
+        self.beta = np.zeros(self.num_features, self.dtype) if self.affine else None
         self._state = self._fresh_state()
         self._calibration: object = None
 
@@ -378,9 +378,7 @@ class BatchNorm:
 
     def train(self, mode: bool = True) -> Self:
         """Switch to training mode (or, with False, to eval mode); returns the layer."""
-        if not isinstance(mode, bool | np.bool_):
-            raise TypeError(f"mode: expected a bool, got {mode!r}")
-        self.training = bool(mode)
+        self.training = flag(mode, "mode")
         return self
 
     def eval(self) -> Self:
