@@ -53,17 +53,26 @@ class Derivative(NamedTuple):
 class DirectionCheck(NamedTuple):
     """One line of a `GradientCheck`.
 
-    input : what was moved, "x" or the name of a parameter
-    direction : "gradient" (along the analytic one) or the number of a random one
-    numeric, analytic : the slope by differences, and the gradient times the direction
-    relative_error : their difference in units of the largest of the two and the root mean square of the gradient (the
-        slope to be expected along a random direction)
-    order : observed order of the error of the increment, f(x + t*u) - f(x) - t * analytic: 2 if the gradient is
-        right (o(t)), 1 if it is wrong, inf if nothing but rounding is left (f is linear along the direction)
-    verdict : "ok"; "wrong"; "zero" (both slopes are too small to be told from the rounding of f: they agree); "kink" (f
-        has a kink within the smallest steps) or "unresolved" (the differences do not settle: noise, jumps, very many
-        kinks), which say nothing about the gradient
-    tolerance : of the relative error
+    Attributes
+    ----------
+    input : str
+        What was moved, "x" or the name of a parameter.
+    direction : str
+        "gradient" (along the analytic one) or the number of a random one.
+    numeric, analytic : float
+        The slope by differences, and the gradient times the direction.
+    relative_error : float
+        Their difference in units of the largest of the two and the root mean square of the gradient (the slope to be
+        expected along a random direction).
+    order : float
+        Observed order of the error of the increment, f(x + t*u) - f(x) - t * analytic: 2 if the gradient is right
+        (o(t)), 1 if it is wrong, inf if nothing but rounding is left (f is linear along the direction).
+    verdict : str
+        "ok"; "wrong"; "zero" (both slopes are too small to be told from the rounding of f: they agree); "kink" (f has
+        a kink within the smallest steps) or "unresolved" (the differences do not settle: noise, jumps, very many
+        kinks), which say nothing about the gradient.
+    tolerance : float
+        Of the relative error.
     """
 
     input: str
