@@ -193,6 +193,15 @@ static void note_values(const void *p, ptrdiff_t n, ptrdiff_t itemsize)
 
 static double epsilon(void) { return k->itemsize == 4 ? (double)FLT_EPSILON : DBL_EPSILON; }
 
+/* *sum += value, and what that rounds away into *rest (Knuth): under Valgrind a long double has 53 bits only, and plain
+ * sums of thousands of values would be less exact than what they judge. */
+static void add(long double *sum, long double *rest, long double value)
+{
+    const long double s = *sum, t = s + value, v = t - s;
+    *rest += (s - (t - v)) + (value - v);
+    *sum = t;
+}
+
 static void expect(const char *what, ptrdiff_t i, double got, long double expected, long double scale)
 {
     if (!(fabsl((long double)got - expected) <= 40 * (long double)epsilon() * scale))
@@ -674,17 +683,20 @@ static void expect_job(const example *e, const bnfast_job *job, const void *x, c
         if (e->poisoned == c || !ordinary(x, c * inner, e->outer, stride, inner) ||
             (has_u(operation) && !ordinary(u, c * inner, e->outer, stride, inner)))
             continue;
-        long double mean = 0, m2 = 0, largest = 0, sum = 0, dot = 0, size = 0, size_dot = 0;
+        long double mean = 0, m2 = 0, largest = 0, sum = 0, dot = 0, size = 0, size_dot = 0, rest = 0, rest_dot = 0;
 #define EACH \
     for (ptrdiff_t r = 0; r < e->outer; r++) \
         for (ptrdiff_t at = r * stride + c * inner; at < r * stride + (c + 1) * inner; at++)
         EACH
         {
-            mean += get(x, at);
+            add(&mean, &rest, get(x, at));
             largest = fmaxl(largest, fabsl((long double)get(x, at)));
         }
-        mean /= count;
-        EACH m2 += ((long double)get(x, at) - mean) * ((long double)get(x, at) - mean);
+        mean = (mean + rest) / count;
+        rest = 0;
+        EACH add(&m2, &rest, ((long double)get(x, at) - mean) * ((long double)get(x, at) - mean));
+        m2 += rest;
+        rest = 0;
         const long double gamma = parameter_at(&job->gamma, c, 1), beta = parameter_at(&job->beta, c, 0);
         long double center = mean, inv_std = 1 / sqrtl(m2 / count + (long double)job->eps);
         if (operation == BNFAST_MOMENTS || operation == BNFAST_FORWARD) {
@@ -705,8 +717,10 @@ static void expect_job(const example *e, const bnfast_job *job, const void *x, c
             EACH
             {
                 const long double v = get(u, at), hat = ((long double)get(x, at) - center) * inv_std;
-                sum += v, dot += v * hat, size += fabsl(v), size_dot += fabsl(v * hat) + fabsl(v * inv_std);
+                add(&sum, &rest, v), add(&dot, &rest_dot, v * hat), size += fabsl(v),
+                    size_dot += fabsl(v * hat) + fabsl(v * inv_std);
             }
+            sum += rest, dot += rest_dot;
             if (job->sum) {
                 expect("dbeta", c, job->sum[c], sum, size);
                 expect("dgamma", c, job->dot[c], dot,
