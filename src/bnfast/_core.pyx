@@ -541,7 +541,7 @@ cdef int compute(bnfast_job *job, cnp.ndarray x) except -1:
         budget = team_for(elements)
         job.n_threads = bnfast_openmp_enter(budget)
     bnfast_plan(job)
-    # what the threads need besides: their shares, and the parameters as they are now, as others may change them meanwhile
+    # what the threads need besides: their shares, and the parameters as they are now, which others may change meanwhile
     more = 0 if small else job.n_threads * <Py_ssize_t>sizeof(bnfast_share) + 4 * job.channels * 8
     memory = <char *>PyMem_RawMalloc(more + job.workspace_bytes + 64)
     if memory == NULL:
