@@ -734,7 +734,8 @@ static void expect_job(const example *e, const bnfast_job *job, const void *x, c
             const double got = get(job->out, at);
             const long double hat = ((long double)get(x, at) - center) * inv_std,
                               v = u && job->u ? (long double)get(u, at) : 0;
-            const long double spread = fabsl(hat) + largest * (long double)epsilon() * fabsl(inv_std) + 1;
+            /* the mean is a rounded float64, whatever the data are */
+            const long double spread = fabsl(hat) + largest * (DBL_EPSILON / epsilon()) * fabsl(inv_std) + 1;
             switch (operation) {
             case BNFAST_FORWARD:
             case BNFAST_EVAL:
