@@ -258,7 +258,8 @@ cdef int as_axis(object axis, cnp.ndarray array) except -1:
     return i if i >= 0 else i + ndim
 
 
-cdef double as_eps(object eps) except? -1.0:
+cpdef double as_eps(object eps) except? -1.0:
+    """A positive finite number as a float."""
     cdef double value
     if type(eps) is float and 0.0 < <double>eps < 1e300:
         return eps

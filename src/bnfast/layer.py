@@ -25,6 +25,9 @@ from .state import FORMAT, StateError, decode, encode, read, replace
 __all__ = ["BatchNorm"]
 
 
+# What `_restored` raises for a state that is none.
+_UNFIT = (TypeError, KeyError, ValueError, AttributeError, RuntimeError)
+
 # A named tuple from all its fields, in a third of the time its own constructor takes.
 _new = tuple.__new__
 
@@ -203,10 +206,7 @@ class BatchNorm:
 
     @eps.setter
     def eps(self, value: float) -> None:
-        eps = _number(value, "eps")
-        if not (eps > 0 and math.isfinite(eps)):
-            raise ValueError(f"eps: expected a positive finite number, got {value!r}")
-        self._eps = eps
+        self._eps = _core.as_eps(value)
 
     @property
     def momentum(self) -> float | None:
@@ -694,7 +694,7 @@ class BatchNorm:
         options, statistics = self._options(), self._statistics_of(self._state)
         try:  # not when it is too late: attributes may have been set to what nobody could restore
             BatchNorm._restored(options, **statistics)
-        except (TypeError, KeyError, ValueError, AttributeError, RuntimeError) as error:
+        except _UNFIT as error:
             raise StateError(f"the layer cannot be pickled or copied: {error}") from error
         return {"format": FORMAT, "attributes": {**attributes, **options}, **statistics}
 
@@ -721,7 +721,7 @@ class BatchNorm:
             options = {name: attributes.pop(name) for name in ("num_features", *_OPTIONS)}
             options["training"] = attributes.pop("training", True)
             fresh = BatchNorm._restored(options, pickled["state"], pickled.get("exact"), pickled.get("averaged"))
-        except (TypeError, KeyError, ValueError, AttributeError, RuntimeError) as error:
+        except _UNFIT as error:
             raise StateError(f"pickle: {error}") from error
         self.__dict__.update(attributes | fresh.__dict__)
 
@@ -731,8 +731,7 @@ class BatchNorm:
         state, options = dict(state), dict(options)
         features, training = options.pop("num_features"), options.pop("training")
         for name, value in (*((name, options[name]) for name in _FLAGS), ("training", training)):
-            if not isinstance(value, bool | np.bool_):
-                raise StateError(f"{name}: expected a bool, got {type(value).__name__}")
+            flag(value, name)
         _check_names(state, _names(options["affine"], options["track_running_stats"]))
         for name, value in state.items():
             if name != "num_batches_tracked" and np.shape(value) != (features,):

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from . import _core
-from ._checks import integer
+from ._checks import flag, integer
 from ._estimator import Names, Transformer, feature_names
 from .state import StateError
 
@@ -209,8 +209,7 @@ class StandardScaler(Transformer):
     ) -> tuple["Statistics", Names | None]:
         """Statistics and names of the features of x, and of the data before; changes nothing."""
         for name in ("copy", "with_mean", "with_std"):
-            if not isinstance(getattr(self, name), (bool, np.bool_)):
-                raise TypeError(f"{name}: expected a bool, got {getattr(self, name)!r}")
+            flag(getattr(self, name), name)
         if batch_size is not None:
             batch_size = integer(batch_size, "batch_size")
             if batch_size < 1:

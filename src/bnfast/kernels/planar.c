@@ -8,8 +8,8 @@
 
 #include "block.h"
 
-/* Elements of a segment: many, as each costs a division or two; fewer for float64, whose sums have nothing wider to go
- * to.
+/* Elements of a segment: many, as each costs a division or two; fewer for float64, whose sums have nothing wider to
+ * go to.
  * TASKS: a thread, where there are enough channels. SWEEP: elements of a task where the channels do not matter.
  * LONG_ROW: bytes of a row that is read fast by itself. */
 enum { SEGMENT = 16384, SEGMENT_F64 = 4096, TASKS = 4, SWEEP = 1 << 16, LONG_ROW = 3584, PENDING_BYTES = 256 };
@@ -116,8 +116,6 @@ static void write_pending(const bnfast_job *job, pending *p)
     if (p->active)
         job->kernels->write_rest(&p->writer);
     p->active = 0;
-    if (job->stream)
-        bnfast_stream_fence();
 }
 
 static void begin_task(const bnfast_job *job, ptrdiff_t index, int thread)
@@ -172,6 +170,8 @@ static void pending_task(const bnfast_job *job, ptrdiff_t index, int thread)
 {
     (void)thread;
     write_pending(job, pending_of(job, index));
+    if (job->stream)
+        bnfast_stream_fence();
 }
 
 /* The array cut into about SWEEP neighbouring elements each: several rows; several channels of one row; or a piece of
