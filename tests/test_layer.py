@@ -668,6 +668,48 @@ def test_the_keys_follow_the_layers_options():
         BatchNorm(CHANNELS, track_running_stats=False).load_state_dict(trained().state_dict())
 
 
+@pytest.mark.parametrize("name", ["gamma", "beta"])
+def test_an_array_set_as_a_parameter_is_kept_itself(name):
+    """An optimiser may hold all parameters in one array, with views of it in the layers."""
+    flat, bn, twin = np.linspace(1, 2, 2 * CHANNELS, dtype=np.float32), BatchNorm(CHANNELS), BatchNorm(CHANNELS)
+    view = flat[1 : 1 + CHANNELS]
+    setattr(bn, name, view)
+    flat *= 3
+    getattr(twin, name)[...] = view
+    assert getattr(bn, name) is view
+    x = np.arange(4.0 * CHANNELS, dtype=np.float32).reshape(4, CHANNELS)
+    np.testing.assert_array_equal(bn(x), twin(x))
+
+
+@pytest.mark.parametrize("name", ["gamma", "beta"])
+@pytest.mark.parametrize(
+    ("value", "error", "words"),
+    [
+        (np.ones(CHANNELS + 1, np.float32), ValueError, r"shape \(3,\), got \(4,\)"),
+        (np.ones((CHANNELS, 1), np.float32), ValueError, r"shape \(3,\), got \(3, 1\)"),
+        (np.ones(CHANNELS), TypeError, "float32, got dtype float64"),
+        (np.ones(CHANNELS, ">f4"), TypeError, "float32, got dtype >f4"),
+        (np.array([None, 1, 2]), TypeError, "float32, got dtype object"),
+        ([1.0] * CHANNELS, TypeError, "float32, got list"),
+        (None, TypeError, "float32, got NoneType"),
+    ],
+)
+def test_what_is_no_parameter_is_refused_when_it_is_set(name, value, error, words):
+    bn = trained()
+    before = everything(bn)
+    with pytest.raises(error, match=f"{name}: .*{words}"):
+        setattr(bn, name, value)
+    assert everything(bn) == before
+
+
+@pytest.mark.parametrize("name", ["gamma", "beta"])
+def test_a_layer_without_parameters_gets_none_later(name):
+    bn = BatchNorm(CHANNELS, affine=False)
+    with pytest.raises(AttributeError, match=f"{name}: .*affine=False"):
+        setattr(bn, name, np.ones(CHANNELS, np.float32))
+    assert getattr(bn, name) is None
+
+
 def test_state_error_is_a_value_error():
     assert issubclass(StateError, ValueError)
 
@@ -1251,8 +1293,7 @@ def test_an_interrupt_after_the_kernel_has_written_into_x_leaves_no_wrong_gradie
     [
         ("track_running_stats", False),
         ("affine", False),
-        ("gamma", None),
-        ("beta", np.zeros(4, np.float32)),
+        ("num_features", 4),
         ("running_var", -np.ones(3)),
         ("unbiased_running_var", "no"),
     ],

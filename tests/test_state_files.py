@@ -178,9 +178,9 @@ UNFIT = {
     "nan_in_gamma": lambda bn: bn.gamma.__setitem__(1, np.nan),
     "infinite_variance": lambda bn: setattr(bn, "running_var", np.array([1.0, np.inf])),
     "negative_variance": lambda bn: setattr(bn, "running_var", np.array([1.0, -1.0])),
-    "gamma_of_another_length": lambda bn: setattr(bn, "gamma", np.ones(3, np.float32)),
-    "gamma_of_another_dtype": lambda bn: setattr(bn, "gamma", np.ones(2)),
-    "gamma_of_objects": lambda bn: setattr(bn, "gamma", np.array([None, 1])),
+    "another_number_of_features": lambda bn: setattr(bn, "num_features", 3),
+    "another_dtype": lambda bn: setattr(bn, "dtype", np.dtype(np.float64)),
+    "dtype_of_objects": lambda bn: setattr(bn, "dtype", np.dtype(object)),
     "axis_of_no_integer": lambda bn: setattr(bn, "axis", 1.5),
     "axis_of_an_object": lambda bn: setattr(bn, "axis", object()),
 }

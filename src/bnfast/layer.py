@@ -139,7 +139,8 @@ class BatchNorm:
     Attributes
     ----------
     gamma, beta : (C,) ndarray of `dtype`, or None
-        To be updated in place by the optimiser.
+        To be updated in place by the optimiser. An array set in their place is kept, not copied: it may be a view of one
+        that holds all parameters of a network.
     grad_gamma, grad_beta : (C,) ndarray of `dtype`, or None
         Set by `backward`; None before the first.
     running_mean, running_var : (C,) float64 ndarray, or None
@@ -168,9 +169,6 @@ class BatchNorm:
     (64, 3)
     """
 
-    gamma: Array | None
-    beta: Array | None
-
     def __init__(
         self,
         num_features: SupportsIndex,
@@ -194,8 +192,8 @@ class BatchNorm:
         self.unbiased_running_var = flag(unbiased_running_var, "unbiased_running_var")
         self.dtype = _dtype(dtype)
         self.training = True
-        self.gamma = np.ones(self.num_features, self.dtype) if self.affine else None
-        self.beta = np.zeros(self.num_features, self.dtype) if self.affine else None
+        self._gamma = np.ones(self.num_features, self.dtype) if self.affine else None
+        self._beta = np.zeros(self.num_features, self.dtype) if self.affine else None
         self._state = self._fresh_state()
         self._calibration: object = None
 
@@ -254,7 +252,7 @@ class BatchNorm:
         overwritten_by = "the forward's out" if out is not None and _core.shares_memory(out, data) else None
         try:
             if self.training or state.running_mean is None:
-                y, mean, inv_std, m2 = _core.batch_norm(data, self.gamma, self.beta, self.axis, self._eps, out, True)
+                y, mean, inv_std, m2 = _core.batch_norm(data, self._gamma, self._beta, self.axis, self._eps, out, True)
                 forward = _new(_Forward, (data, mean, inv_std, None, overwritten_by))
                 while not _core.exchange(self, "_state", state, self._after_training(state, forward, m2)):
                     state = self._state
@@ -264,7 +262,9 @@ class BatchNorm:
                 batch = None
                 if calibration is not None and data.size:
                     batch = Moments(*_core.moments(data, self.axis))
-                y = _core.batch_norm_eval(data, mean, var, self.gamma, self.beta, self.axis, self._eps, out, "running_")
+                y = _core.batch_norm_eval(
+                    data, mean, var, self._gamma, self._beta, self.axis, self._eps, out, "running_"
+                )
                 forward = _new(_Forward, (data, mean, None, var, overwritten_by))
                 while not _core.exchange(self, "_state", state, self._after_eval(state, forward, calibration, batch)):
                     state = self._state
@@ -349,7 +349,7 @@ class BatchNorm:
             inv_std = 1 / np.sqrt(forward.var + self.eps)
         try:
             dx, dgamma, dbeta = _core.batch_norm_backward(
-                dy, forward.x, forward.mean, inv_std, self.gamma, self.axis, forward.var is None, out
+                dy, forward.x, forward.mean, inv_std, self._gamma, self.axis, forward.var is None, out
             )
             gradients = (self._as_gradient(dgamma), self._as_gradient(dbeta)) if self.affine else (None, None)
             overwritten = out is not None and _core.shares_memory(out, forward.x)
@@ -540,6 +540,37 @@ class BatchNorm:
         return exact
 
     # --- parameters and statistics ------------------------------------------------------------------------------
+
+    @property
+    def gamma(self) -> Array | None:
+        """(C,) scale of the normalised values; None if `affine=False`."""
+        return self._gamma
+
+    @gamma.setter
+    def gamma(self, value: Array) -> None:
+        self._gamma = self._parameter(value, "gamma")
+
+    @property
+    def beta(self) -> Array | None:
+        """(C,) shift of the scaled values; None if `affine=False`."""
+        return self._beta
+
+    @beta.setter
+    def beta(self, value: Array) -> None:
+        self._beta = self._parameter(value, "beta")
+
+    def _parameter(self, value: Array, name: str) -> Array:
+        """The array itself, once it is one that can be trained."""
+        if not self.affine:
+            raise AttributeError(f"{name}: this layer was made with affine=False")
+        if not isinstance(value, np.ndarray) or value.dtype != self.dtype:
+            kind = f"dtype {value.dtype}" if isinstance(value, np.ndarray) else type(value).__name__
+            raise TypeError(
+                f"{name}: expected an ndarray of {self.dtype}, got {kind} (bn.{name}[...] = values converts into the layer's own)"
+            )
+        if value.shape != (self.num_features,):
+            raise ValueError(f"{name}: expected shape ({self.num_features},), got {value.shape}")
+        return value
 
     @property
     def running_mean(self) -> Statistics | None:
@@ -897,7 +928,7 @@ class BatchNorm:
         return f"{type(self).__name__}({', '.join(parts)})"
 
 
-_NOT_PICKLED = ("gamma", "beta", "_eps", "_momentum", "_state", "_calibration")  # or not under these names
+_NOT_PICKLED = ("_gamma", "_beta", "_eps", "_momentum", "_state", "_calibration")  # or not under these names
 _FLAGS = {"affine": True, "track_running_stats": True, "unbiased_running_var": True}
 _OPTIONS = ("axis", "eps", "momentum", "affine", "track_running_stats", "unbiased_running_var", "dtype")
 _DESCRIPTION: dict[str, Any] = {  # of a file: what a layer consists of beside arrays, and the types that JSON gives
