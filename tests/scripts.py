@@ -26,24 +26,33 @@ int team(void)
 """
 
 
-def run_script(script, *arguments, timeout=60, options=(), error_ok=False, cwd=None, **environment):
+def run_script(script, *arguments, timeout=60, options=(), error_ok=False, cwd=None, folder=None, **environment):
     """What a script printed, without the space around it. The test fails if it fails, hangs or is killed."""
-    run = completed(script, *arguments, timeout=timeout, options=options, cwd=cwd, **environment)
+    run = completed(script, *arguments, timeout=timeout, options=options, cwd=cwd, folder=folder, **environment)
     assert error_ok or run.returncode == 0, f"exit status {run.returncode}\n{run.stdout[-2000:]}\n{run.stderr[-4000:]}"
     return run.stdout.strip()
 
 
-def completed(script, *arguments, timeout=60, options=(), cwd=None, command=(), **environment):
-    """The finished process of a script."""
-    env = {name: value for name, value in os.environ.items() if not name.startswith(DECIDING)}
-    env.update(environment)
-    whole = [*command, sys.executable, "-W", "error", *options, "-c", script, *map(str, arguments)]
+def completed(script, *arguments, timeout=60, **how):
+    """The finished process of a script; how: see `finished`. The test fails if it takes longer."""
     try:
-        return subprocess.run(
-            whole, env=env, cwd=cwd, capture_output=True, text=True, timeout=timeout, check=False, errors="replace"
-        )
+        return finished(script, *arguments, timeout=timeout, **how)
     except subprocess.TimeoutExpired as expired:
         pytest.fail(f"hangs: {(expired.stdout or b'').decode()[-2000:]}\n{(expired.stderr or b'').decode()[-4000:]}")
+
+
+def finished(script, *arguments, timeout, options=(), cwd=None, command=(), folder=None, **environment):
+    """The finished process of a script, or TimeoutExpired. In a folder it is a file: what it spawns can import it."""
+    env = {name: value for name, value in os.environ.items() if not name.startswith(DECIDING)}
+    env.update(environment)
+    source = ["-c", script]
+    if folder is not None:
+        source = [str(folder / "script.py")]
+        (folder / "script.py").write_text(script)
+    whole = [*command, sys.executable, "-W", "error", *options, *source, *map(str, arguments)]
+    return subprocess.run(
+        whole, env=env, cwd=cwd, capture_output=True, text=True, timeout=timeout, check=False, errors="replace"
+    )
 
 
 def preloaded(library):

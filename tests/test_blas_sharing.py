@@ -6,9 +6,9 @@ something, a case without the guard shows that.
 
 import os
 import subprocess
-import sys
 
 import pytest
+from scripts import finished
 
 import bnfast
 from bnfast import blas
@@ -57,15 +57,9 @@ print("ready", flush=True)
 
 def run_script(body, tmp_path, *, fails=False, seconds=TIME_LIMIT, **environment):
     """Output of a script, "hangs", or (if it may fail) "crashes"; two BLAS threads unless `environment` says more."""
-    script = tmp_path / "script.py"
-    script.write_text(HEAD + body)
-    env = {name: value for name, value in os.environ.items() if not name.startswith(("BNFAST_", "OMP_", "GOMP_"))}
-    env |= {"OPENBLAS_NUM_THREADS": "2", **environment}
+    environment = {"OPENBLAS_NUM_THREADS": "2", **environment}
     try:
-        run = subprocess.run(
-            [sys.executable, "-W", "error", str(script)],
-            env=env, capture_output=True, text=True, timeout=seconds, check=False,
-        )  # fmt: skip
+        run = finished(HEAD + body, timeout=seconds, folder=tmp_path, **environment)
     except subprocess.TimeoutExpired as late:
         return "hangs" if (late.stdout or b"").startswith(b"ready\n") else "not even the imports were done in time"
     assert run.stdout.startswith("ready\n"), run.stderr

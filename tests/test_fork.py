@@ -6,10 +6,9 @@ process of its own with a time limit; a child that hangs is killed and makes its
 """
 
 import os
-import subprocess
-import sys
 
 import pytest
+import scripts
 from campaign import short_and_long
 from scripts import TEAM_LIBRARY, c_library, preloaded
 
@@ -91,19 +90,7 @@ def warm():
 
 def run_script(body, tmp_path, *arguments, head=HEAD, limit=TIME_LIMIT, **environment):
     """Output of a script; it fails the test if it fails or takes longer than `limit` seconds."""
-    script = tmp_path / "script.py"
-    script.write_text(head + body)
-    env = {name: value for name, value in os.environ.items() if not name.startswith(("BNFAST_", "OMP_", "GOMP_"))}
-    env.update(environment)
-    try:
-        run = subprocess.run(
-            [sys.executable, "-W", "error", str(script), *map(str, arguments)],
-            env=env, capture_output=True, text=True, timeout=limit, check=False,
-        )  # fmt: skip
-    except subprocess.TimeoutExpired as expired:
-        pytest.fail(f"hangs: {(expired.stderr or b'').decode()}")
-    assert run.returncode == 0, run.stderr
-    return run.stdout.strip()
+    return scripts.run_script(head + body, *arguments, timeout=limit, folder=tmp_path, **environment)
 
 
 # --- the usual ways to fork ----------------------------------------------------------------------------------
