@@ -81,7 +81,14 @@ def raw(value):
 
 def layer_bytes(bn):
     arrays = (bn.gamma, bn.beta, bn.running_mean, bn.running_var, bn.grad_gamma, bn.grad_beta)
-    return [*map(raw, arrays), bn.num_batches_tracked, bn.training, id(bn._state.forward), id(bn.gamma), id(bn.beta)]
+    return [
+        *map(raw, arrays),
+        bn.num_batches_tracked,
+        bn.training,
+        id(bn._state.value.forward),
+        id(bn.gamma),
+        id(bn.beta),
+    ]
 
 
 def assert_refused(call, arguments, error, words, layer=None):

@@ -577,7 +577,13 @@ def test_memory_order_is_kept():
 
 def snapshot(bn):
     held = (bn.gamma, bn.beta, bn.grad_gamma, bn.grad_beta, bn.running_mean, bn.running_var)
-    return [array.tobytes() for array in held], [*map(id, held)], id(bn._state), bn.training, bn.num_batches_tracked
+    return (
+        [array.tobytes() for array in held],
+        [*map(id, held)],
+        id(bn._state.value),
+        bn.training,
+        bn.num_batches_tracked,
+    )
 
 
 def used_layer():

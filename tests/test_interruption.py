@@ -45,7 +45,7 @@ def look(bn):
     return (
         [raw(a) for a in (bn.gamma, bn.beta, bn.grad_gamma, bn.grad_beta, bn.running_mean, bn.running_var)],
         bn.num_batches_tracked, bn.statistics_in_use, exact and (exact.count, raw(exact.mean), raw(exact.m2)),
-        bn._calibration is None, bn.training,
+        bn._calibration.value is None, bn.training,
     )
 
 def calibrate(bn, x):

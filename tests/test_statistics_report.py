@@ -37,9 +37,9 @@ def shown(bn):
 
 def state(bn):
     """All statistics there are."""
-    averaged = bn._state.averaged
+    averaged = bn._state.value.averaged
     aside = None if averaged is None else (averaged.mean.tobytes(), averaged.var.tobytes(), averaged.batches)
-    return shown(bn), bn.exact_statistics, bn._state.exact_batches, aside
+    return shown(bn), bn.exact_statistics, bn._state.value.exact_batches, aside
 
 
 # --- either at eval time, without losing the other -------------------------------------------------------------

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from .functional import Array, Statistics
 
+_T = TypeVar("_T")
 _Layer = TypeVar("_Layer")
 
 def shares_memory(a: object, x: Array) -> bool: ...
@@ -70,16 +71,17 @@ def updated_running(
     factor: float,
     unbiased: bool,
 ) -> tuple[Statistics, Statistics]: ...
-def exchange(
-    owner: object,
-    attribute: str,
-    expected: object,
-    value: object,
-    copies: Sequence[tuple[NDArray[Any], NDArray[Any]]] = ...,
-) -> bool: ...
+
+class AtomicReference(Generic[_T]):
+    def __init__(self, value: _T) -> None: ...
+    @property
+    def value(self) -> _T: ...
+    def compare_and_swap(
+        self, expected: _T, value: _T, copies: tuple[tuple[NDArray[Any], NDArray[Any]], ...] = ...
+    ) -> bool: ...
 
 class Calibration(Generic[_Layer]):
-    def __init__(self, layer: _Layer) -> None: ...
+    def __init__(self, layer: _Layer, running: AtomicReference[object]) -> None: ...
     def __enter__(self) -> _Layer: ...
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

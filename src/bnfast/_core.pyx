@@ -13,7 +13,6 @@ from numpy.exceptions import AxisError, TooHardError
 
 cimport cython
 cimport numpy as cnp
-from cpython.object cimport PyObject_GenericGetAttr, PyObject_GenericSetAttr
 from cpython.number cimport PyNumber_Index
 from cpython.mem cimport PyMem_RawFree, PyMem_RawMalloc
 from cython.parallel cimport prange
@@ -804,24 +803,53 @@ def updated_running(cnp.ndarray mean, cnp.ndarray var, cnp.ndarray batch_mean, c
     return new_mean, new_var
 
 
-def exchange(owner, str attribute, expected, value, copies=()):
-    """Copies arrays and sets an attribute, if it is still `expected`; returns whether it was.
+ctypedef struct copy_order:
+    void *target
+    const void *source
+    size_t n_bytes
 
-    copies: pairs (target, source), each two contiguous arrays of one dtype and shape. All of it happens at once: the
-    evaluation loop, where signal handlers run and threads take turns, is not entered between the look and the end.
+
+cdef class AtomicReference:
+    """A reference to an object, which threads and signal handlers exchange for another.
+
+    With a GIL nothing comes between, because the evaluation loop is not entered. Without one a critical section keeps
+    the others out; what happens inside neither takes another lock nor ends an object, as both could let go of it.
     """
-    cdef cnp.ndarray target, source
-    for target, source in copies:
-        if not (same_layout(source, target) and cnp.PyArray_NBYTES(source) == cnp.PyArray_NBYTES(target)
-                and cnp.PyArray_ISCARRAY(target)):
-            raise AssertionError("exchange: expected pairs of contiguous arrays of one shape and dtype")
-    with cython.critical_section(owner):
-        if PyObject_GenericGetAttr(owner, attribute) is not expected:
-            return False
+
+    cdef object referent
+
+    def __init__(self, value):
+        self.referent = value
+
+    @property
+    def value(self):
+        with cython.critical_section(self):
+            value = self.referent
+        return value
+
+    def compare_and_swap(self, expected, value, tuple copies=()):
+        """Copies arrays and refers to `value`, all at once, if it still refers to `expected`; returns whether it did.
+
+        copies: up to two pairs (target, source), each two contiguous arrays of one dtype and shape.
+        """
+        cdef cnp.ndarray target, source
+        cdef copy_order orders[2]
+        cdef int n = 0, i
+        cdef bint same
         for target, source in copies:
-            memcpy(cnp.PyArray_DATA(target), cnp.PyArray_DATA(source), cnp.PyArray_NBYTES(source))
-        PyObject_GenericSetAttr(owner, attribute, value)
-    return True
+            if not (n < 2 and same_layout(source, target) and cnp.PyArray_NBYTES(source) == cnp.PyArray_NBYTES(target)
+                    and cnp.PyArray_ISCARRAY(target)):
+                raise AssertionError("expected up to two pairs of contiguous arrays of one shape and dtype")
+            orders[n].target, orders[n].source = cnp.PyArray_DATA(target), cnp.PyArray_DATA(source)
+            orders[n].n_bytes = cnp.PyArray_NBYTES(source)
+            n += 1
+        with cython.critical_section(self):
+            same = self.referent is expected
+            if same:
+                for i in range(n):
+                    memcpy(orders[i].target, orders[i].source, orders[i].n_bytes)
+                self.referent = value  # the caller holds the old one
+        return same
 
 
 cdef class Calibration:
@@ -831,18 +859,19 @@ cdef class Calibration:
     """
 
     cdef object layer
+    cdef AtomicReference running
 
-    def __init__(self, layer):
-        self.layer = layer
+    def __init__(self, layer, AtomicReference running):
+        """running: of the layer; to the calibration that is on, or None."""
+        self.layer, self.running = layer, running
 
     def __enter__(self):
-        if self.layer._calibration is not None:
+        if not self.running.compare_and_swap(None, self):
             raise RuntimeError("calibrate: this layer is being calibrated already")
-        object.__setattr__(self.layer, "_calibration", self)
         return self.layer
 
     def __exit__(self, kind, error, trace):
-        object.__setattr__(self.layer, "_calibration", None)
+        self.running.compare_and_swap(self, None)
         if kind is None:
             self.layer._finish_calibration(self)
 

@@ -1,9 +1,9 @@
 """The layer: parameters, running statistics and modes around `bnfast.functional`.
 
-Everything that a call changes is in one tuple, `_State`. A call computes first, then makes a new tuple from the one it
-finds and exchanges the two, if nobody else has in the meantime (else it looks again). So an exception, Ctrl-C included,
-finds a layer as it was before the call or as it is after it; and threads, signal handlers and forked children need
-no lock.
+Everything that a call changes is in one tuple, `_State`, behind an `AtomicReference`. A call computes first, then makes a
+new tuple from the one it finds and exchanges the two, if nobody else has in the meantime (else it looks again). So an
+exception, Ctrl-C included, finds a layer as it was before the call or as it is after it; and threads, signal handlers and
+forked children need no lock.
 """
 
 import math
@@ -194,8 +194,8 @@ class BatchNorm:
         self.training = True
         self._gamma = np.ones(self.num_features, self.dtype) if self.affine else None
         self._beta = np.zeros(self.num_features, self.dtype) if self.affine else None
-        self._state = self._fresh_state()
-        self._calibration: object = None
+        self._state = _core.AtomicReference(self._fresh_state())
+        self._calibration: _core.AtomicReference[object] = _core.AtomicReference(None)
 
     @property
     def eps(self) -> float:
@@ -248,17 +248,17 @@ class BatchNorm:
             If `x` has no such axis.
         """
         data = _core.as_input(x, self.axis, self.num_features)
-        state = self._state
+        state = self._state.value
         overwritten_by = "the forward's out" if out is not None and _core.shares_memory(out, data) else None
         try:
             if self.training or state.running_mean is None:
                 y, mean, inv_std, m2 = _core.batch_norm(data, self._gamma, self._beta, self.axis, self._eps, out, True)
                 forward = _new(_Forward, (data, mean, inv_std, None, overwritten_by))
-                while not _core.exchange(self, "_state", state, self._after_training(state, forward, m2)):
-                    state = self._state
+                while not self._state.compare_and_swap(state, self._after_training(state, forward, m2)):
+                    state = self._state.value
             else:
                 mean, var = state.running_mean, state.running_var
-                calibration = self._calibration
+                calibration = self._calibration.value
                 batch = None
                 if calibration is not None and data.size:
                     batch = Moments(*_core.moments(data, self.axis))
@@ -266,8 +266,8 @@ class BatchNorm:
                     data, mean, var, self._gamma, self._beta, self.axis, self._eps, out, "running_"
                 )
                 forward = _new(_Forward, (data, mean, None, var, overwritten_by))
-                while not _core.exchange(self, "_state", state, self._after_eval(state, forward, calibration, batch)):
-                    state = self._state
+                while not self._state.compare_and_swap(state, self._after_eval(state, forward, calibration, batch)):
+                    state = self._state.value
         except (TypeError, ValueError, MemoryError):
             raise
         except BaseException:  # an interrupt, perhaps after the kernel has written
@@ -279,9 +279,9 @@ class BatchNorm:
         """The state after a forward that took the statistics of its batch."""
         mean, var, batches, _, grad_gamma, grad_beta, _, _, _, exact, exact_batches, _ = state  # faster than by name
         count = forward.x.size // self.num_features
-        if self._calibration is not None:
-            batch = Moments(count, forward.mean, m2)
-            return state.with_forward(forward).gather(self._calibration, batch)
+        calibration = self._calibration.value
+        if calibration is not None:
+            return state.with_forward(forward).gather(calibration, Moments(count, forward.mean, m2))
         if not self.training or mean is None:
             return state.with_forward(forward)
         batches += 1
@@ -295,7 +295,9 @@ class BatchNorm:
     def _after_eval(self, state: _State, forward: _Forward, calibration: object, batch: Moments | None) -> _State:
         """The state after a forward with the running statistics; `batch`: what the calibration gathers of it."""
         state = state.with_forward(forward)
-        return state if batch is None or self._calibration is not calibration else state.gather(calibration, batch)
+        return (
+            state if batch is None or self._calibration.value is not calibration else state.gather(calibration, batch)
+        )
 
     def _note_overwritten(self, out: Array | None, what: str) -> None:
         """After an interrupt: if `out` lies in the memory of the last forward's x, there can be no backward."""
@@ -311,8 +313,8 @@ class BatchNorm:
     def _exchange(self, change: Callable[[_State], _State]) -> None:
         """Replaces the state by `change` of it, at once; looks again if it was replaced meanwhile."""
         while True:
-            state = self._state
-            if _core.exchange(self, "_state", state, change(state)):
+            state = self._state.value
+            if self._state.compare_and_swap(state, change(state)):
                 return
 
     def backward(self, dy: ArrayLike, out: Array | None = None) -> Array:
@@ -338,7 +340,7 @@ class BatchNorm:
         TypeError, ValueError
             If `dy` differs from x in dtype or shape, or `out` does not fit.
         """
-        forward = self._state.forward
+        forward = self._state.value.forward
         if forward is None:
             raise RuntimeError("backward: expected a forward before it, got none")
         if forward.overwritten_by is not None:
@@ -354,11 +356,11 @@ class BatchNorm:
             gradients = (self._as_gradient(dgamma), self._as_gradient(dbeta)) if self.affine else (None, None)
             overwritten = out is not None and _core.shares_memory(out, forward.x)
             while True:
-                state = self._state
+                state = self._state.value
                 kept = state.forward
                 if overwritten and kept is forward:
                     kept = forward._replace(overwritten_by="the backward's out")
-                if _core.exchange(self, "_state", state, state.with_gradients(kept, gradients)):
+                if self._state.compare_and_swap(state, state.with_gradients(kept, gradients)):
                     break
         except (TypeError, ValueError, MemoryError):
             raise
@@ -409,7 +411,7 @@ class BatchNorm:
         (array([2.5]), array([3.5]))
         """
         self._need_statistics("calibrate")
-        return _core.Calibration(self)
+        return _core.Calibration(self, self._calibration)
 
     def _finish_calibration(self, calibration: object) -> None:
         """Called at the end of the block, by a context manager in C that cannot be interrupted half-way."""
@@ -476,12 +478,12 @@ class BatchNorm:
     @property
     def statistics_in_use(self) -> Literal["running", "exact"]:
         """What eval mode normalises with: averages collected in training, or exact statistics."""
-        return "running" if self._state.averaged is None else "exact"
+        return "running" if self._state.value.averaged is None else "exact"
 
     @property
     def exact_statistics(self) -> Moments | None:
         """What the last `calibrate` gathered, or `use_statistics` was given; None before. In use or not."""
-        return self._state.exact
+        return self._state.value.exact
 
     def statistics_report(self, exact: Moments | None = None) -> StatisticsReport:
         """How far the running statistics are from the exact ones.
@@ -514,7 +516,7 @@ class BatchNorm:
         array([-1.273, -0.636])
         """
         self._need_statistics("statistics_report")
-        state = self._state
+        state = self._state.value
         moments = state.exact if exact is None else self._checked(exact, "exact")
         running = state.running()
         if moments is None or running is None:
@@ -575,7 +577,7 @@ class BatchNorm:
     @property
     def running_mean(self) -> Statistics | None:
         """(C,) float64; a new array after every training forward, so a reference kept is a snapshot."""
-        return self._state.running_mean
+        return self._state.value.running_mean
 
     @running_mean.setter
     def running_mean(self, value: ArrayLike) -> None:
@@ -585,7 +587,7 @@ class BatchNorm:
     @property
     def running_var(self) -> Statistics | None:
         """(C,) float64; a new array after every training forward, so a reference kept is a snapshot."""
-        return self._state.running_var
+        return self._state.value.running_var
 
     @running_var.setter
     def running_var(self, value: ArrayLike) -> None:
@@ -595,17 +597,17 @@ class BatchNorm:
     @property
     def num_batches_tracked(self) -> int:
         """Batches that the running statistics have seen."""
-        return self._state.num_batches_tracked
+        return self._state.value.num_batches_tracked
 
     @property
     def grad_gamma(self) -> Array | None:
         """(C,) gradient of the loss with respect to gamma, from the last backward."""
-        return self._state.grad_gamma
+        return self._state.value.grad_gamma
 
     @property
     def grad_beta(self) -> Array | None:
         """(C,) gradient of the loss with respect to beta, from the last backward."""
-        return self._state.grad_beta
+        return self._state.value.grad_beta
 
     def parameters(self) -> dict[str, Array]:
         """The arrays to be trained: {"gamma": ..., "beta": ...}, empty if `affine=False`."""
@@ -615,7 +617,7 @@ class BatchNorm:
 
     def gradients(self) -> dict[str, Array]:
         """Their gradients under the same names; empty before the first backward."""
-        state = self._state
+        state = self._state.value
         if state.grad_gamma is None or state.grad_beta is None:
             return {}
         return {"gamma": state.grad_gamma, "beta": state.grad_beta}
@@ -657,8 +659,8 @@ class BatchNorm:
                     )
                 copies.append((target, value))
         while True:
-            state = self._state
-            if _core.exchange(self, "_state", state, change(state), copies):
+            state = self._state.value
+            if self._state.compare_and_swap(state, change(state), tuple(copies)):
                 return
 
     # --- state --------------------------------------------------------------------------------------------------
@@ -673,7 +675,7 @@ class BatchNorm:
             `use_statistics`). Statistics stay float64; `torch.nn.Module.load_state_dict` takes the values through
             `torch.as_tensor`.
         """
-        return self._dict_of(self._state)
+        return self._dict_of(self._state.value)
 
     def _dict_of(self, state: _State) -> dict[str, NDArray[Any]]:
         found: dict[str, NDArray[Any]] = {}
@@ -722,7 +724,7 @@ class BatchNorm:
 
     def __getstate__(self) -> dict[str, Any]:
         attributes = {name: value for name, value in self.__dict__.items() if name not in _NOT_PICKLED}
-        options, statistics = self._options(), self._statistics_of(self._state)
+        options, statistics = self._options(), self._statistics_of(self._state.value)
         try:  # not when it is too late: attributes may have been set to what nobody could restore
             BatchNorm._restored(options, **statistics)
         except _UNFIT as error:
@@ -844,7 +846,7 @@ class BatchNorm:
 
     def _encoded(self) -> bytes:
         """The bytes of a file, which `_decoded` accepts."""
-        kept = self._statistics_of(self._state)
+        kept = self._statistics_of(self._state.value)
         arrays, exact, averaged = kept["state"], kept["exact"], kept["averaged"]
         description = {**self._options(), "dtype": self.dtype.name, "exact": None, "averaged": None}
         if exact is not None:
@@ -896,7 +898,7 @@ class BatchNorm:
 
     def _load_others(self, exact: Any, averaged: Any) -> None:
         """The statistics that are not in use, of a pickle or a file."""
-        state = self._state
+        state = self._state.value
         if exact is not None:
             self._need_statistics("exact")
             moments, batches = exact
@@ -908,7 +910,7 @@ class BatchNorm:
             mean, var, batches = averaged
             tracked = _whole_number(batches, "averaged batches")
             state = state._replace(averaged=_Averaged(*self._running(mean, var, nan_allowed=True), tracked))
-        self._state = state
+        self._exchange(lambda _: state)
 
     def _running(self, mean: ArrayLike, var: ArrayLike, nan_allowed: bool) -> tuple[Statistics, Statistics]:
         float64 = np.dtype(np.float64)
