@@ -39,7 +39,6 @@ int bnfast_openmp_forked_serial(void) { return forked_serial; }
 
 static bnfast_counter callers;  /* threads inside a call of ours */
 static bnfast_counter busy;     /* workers of theirs */
-static bnfast_counter started;  /* workers of all pools, asleep or not */
 static bnfast_counter shortage; /* threads have been refused, and nobody has asked yet */
 
 long bnfast_openmp_version(void) { return _OPENMP; }
@@ -92,6 +91,7 @@ static int has_pause(void)
 #endif
 }
 
+static bnfast_counter started; /* workers of all pools, asleep or not */
 static int handlers_installed, handlers_off, pool_survives, gives_pools_back;
 
 /* A thread's value: how many workers its pool has, as a pointer. libgomp's pool has the size of the last team: a

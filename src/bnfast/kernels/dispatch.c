@@ -71,6 +71,7 @@ const bnfast_kernels *bnfast_active(ptrdiff_t itemsize) { return itemsize == 4 ?
 static ptrdiff_t system_cache(int level, ptrdiff_t usual)
 {
     long kib = 0, bytes = 0;
+    (void)level; /* where neither is known */
 #if defined(__linux__)
     for (int i = 0; i < 8 && kib == 0; i++) {
         char path[80];
