@@ -25,6 +25,7 @@ from fuzz_state import archive, check, fuzz, layers, members, npy, seeds
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from scripts import NO_RSS_LIMIT
 
 from bnfast import BatchNorm, Moments, StandardScaler, StateError, state
 
@@ -531,7 +532,8 @@ def test_changed_inputs_of_the_fuzzer_give_a_layer_or_stateerror(rounds):
 @pytest.mark.campaign
 def test_the_fuzzer_finds_nothing(tmp_path):
     pytest.importorskip("atheris", reason="atheris is not installed")
-    command = [sys.executable, fuzz_state.__file__, str(tmp_path / "corpus"), "-max_total_time=600", "-max_len=4096"]
+    options = ["-max_total_time=600", "-max_len=4096", *NO_RSS_LIMIT]
+    command = [sys.executable, fuzz_state.__file__, str(tmp_path / "corpus"), *options]
     run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=900, check=False)
     assert run.returncode == 0, run.stderr[-5000:]
 
