@@ -7,12 +7,13 @@ import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 from campaign import short_and_long
-from scripts import SANITIZED
+from scripts import NO_RSS_LIMIT, SANITIZED
 
 import bnfast
 from bnfast import _core
@@ -48,21 +49,27 @@ def build(tmp_path, *flags, cc="gcc"):
     command = [compiler(cc), *FLAGS, *flags]
     if subprocess.run([*command, "-w", probe, "-o", target], capture_output=True, check=False).returncode != 0:
         pytest.skip(f"{cc} cannot link a program with {' '.join(flags)}")
-    libraries = ["-lm", "-lpthread"]
-    done = subprocess.run(
-        [*command, f"-I{SOURCES}", *sources, "-o", target, *libraries], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
+
+    def compiled(source):
+        unit = tmp_path / f"{source.stem}.o"
+        done = subprocess.run([*command, f"-I{SOURCES}", "-c", source, "-o", unit], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return unit
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        units = list(pool.map(compiled, sources))
+    subprocess.run([*command, *units, "-o", target, "-lm", "-lpthread"], check=True)
     return target
 
 
 def drive(*command, **environment):
-    """Runs the driver; what it or its tool complains of is the test's message."""
+    """What the driver printed; what it or its tool complains of is the test's message."""
     env = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}  # it has sanitizers of its own
     env.update(environment)
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=7200, env=env)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.endswith("done\n")
+    return done.stdout
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +100,42 @@ def test_driver_under_thread_sanitizer(tmp_path, largest):
     drive(build(tmp_path, *THREAD), "jobs", "threads=3", f"largest={largest}")
 
 
+# --- the same bits from other compilers, C libraries and processors ------------------------------------------------
+
+SIZES = short_and_long(("sizes=20", "largest=700"), ("largest=70000",))
+
+
+def assert_same_digests(printed, plain_driver, arguments):
+    """All that the other driver printed; it may have fewer instruction sets."""
+    lines = printed.splitlines()
+    assert len(lines) >= 4  # leaves of both dtypes, jobs, done
+    assert set(lines) <= set(drive(plain_driver, "leaves", "jobs", *arguments).splitlines())
+
+
+@pytest.mark.parametrize("flags", [("-O0",), ("-O3", "-march=native")], ids=" ".join)
+@pytest.mark.parametrize("arguments", SIZES)
+def test_other_flags_of_the_compiler(plain_driver, tmp_path, arguments, flags):
+    assert_same_digests(drive(build(tmp_path, *flags), "leaves", "jobs", *arguments), plain_driver, arguments)
+
+
+@pytest.mark.parametrize("cc", ["clang", "musl-gcc"])
+@pytest.mark.parametrize("arguments", SIZES)
+def test_another_compiler_or_c_library(plain_driver, tmp_path, arguments, cc):
+    assert_same_digests(drive(build(tmp_path, "-O2", cc=cc), "leaves", "jobs", *arguments), plain_driver, arguments)
+
+
+@pytest.mark.parametrize("arguments", SIZES)
+def test_arm64_under_an_emulator(plain_driver, tmp_path, arguments):
+    emulator = shutil.which("qemu-aarch64") or shutil.which("qemu-aarch64-static")
+    if emulator is None:
+        pytest.skip("there is no qemu-aarch64 (Debian: qemu-user)")
+    arm64 = build(tmp_path, "-O2", "-static", cc="aarch64-linux-gnu-gcc")
+    assert_same_digests(drive(emulator, arm64, "leaves", "jobs", *arguments), plain_driver, arguments)
+
+
+# --- under tools -----------------------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("isa", ["baseline", "avx2"])  # Valgrind knows no AVX-512
 @pytest.mark.parametrize("arguments", short_and_long(("sizes=9", "largest=100"), ("sizes=66", "largest=9000")))
 def test_driver_under_valgrind(plain_driver, isa, arguments):
@@ -107,7 +150,14 @@ def test_driver_under_valgrind(plain_driver, isa, arguments):
 def test_fuzzed_jobs(tmp_path):
     """libFuzzer chooses operation, shape, place and bytes; ten minutes."""
     target = build(tmp_path, "-DFUZZ", "-Wno-unused-function", "-fsanitize=fuzzer", *ADDRESS, cc="clang")
-    command = [target, "-max_total_time=600", "-max_len=400", "-timeout=60", f"-artifact_prefix={tmp_path}/"]
+    command = [
+        target,
+        "-max_total_time=600",
+        "-max_len=400",
+        "-timeout=60",
+        *NO_RSS_LIMIT,
+        f"-artifact_prefix={tmp_path}/",
+    ]
     done = subprocess.run([*command, tmp_path], capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-5000:]
 
