@@ -14,8 +14,11 @@ DECIDING = ("BNFAST_", "OMP_", "GOMP_", "KMP_")
 # Whether this process runs under tools/sanitize.
 SANITIZED = "asan" in os.environ.get("LD_PRELOAD", "")
 
-# For libFuzzer. It reads the largest resident size so far, which a process inherits from the one that starts it, here from
-# tests that had gigabytes. What a single allocation may take stays limited.
+# Whether this Python can run without its GIL.
+FREE_THREADED = bool(sysconfig.get_config_var("Py_GIL_DISABLED"))
+
+# For libFuzzer. It reads the largest resident size so far, which a process inherits from the one that starts it: here
+# from tests that had gigabytes. What a single allocation may take stays limited.
 NO_RSS_LIMIT = ("-rss_limit_mb=0", "-malloc_limit_mb=1024")
 
 # A library with a parallel region of its own, on the same OpenMP runtime as bnfast if that is the system's.

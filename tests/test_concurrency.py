@@ -109,9 +109,8 @@ budget, n_callers, seconds = 16, 64, float(sys.argv[1])
 bnfast.set_num_threads(budget)
 start, most = tasks(), 0
 large = [call for call in range(len(CALLS)) if INPUTS[call // 7].size >= 2**16]
-end = time.monotonic() + seconds
 def work(seed):
-    choose = random.Random(seed)
+    choose, end = random.Random(seed), time.monotonic() + seconds
     while time.monotonic() < end:
         i = choose.choice(large)
         assert digest(CALLS[i]()) == BITS[i]

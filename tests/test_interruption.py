@@ -13,7 +13,7 @@ import time
 import numpy as np
 import pytest
 from campaign import short_and_long
-from scripts import SANITIZED, c_library, run_script
+from scripts import FREE_THREADED, SANITIZED, c_library, run_script
 
 import bnfast
 
@@ -125,6 +125,9 @@ print(tries, refused, len(torn), torn[:5])
 )
 
 
+@pytest.mark.skipif(
+    FREE_THREADED, reason="CPython 3.13t corrupts its memory when a list display finds none (seen without bnfast)"
+)
 @pytest.mark.parametrize("tries", short_and_long(100, 10_000))
 def test_every_allocation_of_python_refused_in_turn(tries):
     """_testcapi lets the n-th allocation of the interpreter fail, those of the extension among them."""

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from campaign import short_and_long
-from scripts import SANITIZED, completed, run_script
+from scripts import FREE_THREADED, SANITIZED, completed, run_script
 
 import bnfast
 
@@ -83,6 +83,12 @@ print("none")
 
 
 # --- where the process stands --------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not FREE_THREADED, reason="this Python has a GIL that cannot be off")
+def test_the_gil_stays_off():
+    script = "import sys, numpy; before = sys._is_gil_enabled(); import bnfast; print(before, sys._is_gil_enabled())"
+    assert run_script(script) == "False False"
 
 
 @pytest.mark.parametrize("options", [["-S"], ["-E"], ["-I"], ["-S", "-E", "-I"], ["-OO"], ["-X", "dev"]], ids=" ".join)

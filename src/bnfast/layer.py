@@ -1,9 +1,9 @@
 """The layer: parameters, running statistics and modes around `bnfast.functional`.
 
-Everything that a call changes is in one tuple, `_State`, behind an `AtomicReference`. A call computes first, then makes a
-new tuple from the one it finds and exchanges the two, if nobody else has in the meantime (else it looks again). So an
-exception, Ctrl-C included, finds a layer as it was before the call or as it is after it; and threads, signal handlers and
-forked children need no lock.
+Everything that a call changes is in one tuple, `_State`, behind an `AtomicReference`. A call computes first, then makes
+a new tuple from the one it finds and exchanges the two, if nobody else has in the meantime (else it looks again). So
+an exception, Ctrl-C included, finds a layer as it was before the call or as it is after it; and threads, signal
+handlers and forked children need no lock.
 """
 
 import math
@@ -139,8 +139,8 @@ class BatchNorm:
     Attributes
     ----------
     gamma, beta : (C,) ndarray of `dtype`, or None
-        To be updated in place by the optimiser. An array set in their place is kept, not copied: it may be a view of one
-        that holds all parameters of a network.
+        To be updated in place by the optimiser. An array set in their place is kept, not copied: it may be a view of
+        one that holds all parameters of a network.
     grad_gamma, grad_beta : (C,) ndarray of `dtype`, or None
         Set by `backward`; None before the first.
     running_mean, running_var : (C,) float64 ndarray, or None
@@ -568,7 +568,8 @@ class BatchNorm:
         if not isinstance(value, np.ndarray) or value.dtype != self.dtype:
             kind = f"dtype {value.dtype}" if isinstance(value, np.ndarray) else type(value).__name__
             raise TypeError(
-                f"{name}: expected an ndarray of {self.dtype}, got {kind} (bn.{name}[...] = values converts into the layer's own)"
+                f"{name}: expected an ndarray of {self.dtype}, got {kind} "
+                f"(bn.{name}[...] = values converts into the layer's own)"
             )
         if value.shape != (self.num_features,):
             raise ValueError(f"{name}: expected shape ({self.num_features},), got {value.shape}")
