@@ -82,13 +82,13 @@ print("none")
     assert run_script(body) == "none"
 
 
-# --- where the process stands --------------------------------------------------------------------------------
-
-
 @pytest.mark.skipif(not FREE_THREADED, reason="this Python has a GIL that cannot be off")
 def test_the_gil_stays_off():
     script = "import sys, numpy; before = sys._is_gil_enabled(); import bnfast; print(before, sys._is_gil_enabled())"
     assert run_script(script) == "False False"
+
+
+# --- where the process stands --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("options", [["-S"], ["-E"], ["-I"], ["-S", "-E", "-I"], ["-OO"], ["-X", "dev"]], ids=" ".join)

@@ -185,9 +185,9 @@ def run(epochs: int, rate: float | None, seed: int, output: Path | None) -> None
     print(table(results))
     if rate is None:
         print(
-            "\nThe rates suit BatchNorm. Without it the first network learns unsteadily at its rate, and the rounding of\n"
-            "matrix products, which differs between machines, changes how it ends; at 0.3 it may diverge (a loss of\n"
-            "nan), at 0.05 it is steady (--learning-rate)."
+            "\nThe rates suit BatchNorm. Without it the first network learns unsteadily, and how this machine rounds\n"
+            "matrix products decides how it ends; at 0.3 it may diverge (a loss of nan), at 0.05 it is steady\n"
+            "(--learning-rate)."
         )
     if output:
         output.write_bytes(draw(results, digits))
