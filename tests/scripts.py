@@ -50,16 +50,26 @@ def completed(script, *arguments, timeout=60, **how):
 
 def finished(script, *arguments, timeout, options=(), cwd=None, command=(), folder=None, **environment):
     """The finished process of a script, or TimeoutExpired. In a folder it is a file: what it spawns can import it."""
-    env = {name: value for name, value in os.environ.items() if not name.startswith(DECIDING)}
-    env.update(environment)
     source = ["-c", script]
     if folder is not None:
         source = [str(folder / "script.py")]
         (folder / "script.py").write_text(script)
     whole = [*command, sys.executable, "-W", "error", *options, *source, *map(str, arguments)]
     return subprocess.run(
-        whole, env=env, cwd=cwd, capture_output=True, text=True, timeout=timeout, check=False, errors="replace"
+        whole,
+        env=environ(**environment),
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+        errors="replace",
     )
+
+
+def environ(**more):
+    """Of a process: this one's, without what decides about threads, and `more`."""
+    return {name: value for name, value in os.environ.items() if not name.startswith(DECIDING)} | more
 
 
 def preloaded(library):

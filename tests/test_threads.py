@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scripts import environ
 
 import bnfast
 from bnfast import threads
@@ -19,9 +20,6 @@ HAS_OPENMP = bnfast.config()["openmp"] is not None
 needs_openmp = pytest.mark.skipif(not HAS_OPENMP, reason="this build is without OpenMP")
 needs_affinity = pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no CPU affinity on this system")
 needs_proc = pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="this system does not list tasks in /proc")
-
-# Variables that decide about threads; each subprocess gets exactly those its test gives it.
-DECIDING = ("BNFAST_", "OMP_", "GOMP_", "KMP_")
 
 HEAD = """
 import os, sys, time, warnings
@@ -34,8 +32,7 @@ LARGE = "x = np.random.default_rng(0).standard_normal((64, 32, 32, 32)).astype(n
 
 def run_python(script, *arguments, head=HEAD, error_ok=False, **environment):
     """Output (stdout, stderr) of a script in a fresh process."""
-    env = {name: value for name, value in os.environ.items() if not name.startswith(DECIDING)}
-    env.update(environment, PYTHONWARNINGS="default")
+    env = environ(**environment, PYTHONWARNINGS="default")
     command = [sys.executable, *(arguments or ["-c", head + script])]
     run = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60, check=False)
     assert error_ok or run.returncode == 0, run.stderr
