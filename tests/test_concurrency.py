@@ -268,14 +268,11 @@ print("never corrupt")
     assert run_script(HEAD + body, seconds, timeout=120 + 3 * seconds) == "never corrupt"
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_a_forward_takes_the_parameters_of_one_moment(dtype):
-    """Another thread loads new ones meanwhile; no y has some channels of these and some of those."""
-    body = """
-C, dtype = 256, sys.argv[1]
-x = np.random.default_rng(0).standard_normal((32, C, 14, 14)).astype(dtype)
-bn = bnfast.BatchNorm(C, dtype=dtype)
-states = [bn.state_dict() | {"bias": np.full(C, beta, dtype)} for beta in (0, 100)]
+LOADER = """
+import itertools
+states = [bn.state_dict() | {"weight": np.full(C, k, dtype), "bias": np.full(C, 10 * k, dtype),
+                             "running_mean": np.full(C, float(k))} for k in (1, 2)]
+bn.load_state_dict(states[0])
 seen, stop = set(), threading.Event()
 def load():
     for state in itertools.cycle(states):
@@ -285,19 +282,66 @@ def load():
 loader = threading.Thread(target=load, daemon=True)
 loader.start()
 end = time.monotonic() + 60
-calls = 0
-while len(seen) < 2 or calls < 40:
-    y = bn(x)
-    of_channels = {round(float(m)) for m in y.mean((0, 2, 3))}
-    assert len(of_channels) == 1, of_channels
-    seen |= of_channels
-    calls += 1
+while len(seen) < 2 or calls > 0:
+    look()
+    calls -= 1
     assert time.monotonic() < end, seen
 stop.set()
 loader.join()
 print(sorted(seen))
 """
-    assert run_script(HEAD + "import itertools\n" + body, dtype, timeout=120) == "[0, 100]"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize(("shape", "calls"), [((32, 256, 14, 14), 40), ((2, 20_000), 4000)], ids=["large", "small"])
+def test_a_forward_takes_the_parameters_of_one_moment(shape, calls, dtype):
+    """Another thread loads new ones meanwhile; no y has some channels of these and some of those."""
+    body = f"""
+shape, calls, dtype = {shape}, {calls}, "{dtype}"
+C = shape[1]
+x = np.empty(shape, dtype)
+x[::2], x[1::2] = 1, -1
+bn = bnfast.BatchNorm(C, dtype=dtype)
+rest = tuple(axis for axis in range(len(shape)) if axis != 1)
+def look():
+    y = bn(x)
+    of_channels = set(zip(np.rint(y.max(rest)).tolist(), np.rint(y.min(rest)).tolist()))
+    assert len(of_channels) == 1, of_channels
+    seen.update(of_channels)
+"""
+    assert run_script(HEAD + body + LOADER, timeout=120) == "[(11.0, 9.0), (22.0, 18.0)]"
+
+
+def test_a_state_is_of_one_moment():
+    body = """
+C, calls, dtype = 2000, 4000, "float32"
+bn = bnfast.BatchNorm(C)
+def look():
+    state = bn.state_dict()
+    found = {float(k) for k in (*np.unique(state["weight"]), *np.unique(state["bias"]) / 10, *state["running_mean"])}
+    assert len(found) == 1, found
+    seen.update(found)
+"""
+    assert run_script(HEAD + body + LOADER, timeout=120) == "[1.0, 2.0]"
+
+
+def test_a_reference_loses_no_exchange():
+    """What a layer's state is behind, without the layer's work between, so that threads meet in it all the time."""
+    body = """
+from bnfast._core import AtomicReference
+reference, rounds = AtomicReference((0,)), 20_000
+def count():
+    for _ in range(rounds):
+        while True:
+            found = reference.value
+            if reference.compare_and_swap(found, (found[0] + 1,)):
+                break
+threads, errors = at_once([count] * 4)
+for thread in threads:
+    thread.join()
+print(errors, reference.value[0])
+"""
+    assert run_script(HEAD + body, timeout=120) == "[] 80000"
 
 
 # --- stopped, moved, ended -----------------------------------------------------------------------------------

@@ -692,6 +692,10 @@ def test_an_array_set_as_a_parameter_is_kept_itself(name):
         (np.array([None, 1, 2]), TypeError, "float32, got dtype object"),
         ([1.0] * CHANNELS, TypeError, "float32, got list"),
         (None, TypeError, "float32, got NoneType"),
+        (np.ma.masked_array(np.ones(CHANNELS, np.float32), [0, 1, 0]), TypeError, "without a mask"),
+        (np.ones(2 * CHANNELS, np.float32)[::2], ValueError, "contiguous"),
+        (np.broadcast_to(np.float32(1), CHANNELS), ValueError, "writeable"),
+        (np.frombuffer(bytes(4 * CHANNELS), np.float32), ValueError, "writeable"),
     ],
 )
 def test_what_is_no_parameter_is_refused_when_it_is_set(name, value, error, words):
@@ -700,6 +704,16 @@ def test_what_is_no_parameter_is_refused_when_it_is_set(name, value, error, word
     with pytest.raises(error, match=f"{name}: .*{words}"):
         setattr(bn, name, value)
     assert everything(bn) == before
+
+
+@pytest.mark.parametrize("value", ["no", 0, None])
+def test_the_mode_is_a_bool(value):
+    bn = trained()
+    with pytest.raises(TypeError, match="training: expected a bool"):
+        bn.training = value
+    assert bn.training is True
+    bn.training = False
+    assert bn.train().training is True
 
 
 @pytest.mark.parametrize("name", ["gamma", "beta"])
@@ -911,6 +925,23 @@ def test_repr_names_the_subclass():
 def calibration(bn, x):
     with bn.calibrate():
         bn(x)
+
+
+def test_a_calibration_begins_anew():
+    """What a block that failed has gathered does not count in the next one."""
+    bn = BatchNorm(1, dtype=np.float64)
+    again = bn.calibrate()
+    with pytest.raises(ZeroDivisionError), again:
+        bn(np.array([[100.0], [300.0]])) / (0 // 0)
+    with again:
+        bn(np.array([[1.0], [3.0]]))
+    assert (bn.running_mean.tolist(), bn.running_var.tolist()) == ([2.0], [2.0])
+
+
+@pytest.mark.parametrize("keep", [pickle.dumps, copy.copy, copy.deepcopy])
+def test_a_calibration_is_of_its_layer_alone(keep):
+    with pytest.raises(TypeError):
+        keep(BatchNorm(1).calibrate())
 
 
 CORE, STATE = bnfast.layer._core, bnfast.layer._State

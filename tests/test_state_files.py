@@ -197,11 +197,11 @@ def test_a_layer_that_could_not_be_loaded_is_not_written(change, tmp_path):
     assert BatchNorm.load(tmp_path / "bn").num_features == 1
 
 
-@pytest.mark.parametrize("path", [b"bytes", 3, None])
+@pytest.mark.parametrize("path", [b"bytes", 3, None, io.BytesIO()])
 def test_a_path_is_text(path):
-    with pytest.raises(TypeError):
+    with pytest.raises(TypeError, match=r"path: expected str or os\.PathLike"):
         BatchNorm(2).save(path)
-    with pytest.raises(TypeError):
+    with pytest.raises(TypeError, match=r"path: expected str or os\.PathLike"):
         BatchNorm.load(path)
 
 

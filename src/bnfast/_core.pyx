@@ -803,22 +803,44 @@ def updated_running(cnp.ndarray mean, cnp.ndarray var, cnp.ndarray batch_mean, c
     return new_mean, new_var
 
 
+cdef extern from *:
+    """
+    #if defined(Py_GIL_DISABLED)
+    #define BNFAST_FREE_THREADED 1
+    #else
+    #define BNFAST_FREE_THREADED 0
+    #endif
+    """
+    bint BNFAST_FREE_THREADED
+
+FREE_THREADED = bool(BNFAST_FREE_THREADED)
+
 ctypedef struct copy_order:
     void *target
     const void *source
     size_t n_bytes
 
 
+cdef int to_copy(copy_order *order, cnp.ndarray target, cnp.ndarray source) except -1:
+    if not (same_layout(source, target) and cnp.PyArray_NBYTES(source) == cnp.PyArray_NBYTES(target)
+            and cnp.PyArray_ISCARRAY(target)):
+        raise ValueError("expected contiguous arrays of one shape and dtype")
+    order.target, order.source = cnp.PyArray_DATA(target), cnp.PyArray_DATA(source)
+    order.n_bytes = cnp.PyArray_NBYTES(source)
+    return 0
+
+
+@cython.final
 cdef class AtomicReference:
-    """A reference to an object, which threads and signal handlers exchange for another.
+    """A reference to an object, which threads and signal handlers exchange for another, with the contents of arrays.
 
     With a GIL nothing comes between, because the evaluation loop is not entered. Without one a critical section keeps
-    the others out; what happens inside neither takes another lock nor ends an object, as both could let go of it.
+    out the others that go through this reference; inside no other lock is taken, as waiting for one would let go of it.
     """
 
     cdef object referent
 
-    def __init__(self, value):
+    def __cinit__(self, value):
         self.referent = value
 
     @property
@@ -827,53 +849,84 @@ cdef class AtomicReference:
             value = self.referent
         return value
 
+    def snapshot(self, tuple arrays):
+        """-> (value, copies...), of one moment, of up to two contiguous arrays; None for None."""
+        cdef copy_order orders[2]
+        cdef int n = 0, i
+        copies = []
+        for array in arrays:
+            copy = None if array is None else np.array(array, order="C", subok=False)
+            copies.append(copy)
+            if copy is not None:
+                if n == 2:
+                    raise ValueError("snapshot: expected up to two arrays")
+                to_copy(&orders[n], copy, array)
+                n += 1
+        with cython.critical_section(self):
+            value = self.referent
+            for i in range(n):
+                memcpy(orders[i].target, orders[i].source, orders[i].n_bytes)
+        return value, *copies
+
     def compare_and_swap(self, expected, value, tuple copies=()):
         """Copies arrays and refers to `value`, all at once, if it still refers to `expected`; returns whether it did.
 
         copies: up to two pairs (target, source), each two contiguous arrays of one dtype and shape.
         """
-        cdef cnp.ndarray target, source
         cdef copy_order orders[2]
-        cdef int n = 0, i
-        cdef bint same
+        cdef int n = 0
         for target, source in copies:
-            if not (n < 2 and same_layout(source, target) and cnp.PyArray_NBYTES(source) == cnp.PyArray_NBYTES(target)
-                    and cnp.PyArray_ISCARRAY(target)):
-                raise AssertionError("expected up to two pairs of contiguous arrays of one shape and dtype")
-            orders[n].target, orders[n].source = cnp.PyArray_DATA(target), cnp.PyArray_DATA(source)
-            orders[n].n_bytes = cnp.PyArray_NBYTES(source)
+            if n == 2:
+                raise ValueError("compare_and_swap: expected up to two pairs of arrays")
+            to_copy(&orders[n], target, source)
             n += 1
+        return self.swap(expected, value, orders, n)
+
+    cdef bint swap(self, object expected, object value, copy_order *orders, int n) noexcept:
+        """The caller holds `expected`: no object ends in here."""
+        cdef bint same
+        cdef int i
         with cython.critical_section(self):
             same = self.referent is expected
             if same:
                 for i in range(n):
                     memcpy(orders[i].target, orders[i].source, orders[i].n_bytes)
-                self.referent = value  # the caller holds the old one
+                self.referent = value
         return same
 
 
+@cython.final
+@cython.no_gc_clear  # __dealloc__ needs what it refers to
 cdef class Calibration:
     """What `with layer.calibrate():` enters and leaves.
 
-    In C, because no signal handler runs between its steps: a layer is never left in calibration by an interrupt.
+    In C, because no signal handler runs between its steps: a layer is never left in calibration by an interrupt. From
+    Python 3.14 on one may run after `__enter__` and before the block: then the end of this object ends the calibration.
     """
 
     cdef object layer
-    cdef AtomicReference running
+    cdef AtomicReference current
+    cdef object token
 
-    def __init__(self, layer, AtomicReference running):
-        """running: of the layer; to the calibration that is on, or None."""
-        self.layer, self.running = layer, running
+    def __cinit__(self, layer, AtomicReference current not None):
+        """current: the layer's, to the token of the block that is gathering, or None."""
+        self.layer, self.current = layer, current
+
+    def __dealloc__(self):
+        if self.token is not None:
+            self.current.swap(self.token, None, NULL, 0)
 
     def __enter__(self):
-        if not self.running.compare_and_swap(None, self):
+        token = object()  # of this block: what another one has gathered is not its own
+        if not self.current.swap(None, token, NULL, 0):
             raise RuntimeError("calibrate: this layer is being calibrated already")
+        self.token = token
         return self.layer
 
     def __exit__(self, kind, error, trace):
-        self.running.compare_and_swap(self, None)
+        self.current.swap(self.token, None, NULL, 0)
         if kind is None:
-            self.layer._finish_calibration(self)
+            self.layer._finish_calibration(self.token)
 
 
 # --- what was built, and what is running ----------------------------------------------------------------------

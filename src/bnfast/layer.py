@@ -139,8 +139,8 @@ class BatchNorm:
     Attributes
     ----------
     gamma, beta : (C,) ndarray of `dtype`, or None
-        To be updated in place by the optimiser. An array set in their place is kept, not copied: it may be a view of
-        one that holds all parameters of a network.
+        To be updated in place by the optimiser. An array set in their place is kept, not copied: it may be a
+        contiguous view of one that holds all parameters of a network.
     grad_gamma, grad_beta : (C,) ndarray of `dtype`, or None
         Set by `backward`; None before the first.
     running_mean, running_var : (C,) float64 ndarray, or None
@@ -191,7 +191,7 @@ class BatchNorm:
         self.track_running_stats = flag(track_running_stats, "track_running_stats")
         self.unbiased_running_var = flag(unbiased_running_var, "unbiased_running_var")
         self.dtype = _dtype(dtype)
-        self.training = True
+        self._training = True
         self._gamma = np.ones(self.num_features, self.dtype) if self.affine else None
         self._beta = np.zeros(self.num_features, self.dtype) if self.affine else None
         self._state = _core.AtomicReference(self._fresh_state())
@@ -249,10 +249,11 @@ class BatchNorm:
         """
         data = _core.as_input(x, self.axis, self.num_features)
         state = self._state.value
+        gamma, beta = self._parameters()
         overwritten_by = "the forward's out" if out is not None and _core.shares_memory(out, data) else None
         try:
-            if self.training or state.running_mean is None:
-                y, mean, inv_std, m2 = _core.batch_norm(data, self._gamma, self._beta, self.axis, self._eps, out, True)
+            if self._training or state.running_mean is None:
+                y, mean, inv_std, m2 = _core.batch_norm(data, gamma, beta, self.axis, self._eps, out, True)
                 forward = _new(_Forward, (data, mean, inv_std, None, overwritten_by))
                 while not self._state.compare_and_swap(state, self._after_training(state, forward, m2)):
                     state = self._state.value
@@ -262,9 +263,7 @@ class BatchNorm:
                 batch = None
                 if calibration is not None and data.size:
                     batch = Moments(*_core.moments(data, self.axis))
-                y = _core.batch_norm_eval(
-                    data, mean, var, self._gamma, self._beta, self.axis, self._eps, out, "running_"
-                )
+                y = _core.batch_norm_eval(data, mean, var, gamma, beta, self.axis, self._eps, out, "running_")
                 forward = _new(_Forward, (data, mean, None, var, overwritten_by))
                 while not self._state.compare_and_swap(state, self._after_eval(state, forward, calibration, batch)):
                     state = self._state.value
@@ -275,6 +274,13 @@ class BatchNorm:
             raise
         return y
 
+    def _parameters(self) -> tuple[Array | None, Array | None]:
+        """gamma and beta of one moment, for a kernel: without a GIL `load_state_dict` may write them meanwhile."""
+        if not _core.FREE_THREADED:
+            return self._gamma, self._beta
+        _, gamma, beta = self._state.snapshot((self._gamma, self._beta))
+        return gamma, beta
+
     def _after_training(self, state: _State, forward: _Forward, m2: Statistics) -> _State:
         """The state after a forward that took the statistics of its batch."""
         mean, var, batches, _, grad_gamma, grad_beta, _, _, _, exact, exact_batches, _ = state  # faster than by name
@@ -282,7 +288,7 @@ class BatchNorm:
         calibration = self._calibration.value
         if calibration is not None:
             return state.with_forward(forward).gather(calibration, Moments(count, forward.mean, m2))
-        if not self.training or mean is None:
+        if not self._training or mean is None:
             return state.with_forward(forward)
         batches += 1
         factor = 1 / batches if self._momentum is None else self._momentum
@@ -351,7 +357,7 @@ class BatchNorm:
             inv_std = 1 / np.sqrt(forward.var + self.eps)
         try:
             dx, dgamma, dbeta = _core.batch_norm_backward(
-                dy, forward.x, forward.mean, inv_std, self._gamma, self.axis, forward.var is None, out
+                dy, forward.x, forward.mean, inv_std, self._parameters()[0], self.axis, forward.var is None, out
             )
             gradients = (self._as_gradient(dgamma), self._as_gradient(dbeta)) if self.affine else (None, None)
             overwritten = out is not None and _core.shares_memory(out, forward.x)
@@ -378,9 +384,18 @@ class BatchNorm:
 
     # --- modes ----------------------------------------------------------------------------------------------
 
+    @property
+    def training(self) -> bool:
+        """Whether a forward takes the statistics of its batch; see `train` and `eval`."""
+        return self._training
+
+    @training.setter
+    def training(self, value: bool) -> None:
+        self._training = flag(value, "training")
+
     def train(self, mode: bool = True) -> Self:
         """Switch to training mode (or, with False, to eval mode); returns the layer."""
-        self.training = flag(mode, "mode")
+        self._training = flag(mode, "mode")
         return self
 
     def eval(self) -> Self:
@@ -571,8 +586,12 @@ class BatchNorm:
                 f"{name}: expected an ndarray of {self.dtype}, got {kind} "
                 f"(bn.{name}[...] = values converts into the layer's own)"
             )
+        if isinstance(value, np.ma.MaskedArray):
+            raise TypeError(f"{name}: expected an array without a mask, got {type(value).__name__}")
         if value.shape != (self.num_features,):
             raise ValueError(f"{name}: expected shape ({self.num_features},), got {value.shape}")
+        if not value.flags.carray:
+            raise ValueError(f"{name}: expected a writeable contiguous array, to be updated in place")
         return value
 
     @property
@@ -647,18 +666,9 @@ class BatchNorm:
         copies = []
         if self.affine:
             for name, value in (("gamma", gamma), ("beta", beta)):
-                target = getattr(self, name)
-                if not (
-                    isinstance(target, np.ndarray)
-                    and target.shape == value.shape
-                    and target.dtype == value.dtype
-                    and target.flags.carray
-                ):
-                    raise ValueError(
-                        f"{name}: expected the layer's to be a writeable contiguous array of shape {value.shape} and "
-                        f"dtype {value.dtype}, to be written in place; got {target!r}"
-                    )
-                copies.append((target, value))
+                copies.append(
+                    (self._parameter(getattr(self, name), name), value)
+                )  # it may have changed since it was set
         while True:
             state = self._state.value
             if self._state.compare_and_swap(state, change(state), tuple(copies)):
@@ -676,12 +686,17 @@ class BatchNorm:
             `use_statistics`). Statistics stay float64; `torch.nn.Module.load_state_dict` takes the values through
             `torch.as_tensor`.
         """
-        return self._dict_of(self._state.value)
+        return self._dict_of(*self._snapshot())
 
-    def _dict_of(self, state: _State) -> dict[str, NDArray[Any]]:
+    def _snapshot(self) -> tuple[_State, Array | None, Array | None]:
+        """The state, and copies of gamma and beta, of one moment."""
+        state, gamma, beta = self._state.snapshot((self._gamma, self._beta))
+        return state, gamma, beta
+
+    def _dict_of(self, state: _State, gamma: Array | None, beta: Array | None) -> dict[str, NDArray[Any]]:
         found: dict[str, NDArray[Any]] = {}
-        if self.gamma is not None and self.beta is not None:
-            found["weight"], found["bias"] = np.array(self.gamma), np.array(self.beta)
+        if gamma is not None and beta is not None:
+            found["weight"], found["bias"] = gamma, beta
         if state.running_mean is not None and state.running_var is not None:
             found["running_mean"] = state.running_mean.copy()
             found["running_var"] = state.running_var.copy()
@@ -725,7 +740,7 @@ class BatchNorm:
 
     def __getstate__(self) -> dict[str, Any]:
         attributes = {name: value for name, value in self.__dict__.items() if name not in _NOT_PICKLED}
-        options, statistics = self._options(), self._statistics_of(self._state.value)
+        options, statistics = self._options(), self._contents()
         try:  # not when it is too late: attributes may have been set to what nobody could restore
             BatchNorm._restored(options, **statistics)
         except _UNFIT as error:
@@ -733,11 +748,13 @@ class BatchNorm:
         return {"format": FORMAT, "attributes": {**attributes, **options}, **statistics}
 
     def _options(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in ("num_features", *_OPTIONS)} | {"training": bool(self.training)}
+        return {name: getattr(self, name) for name in ("num_features", *_OPTIONS)} | {"training": self.training}
 
-    def _statistics_of(self, state: _State) -> dict[str, Any]:
+    def _contents(self) -> dict[str, Any]:
+        """What a layer holds beside its options, of one moment."""
+        state, gamma, beta = self._snapshot()
         exact = None if state.exact is None else (state.exact, state.exact_batches)
-        return {"state": self._dict_of(state), "exact": exact, "averaged": state.averaged}
+        return {"state": self._dict_of(state, gamma, beta), "exact": exact, "averaged": state.averaged}
 
     def __setstate__(self, pickled: dict[str, Any]) -> None:
         try:
@@ -773,7 +790,7 @@ class BatchNorm:
         fresh = BatchNorm(features, **options)
         fresh._load(state, nan_allowed=True)
         fresh._load_others(exact, averaged)
-        fresh.training = bool(training)
+        fresh.training = training
         return fresh
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -795,8 +812,8 @@ class BatchNorm:
         Raises
         ------
         StateError
-            If the layer could not be loaded again, as a parameter or statistic is not finite, or was replaced by
-            something that does not fit. Nothing is written.
+            If the layer could not be loaded again, as a parameter or statistic is not finite, or an option was set to
+            what does not fit. Nothing is written.
         OSError
             If the file cannot be written. What is there is the old file or the new one, whole.
 
@@ -847,7 +864,7 @@ class BatchNorm:
 
     def _encoded(self) -> bytes:
         """The bytes of a file, which `_decoded` accepts."""
-        kept = self._statistics_of(self._state.value)
+        kept = self._contents()
         arrays, exact, averaged = kept["state"], kept["exact"], kept["averaged"]
         description = {**self._options(), "dtype": self.dtype.name, "exact": None, "averaged": None}
         if exact is not None:
@@ -859,7 +876,7 @@ class BatchNorm:
             arrays |= {"averaged_mean": averaged.mean, "averaged_var": averaged.var}
         try:
             data = encode(description, arrays)
-        except (TypeError, ValueError) as error:  # an attribute was replaced by something else
+        except (TypeError, ValueError) as error:  # an option was set to something else
             raise StateError(f"the layer cannot be written: {error}") from error
         self._decoded(data)
         return data
@@ -899,19 +916,19 @@ class BatchNorm:
 
     def _load_others(self, exact: Any, averaged: Any) -> None:
         """The statistics that are not in use, of a pickle or a file."""
-        state = self._state.value
+        others: dict[str, Any] = {}
         if exact is not None:
             self._need_statistics("exact")
             moments, batches = exact
-            gathered = _whole_number(batches, "exact batches")
-            state = state._replace(exact=self._checked(moments, "exact"), exact_batches=gathered)
+            others["exact_batches"] = _whole_number(batches, "exact batches")
+            others["exact"] = self._checked(moments, "exact")
         if averaged is not None:
             if exact is None:
                 raise StateError("averaged: expected exact statistics to be in use, got none")
             mean, var, batches = averaged
             tracked = _whole_number(batches, "averaged batches")
-            state = state._replace(averaged=_Averaged(*self._running(mean, var, nan_allowed=True), tracked))
-        self._exchange(lambda _: state)
+            others["averaged"] = _Averaged(*self._running(mean, var, nan_allowed=True), tracked)
+        self._exchange(lambda state: state._replace(**others))
 
     def _running(self, mean: ArrayLike, var: ArrayLike, nan_allowed: bool) -> tuple[Statistics, Statistics]:
         float64 = np.dtype(np.float64)
@@ -931,7 +948,15 @@ class BatchNorm:
         return f"{type(self).__name__}({', '.join(parts)})"
 
 
-_NOT_PICKLED = ("_gamma", "_beta", "_eps", "_momentum", "_state", "_calibration")  # or not under these names
+_NOT_PICKLED = (
+    "_gamma",
+    "_beta",
+    "_eps",
+    "_momentum",
+    "_training",
+    "_state",
+    "_calibration",
+)  # or not under these names
 _FLAGS = {"affine": True, "track_running_stats": True, "unbiased_running_var": True}
 _OPTIONS = ("axis", "eps", "momentum", "affine", "track_running_stats", "unbiased_running_var", "dtype")
 _DESCRIPTION: dict[str, Any] = {  # of a file: what a layer consists of beside arrays, and the types that JSON gives

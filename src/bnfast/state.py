@@ -219,7 +219,7 @@ def _has_name(descriptor: int, path: str) -> bool:
 
 
 def _named(path: str | os.PathLike[str]) -> str:
-    name = os.fspath(path)
+    name = os.fspath(path) if isinstance(path, str | os.PathLike) else None
     if not isinstance(name, str):
         raise TypeError(f"path: expected str or os.PathLike of str, got {type(path).__name__}")
     return name
