@@ -2,6 +2,7 @@
 test_layouts.py, large arrays in test_big_arrays.py, the suite under sanitizers is tools/sanitize.
 """
 
+import functools
 import gc
 import os
 import shutil
@@ -105,32 +106,40 @@ def test_driver_under_thread_sanitizer(tmp_path, largest):
 SIZES = short_and_long(("sizes=20", "largest=700"), ("largest=70000",))
 
 
-def assert_same_digests(printed, plain_driver, arguments):
-    """All that the other driver printed; it may have fewer instruction sets."""
-    lines = printed.splitlines()
-    assert len(lines) >= 4  # leaves of both dtypes, jobs, done
-    assert set(lines) <= set(drive(plain_driver, "leaves", "jobs", *arguments).splitlines())
+@pytest.fixture(scope="module")
+def assert_same_digests(plain_driver):
+    @functools.cache
+    def digests(arguments):
+        return set(drive(plain_driver, "leaves", "jobs", *arguments).splitlines())
+
+    def check(printed, arguments):
+        """All that the other driver printed; it may have fewer instruction sets."""
+        lines = printed.splitlines()
+        assert len(lines) >= 4  # leaves of both dtypes, jobs, done
+        assert set(lines) <= digests(arguments)
+
+    return check
 
 
 @pytest.mark.parametrize("flags", [("-O0",), ("-O3", "-march=native")], ids=" ".join)
 @pytest.mark.parametrize("arguments", SIZES)
-def test_other_flags_of_the_compiler(plain_driver, tmp_path, arguments, flags):
-    assert_same_digests(drive(build(tmp_path, *flags), "leaves", "jobs", *arguments), plain_driver, arguments)
+def test_other_flags_of_the_compiler(assert_same_digests, tmp_path, arguments, flags):
+    assert_same_digests(drive(build(tmp_path, *flags), "leaves", "jobs", *arguments), arguments)
 
 
 @pytest.mark.parametrize("cc", ["clang", "musl-gcc"])
 @pytest.mark.parametrize("arguments", SIZES)
-def test_another_compiler_or_c_library(plain_driver, tmp_path, arguments, cc):
-    assert_same_digests(drive(build(tmp_path, "-O2", cc=cc), "leaves", "jobs", *arguments), plain_driver, arguments)
+def test_another_compiler_or_c_library(assert_same_digests, tmp_path, arguments, cc):
+    assert_same_digests(drive(build(tmp_path, "-O2", cc=cc), "leaves", "jobs", *arguments), arguments)
 
 
 @pytest.mark.parametrize("arguments", SIZES)
-def test_arm64_under_an_emulator(plain_driver, tmp_path, arguments):
+def test_arm64_under_an_emulator(assert_same_digests, tmp_path, arguments):
     emulator = shutil.which("qemu-aarch64") or shutil.which("qemu-aarch64-static")
     if emulator is None:
         pytest.skip("there is no qemu-aarch64 (Debian: qemu-user)")
     arm64 = build(tmp_path, "-O2", "-static", cc="aarch64-linux-gnu-gcc")
-    assert_same_digests(drive(emulator, arm64, "leaves", "jobs", *arguments), plain_driver, arguments)
+    assert_same_digests(drive(emulator, arm64, "leaves", "jobs", *arguments), arguments)
 
 
 # --- under tools -----------------------------------------------------------------------------------------------------

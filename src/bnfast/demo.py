@@ -187,7 +187,7 @@ def run(epochs: int, rate: float | None, seed: int, output: Path | None) -> None
         print(
             "\nThe rates suit BatchNorm. Without it the first network learns unsteadily, and how this machine rounds\n"
             "matrix products decides how it ends; at 0.3 it may diverge (a loss of nan), at 0.05 it is steady\n"
-            "(--learning-rate)."
+            "(--learning-rate). With BatchNorm the training loss keeps the noise of the batches' statistics."
         )
     if output:
         output.write_bytes(draw(results, digits))
