@@ -938,6 +938,20 @@ def test_a_calibration_begins_anew():
     assert (bn.running_mean.tolist(), bn.running_var.tolist()) == ([2.0], [2.0])
 
 
+def test_a_calibration_ends_with_its_object():
+    """A signal handler may raise between `__enter__` and the block; then there is no `__exit__`."""
+    bn = BatchNorm(1, dtype=np.float64)
+    lost = bn.calibrate()
+    lost.__enter__()
+    bn(np.array([[100.0], [300.0]]))
+    with pytest.raises(RuntimeError, match="already"), bn.calibrate():
+        pass
+    del lost
+    with bn.calibrate():
+        bn(np.array([[1.0], [3.0]]))
+    assert bn.running_mean.tolist() == [2.0]
+
+
 @pytest.mark.parametrize("keep", [pickle.dumps, copy.copy, copy.deepcopy])
 def test_a_calibration_is_of_its_layer_alone(keep):
     with pytest.raises(TypeError):

@@ -90,6 +90,8 @@ def get_num_threads() -> int:
 class num_threads:
     """Context manager: calls inside it use at most `n` threads. Affects the current context (thread, task) only.
 
+    Threads begin in a context of their own, but on Pythons without a GIL from 3.14 on in that of who starts them.
+
     Parameters
     ----------
     n : int
