@@ -11,6 +11,7 @@ length 1, empty axes. What has to hold, for every function and for the layer:
 """
 
 import hashlib
+import math
 import os
 import secrets
 import tempfile
@@ -254,11 +255,11 @@ FUNCTIONS = [forward, evaluation, backward, backward_eval, jvp]
 TRAINING = [forward, backward, jvp]  # these need two values a channel
 
 
-def check_values(function, a, results, axis):
-    """Against the oracle."""
+def check_values(function, a, results, axis, copies):
+    """Against the oracle. copies: how often x has every value."""
     x, dy, v = a.x.view, a.dy.view, a.v.view
     if function is forward:
-        check_batch_norm(results, x, a.gamma, a.beta, axis=axis)
+        check_batch_norm(results, x, a.gamma, a.beta, axis=axis, copies=copies)
     elif function is evaluation:
         check_batch_norm_eval(results[0], x, a.mean, a.var, a.gamma, a.beta, axis=axis)
     elif function is jvp:
@@ -308,9 +309,9 @@ def check_functions(case, folder):
     assert m.count == same_m.count == count
     assert_same_bits(m.mean, same_m.mean, "moments.mean")
     assert_same_bits(m.m2, same_m.m2, "moments.m2")
+    others = [i for i in range(len(case.shape)) if i != case.axis % len(case.shape)]
+    copies = math.prod(case.shape[i] for i in others if case.x.broadcast[i])
     if a.x.view.size:
-        others = [i for i in range(len(case.shape)) if i != case.axis % len(case.shape)]
-        copies = np.prod([case.shape[i] for i in others if case.x.broadcast[i]])
         check_moments(m, a.x.view, axis=case.axis, copies=copies)
     for i, function in enumerate(FUNCTIONS):
         if function in TRAINING and count < 2 and case.shape[case.axis]:
@@ -322,7 +323,7 @@ def check_functions(case, folder):
             assert_same_bits(result, other, function.__name__)
         assert_new(results, a)
         if a.x.view.size:
-            check_values(function, a, results, case.axis)
+            check_values(function, a, results, case.axis, copies)
         out = out_for(case, i, folder)
         written = function(a, axis=case.axis, out=out.view)
         assert_written(written[0], case.outs[i], expected[0], out, folder)
