@@ -662,6 +662,14 @@ def test_the_command_prints_version_isa_openmp_threads_and_why(arguments):
     assert errors == ""
 
 
+@pytest.mark.parametrize("arguments", [["--help"], ["config", "--help"]])
+def test_the_help_says_what_each_command_does(arguments):
+    output, errors = run_python("", "-m", "bnfast", *arguments)
+    assert errors == ""
+    for command in ("config", "demo", "gallery", "bench"):
+        assert f"\n  {command} " in output
+
+
 @pytest.mark.parametrize("arguments", [["no-such-command"], ["config", "more"]])
 def test_the_command_refuses_what_it_does_not_know(arguments):
     output, errors = run_python("", "-m", "bnfast", *arguments, error_ok=True)

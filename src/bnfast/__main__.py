@@ -5,17 +5,24 @@ import sys
 
 from . import __version__, show_config
 
+COMMANDS = """commands:
+  config   versions, instruction set, threads and why there are as many
+  demo     train two networks to read digits, with and without batch normalisation, and draw a figure
+  gallery  write the examples' figures on real data and a page that shows them
+  bench    compare with PyTorch, oneDNN and NumPy on this machine
+"""
+
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m bnfast",
         description="Batch normalisation on the CPU for NumPy arrays. Without a command: print the configuration.",
+        epilog=COMMANDS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("command", nargs="?", choices=["config", "demo", "gallery", "bench"], default="config")
-    parser.add_argument(
-        "arguments", nargs=argparse.REMAINDER, help="see: python -m bnfast demo --help; gallery and bench likewise"
-    )
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="of the command: python -m bnfast demo --help")
     parser.add_argument("--version", action="version", version=f"bnfast {__version__}")
     args = parser.parse_args(argv)
     if args.command == "demo":
@@ -30,6 +37,9 @@ def main(argv: list[str] | None = None) -> int:
         from .bench import main as bench
 
         return bench(args.arguments)
+    if args.arguments in (["-h"], ["--help"]):
+        parser.print_help()
+        return 0
     if args.arguments:
         parser.error(f"config takes no arguments, got {' '.join(args.arguments)}")
     show_config()
