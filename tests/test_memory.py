@@ -142,6 +142,18 @@ def test_arm64_under_an_emulator(assert_same_digests, tmp_path, arguments):
     assert_same_digests(drive(emulator, arm64, "leaves", "jobs", *arguments), arguments)
 
 
+@pytest.mark.parametrize("flags", [(), ("-fopenmp",)], ids=["alone", "openmp"])
+def test_what_windows_compiles_has_no_warning(tmp_path, flags):
+    """MinGW's GCC sees what MSVC would, but for MSVC's own words."""
+    cc = compiler("x86_64-w64-mingw32-gcc")
+    sources = [*(SOURCES / "kernels").glob("*.c"), *SOURCES.glob("*.c")]
+    assert len(sources) > 10
+    done = subprocess.run(
+        [cc, *FLAGS, *flags, f"-I{SOURCES}", "-c", *sources], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
 # --- under tools -----------------------------------------------------------------------------------------------------
 
 
