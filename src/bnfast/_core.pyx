@@ -830,6 +830,7 @@ cdef int to_copy(copy_order *order, cnp.ndarray target, cnp.ndarray source) exce
     return 0
 
 
+@cython.auto_pickle(False)
 @cython.final
 cdef class AtomicReference:
     """A reference to an object, which threads and signal handlers exchange for another, with the contents of arrays.
@@ -895,6 +896,7 @@ cdef class AtomicReference:
         return same
 
 
+@cython.auto_pickle(False)
 @cython.final
 @cython.no_gc_clear  # __dealloc__ needs what it refers to
 cdef class Calibration:
