@@ -620,7 +620,7 @@ static uint64_t run_job(const example *e)
         job.gamma = new_parameter(channels, 2), job.beta = new_parameter(channels, 0);
         if (e->operation == BNFAST_JVP)
             job.vgamma = new_parameter(channels, 0), job.vbeta = new_parameter(channels, 0);
-        job.infinite = &infinite;
+        job.infinite = e->operation == BNFAST_EVAL ? &infinite : NULL; /* others do not say */
     }
     if (!e->few || e->operation == BNFAST_MOMENTS)
         job.m2 = new_doubles(channels, 0);
