@@ -171,14 +171,8 @@ def test_driver_under_valgrind(plain_driver, isa, arguments):
 def test_fuzzed_jobs(tmp_path):
     """libFuzzer chooses operation, shape, place and bytes; ten minutes."""
     target = build(tmp_path, "-DFUZZ", "-Wno-unused-function", "-fsanitize=fuzzer", *ADDRESS, cc="clang")
-    command = [
-        target,
-        "-max_total_time=600",
-        "-max_len=400",
-        "-timeout=60",
-        *NO_RSS_LIMIT,
-        f"-artifact_prefix={tmp_path}/",
-    ]
+    limits = ["-max_total_time=600", "-max_len=400", "-timeout=60", *NO_RSS_LIMIT]
+    command = [target, *limits, f"-artifact_prefix={tmp_path}/"]
     done = subprocess.run([*command, tmp_path], capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-5000:]
 

@@ -830,6 +830,12 @@ cdef int to_copy(copy_order *order, cnp.ndarray target, cnp.ndarray source) exce
     return 0
 
 
+cdef void copy_all(const copy_order *orders, int n) noexcept:
+    cdef int i
+    for i in range(n):
+        memcpy(orders[i].target, orders[i].source, orders[i].n_bytes)
+
+
 @cython.auto_pickle(False)
 @cython.final
 cdef class AtomicReference:
@@ -853,10 +859,10 @@ cdef class AtomicReference:
     def snapshot(self, tuple arrays):
         """-> (value, copies...), of one moment, of up to two contiguous arrays; None for None."""
         cdef copy_order orders[2]
-        cdef int n = 0, i
+        cdef int n = 0
         copies = []
         for array in arrays:
-            copy = None if array is None else np.array(array, order="C", subok=False)
+            copy = None if array is None else np.empty_like(array, order="C", subok=False)
             copies.append(copy)
             if copy is not None:
                 if n == 2:
@@ -865,8 +871,7 @@ cdef class AtomicReference:
                 n += 1
         with cython.critical_section(self):
             value = self.referent
-            for i in range(n):
-                memcpy(orders[i].target, orders[i].source, orders[i].n_bytes)
+            copy_all(orders, n)
         return value, *copies
 
     def compare_and_swap(self, expected, value, tuple copies=()):
@@ -886,12 +891,10 @@ cdef class AtomicReference:
     cdef bint swap(self, object expected, object value, copy_order *orders, int n) noexcept:
         """The caller holds `expected`: no object ends in here."""
         cdef bint same
-        cdef int i
         with cython.critical_section(self):
             same = self.referent is expected
             if same:
-                for i in range(n):
-                    memcpy(orders[i].target, orders[i].source, orders[i].n_bytes)
+                copy_all(orders, n)
                 self.referent = value
         return same
 

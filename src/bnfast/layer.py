@@ -278,7 +278,7 @@ class BatchNorm:
         """gamma and beta of one moment, for a kernel: without a GIL `load_state_dict` may write them meanwhile."""
         if not _core.FREE_THREADED:
             return self._gamma, self._beta
-        _, gamma, beta = self._state.snapshot((self._gamma, self._beta))
+        _, gamma, beta = self._snapshot()
         return gamma, beta
 
     def _after_training(self, state: _State, forward: _Forward, m2: Statistics) -> _State:
@@ -576,7 +576,7 @@ class BatchNorm:
     def beta(self, value: Array) -> None:
         self._beta = self._parameter(value, "beta")
 
-    def _parameter(self, value: Array, name: str) -> Array:
+    def _parameter(self, value: Array | None, name: str) -> Array:
         """The array itself, once it is one that can be trained."""
         if not self.affine:
             raise AttributeError(f"{name}: this layer was made with affine=False")
@@ -663,15 +663,12 @@ class BatchNorm:
 
     def _exchange_all(self, gamma: Array, beta: Array, change: Callable[[_State], _State]) -> None:
         """gamma and beta, in place, and the state, all at once."""
-        copies = []
-        if self.affine:
-            for name, value in (("gamma", gamma), ("beta", beta)):
-                copies.append(
-                    (self._parameter(getattr(self, name), name), value)
-                )  # it may have changed since it was set
+        copies: tuple[tuple[Array, Array], ...] = ()
+        if self.affine:  # what was set as gamma and beta may have changed since
+            copies = (self._parameter(self.gamma, "gamma"), gamma), (self._parameter(self.beta, "beta"), beta)
         while True:
             state = self._state.value
-            if self._state.compare_and_swap(state, change(state), tuple(copies)):
+            if self._state.compare_and_swap(state, change(state), copies):
                 return
 
     # --- state --------------------------------------------------------------------------------------------------
@@ -948,15 +945,8 @@ class BatchNorm:
         return f"{type(self).__name__}({', '.join(parts)})"
 
 
-_NOT_PICKLED = (
-    "_gamma",
-    "_beta",
-    "_eps",
-    "_momentum",
-    "_training",
-    "_state",
-    "_calibration",
-)  # or not under these names
+# Or not under these names.
+_NOT_PICKLED = ("_gamma", "_beta", "_eps", "_momentum", "_training", "_state", "_calibration")
 _FLAGS = {"affine": True, "track_running_stats": True, "unbiased_running_var": True}
 _OPTIONS = ("axis", "eps", "momentum", "affine", "track_running_stats", "unbiased_running_var", "dtype")
 _DESCRIPTION: dict[str, Any] = {  # of a file: what a layer consists of beside arrays, and the types that JSON gives
