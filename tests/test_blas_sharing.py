@@ -265,6 +265,7 @@ def matrices():
 def solution():
     return bits(np.linalg.solve(a, b))
 def repeat(work, expected):
+    done.append(work() == expected)
     while time.monotonic() < end:
         done.append(work() == expected)
 tasks = [(work, work()) for work in (matrices, product_bits, solution, solution)]
@@ -276,7 +277,7 @@ with bnfast.share_blas_threads():
         thread.start()
     for thread in threads:
         thread.join()
-print(all(done), len(done) >= 4)
+print(all(done), len(done) >= len(tasks))
 """
 
 

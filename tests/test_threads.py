@@ -558,8 +558,8 @@ with bnfast.num_threads(2):
     assert run_python(script)[0] == "True"
 
 
-# Process CPU time while the process sleeps after each of ten large calls on 2 threads. What else the machine does adds to
-# some of them, so the tests look at the least where a worker should sleep and at the most where it should spin.
+# Process CPU time while the process sleeps after each of ten large calls on 2 threads. What else the machine does adds
+# to some of them, so the tests look at the least where a worker should sleep and at the most where it should spin.
 IDLE = (
     LARGE
     + """
