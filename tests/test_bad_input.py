@@ -141,8 +141,8 @@ def sparse_array(x):
 
 SUPPORTED = ["float32", "float64"]
 WRONG_DATA = {  # row of the table: what to make of a right array, words of the message
-    "int": (lambda x: x.astype(np.int64), ["int64", *SUPPORTED]),
-    "list_of_int": (lambda x: x.astype(int).tolist(), ["int64", *SUPPORTED]),
+    "int": (lambda x: x.astype(np.int64), ["int64", *SUPPORTED, ".astype(numpy.float32)"]),
+    "list_of_int": (lambda x: x.astype(int).tolist(), ["int64", *SUPPORTED, "numpy.asarray(", ", numpy.float32)"]),
     "uint8": (lambda x: x.astype(np.int64).astype(np.uint8), ["uint8", *SUPPORTED]),
     "bool": (lambda x: x > 2, ["bool", *SUPPORTED]),
     "complex": (lambda x: x.astype(np.complex64), ["complex64", *SUPPORTED]),
@@ -340,6 +340,8 @@ def test_wrong_arguments_are_refused(prepare):
     [
         ({"num_features": 0}, ValueError, ["num_features", "at least 1", "0"]),
         ({"num_features": -1}, ValueError, ["num_features", "at least 1", "-1"]),
+        ({"num_features": 2**60}, ValueError, ["num_features", "at most", str(2**60)]),
+        ({"num_features": 10**30}, ValueError, ["num_features", "at most", str(10**30)]),
         ({"num_features": 1.5}, TypeError, ["num_features", "int", "float"]),
         ({"num_features": 3.0}, TypeError, ["num_features", "int", "float"]),
         ({"num_features": True}, TypeError, ["num_features", "int", "True"]),

@@ -216,8 +216,9 @@ def test_no_plot_needs_no_matplotlib(extra, tmp_path, monkeypatch, capsys):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("where", ["missing/figure.png", "."])
+@pytest.mark.parametrize("where", ["missing/figure.png", "folder.png"])
 def test_unwritable_output_is_refused_before_training(extra, no_training, where, tmp_path, capsys):
+    (tmp_path / "folder.png").mkdir()
     path = tmp_path / where
     assert demo.main(["--output", str(path)]) == 1
     out, err = capsys.readouterr()
@@ -253,7 +254,16 @@ def test_interrupt(extra, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize(
     "arguments",
-    ["--epochs 0", "--epochs x", "--seed -1", "--learning-rate 0", "--learning-rate nan", "--nonsense"],
+    [
+        "--epochs 0",
+        "--epochs x",
+        "--seed -1",
+        "--learning-rate 0",
+        "--learning-rate nan",
+        "--output f.jpg",
+        "--output f",
+        "--nonsense",
+    ],
 )
 def test_bad_arguments(no_training, arguments, capsys):
     with pytest.raises(SystemExit) as caught:

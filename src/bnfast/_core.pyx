@@ -144,6 +144,7 @@ cdef object thread_budget = None
 cdef cnp.ndarray as_floating(object value, str name):
     """The argument as a plain float32 or float64 array, its memory untouched."""
     cdef cnp.ndarray array
+    given = value
     if not cnp.PyArray_CheckExact(value):
         if isinstance(value, np.ma.MaskedArray):
             raise TypeError(f"{name}: expected an array without a mask, got {type(value).__name__}; "
@@ -160,7 +161,10 @@ cdef cnp.ndarray as_floating(object value, str name):
             raise ValueError(f"{name}: expected an array, got a {kind} that makes none ({error})") from None
     array = value
     if cnp.PyArray_TYPE(array) != cnp.NPY_FLOAT32 and cnp.PyArray_TYPE(array) != cnp.NPY_FLOAT64:
-        hint = f"; use {name}.astype(numpy.float32)" if array.dtype.kind in "biuf" else ""
+        hint = ""
+        if array.dtype.kind in "biuf":
+            way = f"{name}.astype(" if isinstance(given, np.ndarray) else f"numpy.asarray({name}, "
+            hint = f"; use {way}numpy.float32)"
         raise TypeError(f"{name}: expected dtype float32 or float64, got {array.dtype}{hint}")
     return array
 

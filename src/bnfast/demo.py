@@ -218,6 +218,8 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     if args.epochs < 1:
         parser.error(f"--epochs must be at least 1, not {args.epochs}")
+    if args.output.suffix.lower() != ".png" and not args.no_plot:
+        parser.error(f"--output must end in .png, not {args.output}")
     if args.seed < 0:
         parser.error(f"--seed must be at least 0, not {args.seed}")
     if args.learning_rate is not None and not 0 < args.learning_rate < np.inf:

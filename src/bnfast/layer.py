@@ -182,8 +182,9 @@ class BatchNorm:
         dtype: DTypeLike = np.float32,
     ) -> None:
         self.num_features = integer(num_features, "num_features")
-        if self.num_features < 1:
-            raise ValueError(f"num_features: expected at least 1, got {self.num_features}")
+        most = np.iinfo(np.intp).max // 8  # float64s in the address space
+        if not 1 <= self.num_features <= most:
+            raise ValueError(f"num_features: expected at least 1 and at most {most}, got {self.num_features}")
         self.axis = integer(axis, "axis")
         self.eps = eps
         self.momentum = momentum
