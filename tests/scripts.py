@@ -17,6 +17,9 @@ SANITIZED = "asan" in os.environ.get("LD_PRELOAD", "")
 # Whether this Python can run without its GIL.
 FREE_THREADED = bool(sysconfig.get_config_var("Py_GIL_DISABLED"))
 
+# The CPUs this process may use.
+CPUS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
 # For libFuzzer. It reads the largest resident size so far, which a process inherits from the one that starts it: here
 # from tests that had gigabytes. What a single allocation may take stays limited.
 NO_RSS_LIMIT = ("-rss_limit_mb=0", "-malloc_limit_mb=1024")
