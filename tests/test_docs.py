@@ -12,7 +12,7 @@ import pytest
 
 DOCS = Path(__file__).parent.parent / "docs"
 PAGES = [path for path in sorted(DOCS.rglob("*.md")) if not {"_build", "_gallery"} & set(path.relative_to(DOCS).parts)]
-OPTIONAL = {"torch", "keras", "tensorflow", "jax", "sklearn", "pandas"}
+OPTIONAL = {"torch", "keras", "tensorflow", "jax", "sklearn", "pandas", "safetensors"}
 
 pytestmark = pytest.mark.skipif(not PAGES, reason="the guide is not beside the installed tests")
 
