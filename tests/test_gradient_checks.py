@@ -266,7 +266,7 @@ def test_check_gradient_refuses_wrong_arguments(options, error, words):
 def test_the_report_prints_as_a_table():
     check = check_gradient(log_sum_exp, softmax, X, directions=3)
     lines = str(check).splitlines()
-    assert lines[0].startswith("log_sum_exp: ok: 3 of 3 directions judged, largest relative error ")
+    assert lines[0].startswith("log_sum_exp: ok: 3 of 3 directions of x judged, largest relative error ")
     assert re.split(r"\s{2,}", lines[1]) == [
         "input", "direction", "numeric", "analytic", "relative error", "order", "verdict",
     ]  # fmt: skip
@@ -696,12 +696,21 @@ def variant(base=Plain, **methods):
             TypeError,
             r"parameters\(\): expected a dict",
         ),
-        (variant(Planted, gradients=None), planted_data(), TypeError, r"gradients\(\): expected a dict"),
+        (variant(Planted, gradients=None), planted_data(), TypeError, "or neither; gradients is none"),
+        (variant(Planted, gradients={}), planted_data(), TypeError, "or neither; gradients is an attribute, dict"),
+        (variant(parameters={"w": X}, gradients={}), X, TypeError, "or neither; parameters is an attribute, dict"),
+        (variant(gradients=lambda s: {}), X, TypeError, "or neither; parameters is none"),
         (
             variant(Planted, gradients=lambda s: {"gamma": s.grad_gamma}),
             planted_data(),
             ValueError,
-            r"missing \['beta'\]",
+            r"expected the keys of parameters\(\), \['gamma', 'beta'\], got \['gamma'\]",
+        ),
+        (
+            variant(Planted, gradients=lambda s: {"gamma": s.grad_gamma, "beta": s.grad_beta, "w": s.grad_beta}),
+            planted_data(),
+            ValueError,
+            r"got \['gamma', 'beta', 'w'\]",
         ),
         (
             variant(Planted, gradients=lambda s: {"gamma": s.grad_gamma, "beta": 0.0}),
@@ -710,7 +719,7 @@ def variant(base=Plain, **methods):
             r"gradients\(\)\['beta'\]: expected shape \(6,\), got \(\)",
         ),
         (
-            variant(Planted, parameters=lambda s: {"gamma": s.gamma.copy()}),
+            variant(Planted, parameters=lambda s: {"gamma": s.gamma.copy(), "beta": s.beta}),
             planted_data(),
             ValueError,
             "expected the array of 'gamma' that the layer uses, got a copy",

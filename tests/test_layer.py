@@ -612,6 +612,7 @@ class _RefusesToBeAnArray:
         ({"weight": [1j, 2j, 3j]}, ["weight", "floating", "complex128"]),
         ({"weight": [1.0, 2.0]}, ["weight", "(3,)", "(2,)"]),
         ({"weight": [[1.0, 2.0, 3.0]]}, ["weight", "(3,)", "(1, 3)"]),
+        ({"weight": [1.0, -1e300, 3.0]}, ["weight", "float32 can hold", "-1e+300", "index 1"]),
         ({"bias": 1.0}, ["bias", "(3,)", "()"]),
         ({"bias": _RefusesToBeAnArray()}, ["bias", "no array today"]),
         ({"bias": [[1.0], [2.0, 3.0]]}, ["bias"]),

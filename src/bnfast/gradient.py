@@ -163,7 +163,8 @@ class GradientCheck:
             return f"{self.name}: inconclusive: {self._too_few()}"
         judged = [row for row in self.rows if row.verdict in ("ok", "wrong")]
         zero = sum(row.verdict == "zero" for row in self.rows)
-        found = f"{self.name}: {self.verdict}: {len(judged)} of {len(self.rows)} directions judged"
+        inputs = ", ".join(dict.fromkeys(row.input for row in self.rows))
+        found = f"{self.name}: {self.verdict}: {len(judged)} of {len(self.rows)} directions of {inputs} judged"
         if zero:
             found += f", {zero} zero to rounding"
         if judged:
@@ -333,9 +334,10 @@ def check_layer(layer: Layer, x: ArrayLike, *, rng: int | np.random.Generator | 
     Parameters
     ----------
     layer : object with forward(x) and backward(dy)
-        backward(dy) gives dx. If there are parameters() and gradients(), dicts of arrays with the same keys, which
-        forward reads and backward sets, those are checked too. All work is done on copies (`copy.deepcopy`): the layer
-        itself, its mode, running statistics, gradients and random numbers, is never touched.
+        backward(dy) gives dx. If there are methods parameters() and gradients(), which return dicts of arrays with the
+        same keys, which forward reads and backward sets, those are checked too. All work is done on copies
+        (`copy.deepcopy`): the layer itself, its mode, running statistics, gradients and random numbers, is never
+        touched.
     x : array_like of float32 or float64
         float32 is checked in float32, to 1.4e-3 (see `check_gradient`); float64 to 1e-6 and so the better choice
         where the layer takes either.
@@ -350,10 +352,11 @@ def check_layer(layer: Layer, x: ArrayLike, *, rng: int | np.random.Generator | 
     Raises
     ------
     TypeError
-        If the layer has no forward or backward or cannot be copied, or something is not an array of floating-point
-        numbers.
+        If the layer has no forward or backward, or only one of parameters and gradients, or cannot be copied, or
+        something is not an array of floating-point numbers.
     ValueError
-        If a gradient is missing or has a wrong shape, a forward's results are not finite, or differ for the same x.
+        If a gradient is missing, is of no parameter or has a wrong shape, a forward's results are not finite, or differ
+        for the same x.
 
     Notes
     -----
@@ -382,10 +385,12 @@ def check_layer(layer: Layer, x: ArrayLike, *, rng: int | np.random.Generator | 
     dy = generator.standard_normal(y.shape).astype(y.dtype)
     gradient = _gradient(work.backward(dy.copy()), data, "backward's dx")
     inputs = [_Input("x", data, gradient, lambda moved: _copied(layer).forward(moved))]
-    if callable(getattr(work, "parameters", None)):
+    if hasattr(work, "parameters") or hasattr(work, "gradients"):
         parameters, gradients = _dictionary(work, "parameters"), _dictionary(work, "gradients")
-        if missing := sorted(parameters.keys() - gradients.keys()):
-            raise ValueError(f"layer.gradients(): expected the keys {list(parameters)}; missing {missing}")
+        if parameters.keys() != gradients.keys():
+            raise ValueError(
+                f"layer.gradients(): expected the keys of parameters(), {list(parameters)}, got {list(gradients)}"
+            )
         for name, value in parameters.items():
             parameter = np.array(_data(value, f"parameters()[{name!r}]"))
             gradient = _gradient(gradients[name], parameter, f"gradients()[{name!r}]")
@@ -638,7 +643,11 @@ def _copied(layer: Any) -> Any:
 
 
 def _dictionary(layer: Any, method: str) -> Mapping[str, Array]:
-    found = getattr(layer, method)() if callable(getattr(layer, method, None)) else None
+    function = getattr(layer, method, None)
+    if not callable(function):
+        found = "none" if function is None else f"an attribute, {type(function).__name__}"
+        raise TypeError(f"layer: expected the methods parameters and gradients, or neither; {method} is {found}")
+    found = function()
     if not isinstance(found, Mapping):
         raise TypeError(f"layer.{method}(): expected a dict of arrays, got {type(found).__name__}")
     return found

@@ -182,9 +182,11 @@ class BatchNorm:
         dtype: DTypeLike = np.float32,
     ) -> None:
         self.num_features = integer(num_features, "num_features")
-        most = np.iinfo(np.intp).max // 8  # float64s in the address space
-        if not 1 <= self.num_features <= most:
-            raise ValueError(f"num_features: expected at least 1 and at most {most}, got {self.num_features}")
+        if self.num_features < 1:
+            raise ValueError(f"num_features: expected at least 1, got {self.num_features}")
+        most = np.iinfo(np.intp).max // 8  # float64s in an array of NumPy's
+        if self.num_features > most:
+            raise ValueError(f"num_features: expected at most {most}, got {self.num_features}")
         self.axis = integer(axis, "axis")
         self.eps = eps
         self.momentum = momentum
@@ -597,7 +599,10 @@ class BatchNorm:
 
     @property
     def running_mean(self) -> Statistics | None:
-        """(C,) float64; a new array after every training forward, so a reference kept is a snapshot."""
+        """(C,) float64; a new array after every training forward, so a reference kept is a snapshot.
+
+        To change it, set it; do not write into the array.
+        """
         return self._state.value.running_mean
 
     @running_mean.setter
@@ -607,7 +612,10 @@ class BatchNorm:
 
     @property
     def running_var(self) -> Statistics | None:
-        """(C,) float64; a new array after every training forward, so a reference kept is a snapshot."""
+        """(C,) float64; a new array after every training forward, so a reference kept is a snapshot.
+
+        To change it, set it; do not write into the array.
+        """
         return self._state.value.running_var
 
     @running_var.setter
@@ -1019,7 +1027,10 @@ def _converted(
     if array.shape != (channels,):
         raise shape_error(f"{name}: expected shape ({channels},), got {array.shape}")
     with np.errstate(over="ignore"):
-        return np.array(array, dtype=dtype, order="C")
+        converted = np.array(array, dtype=dtype, order="C")
+    if lost := np.flatnonzero(np.isfinite(array) & np.isinf(converted)).tolist():
+        raise shape_error(f"{name}: expected values that {dtype} can hold, got {array[lost[0]]} at index {lost[0]}")
+    return converted
 
 
 def _whole_number(value: ArrayLike, name: str) -> int:

@@ -35,6 +35,7 @@ class StatisticsReport:
     Examples
     --------
     >>> import numpy as np
+    >>> from bnfast.report import StatisticsReport
     >>> one, four = np.ones(2), np.full(2, 4.0)
     >>> print(StatisticsReport.compare(one, four, np.array([1.0, 2.0]), four, eps=1e-5))
     running statistics of 2 channels: mean off by up to 0.5 std, std 1 to 1 times the exact one

@@ -37,9 +37,9 @@ _process: int | None = None
 
 
 def _checked(n: SupportsIndex) -> int:
-    count = integer(n, "n_threads")
+    count = integer(n, "n")
     if count < 1:
-        raise ValueError(f"n_threads: expected at least 1, got {count}")
+        raise ValueError(f"n: expected at least 1, got {count}")
     return count
 
 
