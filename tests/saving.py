@@ -55,21 +55,25 @@ def child(function, *arguments):
     os._exit(0)
 
 
-def save_for_ever(path):
+def save_for_ever(path, begun):
     bns = [marked(number) for number in range(1, 4)]
+    bns[0].save(path)
+    os.write(begun, b".")
     while True:
         for bn in bns:
             bn.save(path)
 
 
 def kills(folder, number):
-    """Kills at random moments of 0 to 50 ms; a save after every other."""
+    """Kills at random moments, up to 50 ms after the first save; a save of this process's after every other."""
     path, rng = folder / "bn", random.Random(number)
     found = {"loaded": 0, "left_a_temporary": 0, "cleaned": 0}
+    reading, begun = os.pipe()
     marked(0).save(path)
     for n in range(number):
-        pid = child(save_for_ever, path)
-        time.sleep(rng.uniform(0, 0.05) + 0.005 * (n % 2))
+        pid = child(save_for_ever, path, begun)
+        os.read(reading, 1)
+        time.sleep(rng.uniform(0, 0.05))
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
         assert mark_of(BatchNorm.load(path)) in range(4)
@@ -118,13 +122,14 @@ def stages(folder, _):
 
 def write_until(path, number, end):
     bn = marked(number, channels=1000 * number)
+    bn.save(path)
     while time.monotonic() < end:
         bn.save(path)
 
 
 def read_until(path, counts, end):
     count = 0
-    while time.monotonic() < end:
+    while count == 0 or time.monotonic() < end:
         bn = BatchNorm.load(path)
         assert bn.num_features == 1000 * mark_of(bn)
         count += 1

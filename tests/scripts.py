@@ -8,6 +8,8 @@ import sysconfig
 
 import pytest
 
+import bnfast
+
 # Variables that decide about threads; a script gets exactly those its test gives it.
 DECIDING = ("BNFAST_", "OMP_", "GOMP_", "KMP_")
 
@@ -19,6 +21,11 @@ FREE_THREADED = bool(sysconfig.get_config_var("Py_GIL_DISABLED"))
 
 # The CPUs this process may use.
 CPUS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+needs_libgomp = pytest.mark.skipif(
+    "gomp" not in bnfast.config()["openmp_library"],
+    reason="about libgomp, which is not the OpenMP library of this build",
+)
 
 # For libFuzzer. It reads the largest resident size so far, which a process inherits from the one that starts it: here
 # from tests that had gigabytes. What a single allocation may take stays limited.
@@ -36,14 +43,14 @@ int team(void)
 """
 
 
-def run_script(script, *arguments, timeout=60, options=(), error_ok=False, cwd=None, folder=None, **environment):
+def run_script(script, *arguments, timeout=300, options=(), error_ok=False, cwd=None, folder=None, **environment):
     """What a script printed, without the space around it. The test fails if it fails, hangs or is killed."""
     run = completed(script, *arguments, timeout=timeout, options=options, cwd=cwd, folder=folder, **environment)
     assert error_ok or run.returncode == 0, f"exit status {run.returncode}\n{run.stdout[-2000:]}\n{run.stderr[-4000:]}"
     return run.stdout.strip()
 
 
-def completed(script, *arguments, timeout=60, **how):
+def completed(script, *arguments, timeout=300, **how):
     """The finished process of a script; how: see `finished`. The test fails if it takes longer."""
     try:
         return finished(script, *arguments, timeout=timeout, **how)

@@ -309,7 +309,7 @@ def test_pairs_around_an_integer_give_exact_moments(isa, dtype, rng, shape):
 
 
 def digits_of_pi(n):
-    """The first n, by Machin's formula: pi / 4 = 4 arctan(1/5) - arctan(1/239)."""
+    """The first n, by Machin's formula: pi / 4 = 4 arctan(1/5) - arctan(1/239). (str(int) stops at 4300 digits.)"""
     one = 10 ** (n + 10)
 
     def arctan_of_inverse(k):
@@ -331,13 +331,17 @@ def nist_digits_of_pi():
 
 
 # The nine univariate sets of NIST's StRD: values, certified mean, standard deviation (divisor n - 1) and lag-1
-# autocorrelation, and the digits owed of the standard deviation (TRUST.md A11; of the mean always 13.9). NumAcc3 and
-# NumAcc4 are limited by rounding the data to float64: exact arithmetic reaches no more.
+# autocorrelation, and the digits owed of the standard deviation (of the mean always 13.9). What is owed of Mavro,
+# Michelso, NumAcc3 and NumAcc4 is limited by rounding the data to float64 (exact arithmetic: 13.1, 13.8, 9.5, 8.3).
 NIST = {
-    name: (entry["values"], [entry[kind] for kind in ("mean", "std", "autocorrelation")], 12.9)
+    name: (
+        entry["values"],
+        [entry[kind] for kind in ("mean", "std", "autocorrelation")],
+        12.9 if name in ("Mavro", "Michelso") else 13.9,
+    )
     for name, entry in json.loads((Path(__file__).parent / "fixtures" / "nist.json").read_text())["sets"].items()
 } | {
-    "PiDigits": (nist_digits_of_pi(), [4.53480000000000, 2.86733906028871, -0.00355099287237972], 12.9),
+    "PiDigits": (nist_digits_of_pi(), [4.53480000000000, 2.86733906028871, -0.00355099287237972], 13.9),
     "NumAcc1": ([10000001.0, 10000003.0, 10000002.0], [10000002.0, 1.0, -0.5], 13.9),
     "NumAcc2": ([1.2, *[1.1, 1.3] * 500], [1.2, 0.1, -0.999], 13.9),
     "NumAcc3": ([1000000.2, *[1000000.1, 1000000.3] * 500], [1000000.2, 0.1, -0.999], 9.4),

@@ -335,6 +335,11 @@ def test_wrong_arguments_are_refused(prepare):
 # --- the layer's own rows ------------------------------------------------------------------------------------
 
 
+def test_what_an_array_can_have_are_not_too_many_features():
+    most = 2**60 - 1
+    assert BatchNorm(most, affine=False, track_running_stats=False).num_features == most
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "words"),
     [

@@ -1,5 +1,6 @@
 """Any number of Python threads may call at once: the bits stay, the threads stay few and end, nothing hangs."""
 
+import itertools
 import os
 import signal
 import subprocess
@@ -11,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from campaign import short_and_long
-from scripts import run_script
+from scripts import CPUS, run_script
 
 import bnfast
 from bnfast import _core
@@ -107,7 +108,7 @@ def test_a_storm_of_64_callers_keeps_its_threads_few_and_they_end(seconds):
     body = """
 budget, n_callers, seconds = 16, 64, float(sys.argv[1])
 bnfast.set_num_threads(budget)
-start, most = tasks(), 0
+start = tasks()
 large = [call for call in range(len(CALLS)) if INPUTS[call // 7].size >= 2**16]
 go = threading.Event() # without a GIL, 64 threads at work keep the one that starts them from a CPU for seconds
 def work(seed):
@@ -117,6 +118,7 @@ def work(seed):
         i = choose.choice(large)
         assert digest(CALLS[i]()) == BITS[i]
 threads, errors = at_once([lambda seed=seed: work(seed) for seed in range(n_callers)])
+most = tasks() - start
 go.set()
 while any(thread.is_alive() for thread in threads):
     most = max(most, tasks() - start)
@@ -176,7 +178,7 @@ print(*found)
 def test_ten_times_more_threads_than_cpus_are_only_slower(seconds):
     body = """
 end = time.monotonic() + float(sys.argv[1])
-many = 10 * (os.cpu_count() or 1)
+many = int(sys.argv[2])
 rounds = 0
 while time.monotonic() < end or not rounds:
     for i, call in enumerate(CALLS):
@@ -185,7 +187,7 @@ while time.monotonic() < end or not rounds:
     rounds += 1
 print("right")
 """
-    assert run_script(HEAD + body, seconds, timeout=120 + seconds) == "right"
+    assert run_script(HEAD + body, seconds, 10 * CPUS, timeout=300 + seconds) == "right"
 
 
 # --- one layer -----------------------------------------------------------------------------------------------
@@ -351,15 +353,15 @@ print(errors, reference.value[0])
 @pytest.mark.parametrize("stops", short_and_long(20, 500))
 def test_stopped_and_continued_in_the_middle_of_kernels(tmp_path, stops):
     body = """
-print("begin", flush=True)
-x = INPUTS[-1]
 rounds = 0
 while not os.path.exists(sys.argv[1]):
     for i in range(len(CALLS) - 14, len(CALLS)):
         with bnfast.num_threads(3):
             assert digest(CALLS[i]()) == BITS[i], i
     rounds += 1
-print("right", rounds > 0)
+    if rounds == 1:
+        print("begin", flush=True)
+print("right")
 """
     flag = tmp_path / "end"
     command = [sys.executable, "-W", "error", "-c", HEAD + body, str(flag)]
@@ -371,8 +373,8 @@ print("right", rounds > 0)
             time.sleep(0.001 * (i % 5))
             process.send_signal(signal.SIGCONT)
         flag.touch()
-        output, errors = process.communicate(timeout=60)
-    assert output == "right True\n", errors
+        output, errors = process.communicate(timeout=300)
+    assert output == "right\n", errors
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no CPU affinity on this system")
@@ -426,7 +428,7 @@ for _ in range(4):
 print("end")
 """
     for _ in range(runs):
-        assert run_script(body, timeout=20) == "end"
+        assert run_script(body) == "end"
 
 
 # --- the suite itself ----------------------------------------------------------------------------------------
@@ -462,7 +464,7 @@ def test_the_instruction_set_may_change_while_threads_compute():
     for thread in threads:
         thread.start()
     try:
-        for i in range(200):
+        for i in itertools.takewhile(lambda i: i < 200 or len(right) < 20, itertools.count()):
             _core.select_isa(names[i % len(names)])
             time.sleep(0.0005)
     finally:
@@ -470,5 +472,4 @@ def test_the_instruction_set_may_change_while_threads_compute():
         for thread in threads:
             thread.join()
         _core.select_isa(before)
-    assert len(right) > 10
     assert all(right)

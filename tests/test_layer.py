@@ -1132,6 +1132,7 @@ while time.monotonic() < end or storm.hits < wanted:
             bn(x)
             bn.backward(x)
         storm.run(step)
+        step() # undisturbed, for on a slow machine the large layer would never get through one
         faults += torn(bn, expected)
         if bn.num_batches_tracked >= RESET:
             bn.reset_running_stats()
@@ -1165,14 +1166,13 @@ print(storm.hits, faults)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs POSIX interval timers")
-@pytest.mark.parametrize("length", short_and_long((1.5, 50), (60.0, 10_000)))
+@pytest.mark.parametrize("length", short_and_long((1.5, 200), (60.0, 10_000)))
 @pytest.mark.parametrize("script", [TRAINING_STORM, CALIBRATION_STORM], ids=["training", "calibrating"])
 def test_a_storm_of_interrupts_never_tears_the_statistics(script, length, tmp_path):
     """For some seconds, and on until enough of them arrived."""
     seconds, wanted = length
     printed = run_script(script, "storm", seconds, wanted, timeout=120 + 4 * seconds, folder=tmp_path)
     hits, faults = map(int, printed.split())
-    assert hits >= wanted
     assert faults == 0, f"{faults} faults in {hits} interrupts"
 
 
@@ -1185,6 +1185,7 @@ x = np.random.default_rng(0).normal(5, 2, (16, 3))
 bn, other, hits, steps = bnfast.BatchNorm(3), bnfast.BatchNorm(3), 0, 0
 def handle(number, frame):
     global hits
+    bn(x)
     other(x)
     other.load_state_dict(other.state_dict())
     bn.state_dict()
@@ -1197,13 +1198,13 @@ while hits < 500:
     bn.backward(x)
     steps += 1
 signal.setitimer(signal.ITIMER_REAL, 0)
-print(other.num_batches_tracked == hits, bn.num_batches_tracked == steps)
+print(other.num_batches_tracked == hits, bn.num_batches_tracked == steps + hits)
 """
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs POSIX interval timers")
 def test_a_signal_handler_may_use_a_layer_whatever_it_interrupts():
-    """A handler that evaluates or saves runs in the main thread, between any two steps of what that was doing."""
+    """A handler that trains or saves runs in the main thread, between any two steps of what that was doing."""
     assert run_script(SIGNAL_HANDLER) == "True True"
 
 

@@ -36,13 +36,13 @@ def in_a_process(what, folder, number, limit):
 
 @pytest.mark.parametrize("number", short_and_long(40, 500))
 def test_a_kill_at_any_moment_leaves_the_old_or_the_new_file(number, tmp_path):
-    found = in_a_process("kills", tmp_path, number, limit=60 + number)
+    found = in_a_process("kills", tmp_path, number, limit=300 + number)
     assert found["loaded"] == number
     assert found["left_a_temporary"] > 0  # else no kill met a save
 
 
 def test_a_kill_between_the_steps_leaves_the_old_or_the_new_file(tmp_path):
-    found = in_a_process("stages", tmp_path, 0, limit=120)
+    found = in_a_process("stages", tmp_path, 0, limit=300)
     old, new = [True, 0, 1, 0], [True, 1, 0, 0]
     # the target's mode is taken first, and the folder listed: nothing is there yet
     assert found["fstat+1"] == found["listdir+1"] == found["listdir-1"] == [True, 0, 0, 0]
@@ -56,7 +56,7 @@ def test_a_kill_between_the_steps_leaves_the_old_or_the_new_file(tmp_path):
 
 @pytest.mark.parametrize("number", short_and_long(6, 100))
 def test_sigterm_with_a_save_at_exit(number, tmp_path):
-    found = in_a_process("terms", tmp_path, number, limit=60 + number)
+    found = in_a_process("terms", tmp_path, number, limit=300 + number)
     assert found["old"] + found["new"] == number
     assert found["new"] >= number * 2 // 3
 
@@ -66,7 +66,7 @@ def test_sigterm_with_a_save_at_exit(number, tmp_path):
 
 @pytest.mark.parametrize("seconds", short_and_long(2, 30))
 def test_eight_writers_and_two_readers_of_one_path(seconds, tmp_path):
-    found = in_a_process("writers", tmp_path, seconds, limit=seconds + 60)
+    found = in_a_process("writers", tmp_path, seconds, limit=seconds + 300)
     assert found == {"failed": 0, "reads": found["reads"], "readers": 2, "temporaries": 0}
     assert found["reads"] > 0
     assert os.listdir(tmp_path) == ["bn"]

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 from campaign import short_and_long
-from scripts import TEAM_LIBRARY, c_library, completed, preloaded, run_script
+from scripts import TEAM_LIBRARY, c_library, completed, needs_libgomp, preloaded, run_script
 
 import bnfast
 
@@ -111,10 +111,11 @@ def test_after_a_second_it_is_tried_again(refusing):
     body = """
 before = tasks()
 allowed.value = 0
+refused = time.monotonic()
 print(caught(lambda: step(4)))
 allowed.value = -1
 assert step(4) == BITS
-print(tasks() - before)
+print(tasks() - before if time.monotonic() < refused + 1 else "too late to say")
 time.sleep(1.1)
 print(caught(lambda: step(4)), tasks() - before)
 step(2) # ends two of the three
@@ -123,13 +124,15 @@ while tasks() - before > 1: # which takes the system a moment
 allowed.value = 0
 print(caught(lambda: step(4)), step(4) == BITS, tasks() - before)
 """
-    assert run_refused(refusing, body).split() == ["1", "0", "0", "3", "1", "True", "1"]
+    refusal, within, *later = run_refused(refusing, body).splitlines()
+    assert refusal == "1"
+    assert within in ("0", "too late to say")  # on a machine that needs a second for two steps
+    assert later == ["0 3", "1 True 1"]
 
 
+@needs_libgomp  # others are not known to end it
 def test_without_the_try_the_process_ends(refusing, tmp_path):
     """Negative control: the pool grows in a region that bnfast did not prepare."""
-    if "gomp" not in bnfast.config()["openmp_library"]:
-        pytest.skip("only libgomp is known to end the process")
     body = "library = ctypes.CDLL(sys.argv[1]); allowed.value = 0; library.team()"
     run = completed(HEAD + SHIM + body, c_library(tmp_path, TEAM_LIBRARY, "-fopenmp"), LD_PRELOAD=preloaded(refusing))
     assert run.returncode == 1
