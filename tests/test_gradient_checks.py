@@ -672,6 +672,8 @@ def variant(base=Plain, **methods):
     ("layer", "x", "error", "words"),
     [
         (object(), X, TypeError, "layer: expected an object with forward and backward, got object"),
+        (Plain, X, TypeError, "layer: expected an object with forward and backward, got the class Plain"),
+        (variant(forward=lambda s, x: (x, x[0])), X, TypeError, "layer: expected an array of forward, got tuple"),
         (Plain(), np.ones(3, int), TypeError, "x: expected an array of float32 or float64, got dtype int64"),
         (Plain(), np.ones((0, 3)), ValueError, r"x: expected at least one value, got shape \(0, 3\)"),
         (Plain(), np.full(3, 1e200), ValueError, "layer: expected finite results of forward"),

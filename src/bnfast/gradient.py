@@ -372,6 +372,8 @@ def check_layer(layer: Layer, x: ArrayLike, *, rng: int | np.random.Generator | 
     >>> check.ok, bn.num_batches_tracked
     (True, 0)
     """
+    if isinstance(layer, type):
+        raise TypeError(f"layer: expected an object with forward and backward, got the class {layer.__name__}")
     for method in ("forward", "backward"):
         if not callable(getattr(layer, method, None)):
             raise TypeError(f"layer: expected an object with forward and backward, got {type(layer).__name__}")
@@ -625,7 +627,10 @@ def _scalar(f: Callable[[Array], float], x: Array) -> tuple[Callable[[Array], An
 
 
 def _outputs(y: Any) -> Array:
-    array = np.asarray(y)
+    try:
+        array = np.asarray(y)
+    except ValueError as error:  # a tuple of several
+        raise TypeError(f"layer: expected an array of forward, got {type(y).__name__} ({error})") from error
     if array.dtype.kind != "f" or array.size == 0:
         raise TypeError(
             f"layer: expected floating-point numbers of forward, got dtype {array.dtype} of shape {array.shape}"
