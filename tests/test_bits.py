@@ -283,7 +283,7 @@ def test_bits_of_eval_do_not_depend_on_streaming_stores(isa, shape):
 def fresh_process(code_or_script, **environment):
     environment = {**{k: v for k, v in os.environ.items() if not k.startswith("BNFAST_")}, **environment}
     command = [sys.executable, *code_or_script]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
 
 
 @pytest.fixture(scope="module")

@@ -97,7 +97,7 @@ for run in range(runs):
     assert not errors and not wrong, (errors, wrong)
 print(runs * n_threads * n_calls)
 """
-    assert run_script(HEAD + body, runs, timeout=60 + 60 * runs) == str(runs * 32 * 200)
+    assert run_script(HEAD + body, runs, timeout=300 + 60 * runs) == str(runs * 32 * 200)
 
 
 @needs_openmp
@@ -118,8 +118,8 @@ def work(seed):
         i = choose.choice(large)
         assert digest(CALLS[i]()) == BITS[i]
 threads, errors = at_once([lambda seed=seed: work(seed) for seed in range(n_callers)])
-most = tasks() - start
 go.set()
+most = tasks() - start
 while any(thread.is_alive() for thread in threads):
     most = max(most, tasks() - start)
     time.sleep(0.0005)
@@ -131,7 +131,7 @@ while tasks() > start + 1 and time.monotonic() < deadline:
 assert not errors, errors
 print(most, tasks() - start)
 """
-    most, left = map(int, run_script(HEAD + body, seconds, timeout=60 + 3 * seconds).split())
+    most, left = map(int, run_script(HEAD + body, seconds, timeout=300 + 3 * seconds).split())
     budget, n_callers, asleep = 16, 64, 64
     assert n_callers <= most <= n_callers + budget + asleep
     assert left <= 1
@@ -267,7 +267,7 @@ for bn in layers: # and they work on
     assert bn.running_var.tobytes() == new.running_var.tobytes()
 print("never corrupt")
 """
-    assert run_script(HEAD + body, seconds, timeout=120 + 3 * seconds) == "never corrupt"
+    assert run_script(HEAD + body, seconds, timeout=300 + 3 * seconds) == "never corrupt"
 
 
 LOADER = """
@@ -311,7 +311,7 @@ def look():
     assert len(of_channels) == 1, of_channels
     seen.update(of_channels)
 """
-    assert run_script(HEAD + body + LOADER, timeout=120) == "[(11.0, 9.0), (22.0, 18.0)]"
+    assert run_script(HEAD + body + LOADER) == "[(11.0, 9.0), (22.0, 18.0)]"
 
 
 def test_a_state_is_of_one_moment():
@@ -324,7 +324,7 @@ def look():
     assert len(found) == 1, found
     seen.update(found)
 """
-    assert run_script(HEAD + body + LOADER, timeout=120) == "[1.0, 2.0]"
+    assert run_script(HEAD + body + LOADER) == "[1.0, 2.0]"
 
 
 def test_a_reference_loses_no_exchange():
@@ -343,7 +343,7 @@ for thread in threads:
     thread.join()
 print(errors, reference.value[0])
 """
-    assert run_script(HEAD + body, timeout=120) == "[] 80000"
+    assert run_script(HEAD + body) == "[] 80000"
 
 
 # --- stopped, moved, ended -----------------------------------------------------------------------------------
@@ -366,7 +366,7 @@ print("right")
     flag = tmp_path / "end"
     command = [sys.executable, "-W", "error", "-c", HEAD + body, str(flag)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stdout.readline() == "begin\n"
+        assert process.stdout.readline() == "begin\n", process.communicate()
         for i in range(stops):
             time.sleep(0.001 * (1 + i % 7))
             process.send_signal(signal.SIGSTOP)
@@ -404,7 +404,7 @@ for allowed in ([cpus[0]], cpus):
     assert bnfast.get_num_threads() <= len(allowed), (allowed, bnfast.config()["threads_why"])
 print("right")
 """
-    assert run_script(HEAD + body, seconds, timeout=60 + 2 * seconds) == "right"
+    assert run_script(HEAD + body, seconds, timeout=300 + 2 * seconds) == "right"
 
 
 @pytest.mark.parametrize("runs", short_and_long(5, 200))
@@ -464,7 +464,9 @@ def test_the_instruction_set_may_change_while_threads_compute():
     for thread in threads:
         thread.start()
     try:
-        for i in itertools.takewhile(lambda i: i < 200 or len(right) < 20, itertools.count()):
+        for i in itertools.count():
+            if (i >= 200 and len(right) >= 20) or not all(thread.is_alive() for thread in threads):
+                break
             _core.select_isa(names[i % len(names)])
             time.sleep(0.0005)
     finally:
@@ -472,4 +474,5 @@ def test_the_instruction_set_may_change_while_threads_compute():
         for thread in threads:
             thread.join()
         _core.select_isa(before)
+    assert len(right) >= 20
     assert all(right)

@@ -104,7 +104,7 @@ for function, digests in seen.items():
 assert len(set(seen["batch_norm"].values())) >= 6, seen["batch_norm"]
 print("the same")
 """
-    assert run_script(HEAD + FUNCTIONS + body, mxcsr, timeout=120) == "the same"
+    assert run_script(HEAD + FUNCTIONS + body, mxcsr) == "the same"
 
 
 @pytest.mark.skipif(bnfast.config()["openmp"] is None, reason="this build is without OpenMP")

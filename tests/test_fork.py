@@ -211,15 +211,16 @@ threads = [threading.Thread(target=compute, args=(i,)) for i in range(4)]
 for thread in threads:
     thread.start()
 warm()
-fine = [child_is_fine() for _ in range(int(sys.argv[1]))]
+for _ in range(int(sys.argv[1])):
+    assert child_is_fine()
 while not all(rounds):
     time.sleep(0.001)
 stop.set()
 for thread in threads:
     thread.join()
-print(sum(fine), len(wrong))
+print("fine", len(wrong))
 """
-    assert run_script(body, tmp_path, forks, limit=TIME_LIMIT + forks) == f"{forks} 0"
+    assert run_script(body, tmp_path, forks, limit=TIME_LIMIT + forks) == "fine 0"
 
 
 @pytest.mark.parametrize("forks", short_and_long(10, 200))
@@ -227,13 +228,12 @@ def test_forks_in_a_row_each_with_a_fork_of_its_own(tmp_path, forks):
     body = """
 def child():
     return warm() and child_is_fine()
-fine = 0
 for _ in range(int(sys.argv[1])):
     warm()
-    fine += child_is_fine(child)
-print(fine, warm())
+    assert child_is_fine(child)
+print("fine", warm())
 """
-    assert run_script(body, tmp_path, forks, limit=TIME_LIMIT + forks) == f"{forks} True"
+    assert run_script(body, tmp_path, forks, limit=TIME_LIMIT + forks) == "fine True"
 
 
 @needs_libgomp
@@ -389,7 +389,7 @@ for _ in range(5):
 print(warm())
 """
     head = "import warnings\nwarnings.simplefilter('ignore')\nimport numpy as np\n" + use + HEAD
-    assert run_script(body, tmp_path, head=head, limit=60) == "True"
+    assert run_script(body, tmp_path, head=head) == "True"
 
 
 @pytest.mark.parametrize("bnfast_used_too", [True, False], ids=["both_used_in_the_parent", "only_the_other_used"])

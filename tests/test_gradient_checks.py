@@ -655,8 +655,9 @@ class Plain:
         return 2 * self.x * dy
 
 
-def test_a_plain_layer_without_parameters_is_enough():
-    check = check_layer(Plain(), X)
+@pytest.mark.parametrize("layer", [Plain(), type("Fixed", (Plain,), {"parameters": None, "gradients": None})()])
+def test_a_plain_layer_without_parameters_is_enough(layer):
+    check = check_layer(layer, X)
     check.raise_if_failed()
     assert {row.input for row in check.rows} == {"x"}
 
@@ -673,7 +674,7 @@ def variant(base=Plain, **methods):
     [
         (object(), X, TypeError, "layer: expected an object with forward and backward, got object"),
         (Plain, X, TypeError, "layer: expected an object with forward and backward, got the class Plain"),
-        (variant(forward=lambda s, x: (x, x[0])), X, TypeError, "layer: expected an array of forward, got tuple"),
+        (variant(forward=lambda s, x: (x, x)), X, TypeError, "layer: expected an array of forward, got a tuple of 2"),
         (Plain(), np.ones(3, int), TypeError, "x: expected an array of float32 or float64, got dtype int64"),
         (Plain(), np.ones((0, 3)), ValueError, r"x: expected at least one value, got shape \(0, 3\)"),
         (Plain(), np.full(3, 1e200), ValueError, "layer: expected finite results of forward"),
@@ -698,10 +699,10 @@ def variant(base=Plain, **methods):
             TypeError,
             r"parameters\(\): expected a dict",
         ),
-        (variant(Planted, gradients=None), planted_data(), TypeError, "or neither; gradients is none"),
+        (variant(Planted, gradients=None), planted_data(), TypeError, "or neither; gradients is missing"),
         (variant(Planted, gradients={}), planted_data(), TypeError, "or neither; gradients is an attribute, dict"),
         (variant(parameters={"w": X}, gradients={}), X, TypeError, "or neither; parameters is an attribute, dict"),
-        (variant(gradients=lambda s: {}), X, TypeError, "or neither; parameters is none"),
+        (variant(gradients=lambda s: {}), X, TypeError, "or neither; parameters is missing"),
         (
             variant(Planted, gradients=lambda s: {"gamma": s.grad_gamma}),
             planted_data(),

@@ -133,7 +133,7 @@ print(tries, refused, len(torn), torn[:5])
 def test_every_allocation_of_python_refused_in_turn(tries):
     """_testcapi lets the n-th allocation of the interpreter fail, those of the extension among them."""
     pytest.importorskip("_testcapi", reason="this Python was built without _testcapi")
-    done, refused, torn, first = run_script(PYTHONS_ALLOCATIONS, tries, timeout=60 + tries / 10).split(maxsplit=3)
+    done, refused, torn, first = run_script(PYTHONS_ALLOCATIONS, tries, timeout=300 + tries / 10).split(maxsplit=3)
     assert int(torn) == 0, first
     assert int(done) >= tries
     assert int(refused) > tries // 3  # otherwise nothing was tried
@@ -207,7 +207,7 @@ print(tries, refused, len(torn), torn[:5])
 @pytest.mark.parametrize("cases", short_and_long(1, 3))
 def test_every_allocation_of_numpy_and_the_extension_refused_in_turn(tmp_path, cases):
     shim = c_library(tmp_path, REFUSING, "-O1", "-ldl")
-    _, refused, torn, first = run_script(NUMPYS_ALLOCATIONS, cases, LD_PRELOAD=shim, timeout=300).split(maxsplit=3)
+    _, refused, torn, first = run_script(NUMPYS_ALLOCATIONS, cases, LD_PRELOAD=shim).split(maxsplit=3)
     assert int(torn) == 0, first
     assert int(refused) >= 50 * cases
 
@@ -392,7 +392,7 @@ stop.set()
 sender.join()
 print("undisturbed")
 """
-    assert run_script(HEAD + body, seconds, timeout=120 + seconds) == "undisturbed"
+    assert run_script(HEAD + body, seconds, timeout=300 + seconds) == "undisturbed"
 
 
 @needs_posix
@@ -421,8 +421,8 @@ while True:
     for delay in (0.01, 0.05, 0.1):
         command = [sys.executable, "-W", "error", "-c", HEAD + body]
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-            assert process.stdout.readline() == "begin\n"
+            assert process.stdout.readline() == "begin\n", process.communicate()
             time.sleep(delay)
             process.terminate()
-            output, errors = process.communicate(timeout=120)
+            output, errors = process.communicate(timeout=300)
         assert (process.returncode, output) == (0, "True\n"), errors

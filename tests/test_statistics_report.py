@@ -351,6 +351,6 @@ def test_exact_statistics_of_several_processes_merge(tmp_path, method):
     script = tmp_path / "processes.py"
     script.write_text(PROCESSES)
     run = subprocess.run(
-        [sys.executable, "-W", "error", str(script), method], capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-W", "error", str(script), method], capture_output=True, text=True, timeout=300, check=False
     )
     assert run.stdout == "merged\n", run.stderr

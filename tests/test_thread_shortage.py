@@ -188,7 +188,7 @@ for i in range(int(sys.argv[1])):
     assert status == 0, (i, status)
 print("right")
 """
-    assert run_script(HEAD + body, rounds, timeout=120) == "right"
+    assert run_script(HEAD + body, rounds) == "right"
 
 
 def test_the_warning_as_an_error_comes_after_the_work(refusing):

@@ -387,7 +387,7 @@ def check_layer(layer: Layer, x: ArrayLike, *, rng: int | np.random.Generator | 
     dy = generator.standard_normal(y.shape).astype(y.dtype)
     gradient = _gradient(work.backward(dy.copy()), data, "backward's dx")
     inputs = [_Input("x", data, gradient, lambda moved: _copied(layer).forward(moved))]
-    if hasattr(work, "parameters") or hasattr(work, "gradients"):
+    if any(getattr(work, method, None) is not None for method in ("parameters", "gradients")):
         parameters, gradients = _dictionary(work, "parameters"), _dictionary(work, "gradients")
         if parameters.keys() != gradients.keys():
             raise ValueError(
@@ -627,10 +627,9 @@ def _scalar(f: Callable[[Array], float], x: Array) -> tuple[Callable[[Array], An
 
 
 def _outputs(y: Any) -> Array:
-    try:
-        array = np.asarray(y)
-    except ValueError as error:  # a tuple of several
-        raise TypeError(f"layer: expected an array of forward, got {type(y).__name__} ({error})") from error
+    if isinstance(y, tuple):
+        raise TypeError(f"layer: expected an array of forward, got a tuple of {len(y)}")
+    array = np.asarray(y)
     if array.dtype.kind != "f" or array.size == 0:
         raise TypeError(
             f"layer: expected floating-point numbers of forward, got dtype {array.dtype} of shape {array.shape}"
@@ -650,7 +649,7 @@ def _copied(layer: Any) -> Any:
 def _dictionary(layer: Any, method: str) -> Mapping[str, Array]:
     function = getattr(layer, method, None)
     if not callable(function):
-        found = "none" if function is None else f"an attribute, {type(function).__name__}"
+        found = "missing" if function is None else f"an attribute, {type(function).__name__}"
         raise TypeError(f"layer: expected the methods parameters and gradients, or neither; {method} is {found}")
     found = function()
     if not isinstance(found, Mapping):

@@ -1013,7 +1013,7 @@ def _converted(
     channels: int,
     dtype: np.dtype[Any],
     type_error: type[Exception],
-    shape_error: type[Exception],
+    value_error: type[Exception],
 ) -> NDArray[Any]:
     """A new (channels,) array of `dtype` from floating data."""
     try:
@@ -1025,11 +1025,11 @@ def _converted(
     if array.dtype.kind != "f":
         raise type_error(f"{name}: expected floating-point numbers, got dtype {array.dtype}")
     if array.shape != (channels,):
-        raise shape_error(f"{name}: expected shape ({channels},), got {array.shape}")
+        raise value_error(f"{name}: expected shape ({channels},), got {array.shape}")
     with np.errstate(over="ignore"):
         converted = np.array(array, dtype=dtype, order="C")
     if lost := np.flatnonzero(np.isfinite(array) & np.isinf(converted)).tolist():
-        raise shape_error(f"{name}: expected values that {dtype} can hold, got {array[lost[0]]} at index {lost[0]}")
+        raise value_error(f"{name}: expected values that {dtype} can hold, got {array[lost[0]]} at index {lost[0]}")
     return converted
 
 
