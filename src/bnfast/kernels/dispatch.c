@@ -24,7 +24,15 @@ static const struct isa {
 };
 enum { N_ISAS = sizeof isas / sizeof isas[0] };
 
+/* A thread may select while others compute: each of their jobs reads it once. */
 static const struct isa *active = &isas[0];
+#if defined(__GNUC__)
+#define ACTIVE __atomic_load_n(&active, __ATOMIC_RELAXED)
+#define ACTIVATE(isa) __atomic_store_n(&active, (isa), __ATOMIC_RELAXED)
+#else
+#define ACTIVE (*(const struct isa *volatile *)&active)
+#define ACTIVATE(isa) (ACTIVE = (isa))
+#endif
 
 const char *bnfast_isa_name(int i) { return i >= 0 && i < N_ISAS ? isas[i].name : NULL; }
 
@@ -52,7 +60,7 @@ int bnfast_select(const char *isa)
         if (named && !bnfast_isa_supported(i))
             return -2;
         if (named) {
-            active = &isas[i];
+            ACTIVATE(&isas[i]);
             return 0;
         }
         if (bnfast_isa_supported(i))
@@ -60,11 +68,15 @@ int bnfast_select(const char *isa)
     }
     if (isa != NULL)
         return -1;
-    active = &isas[widest];
+    ACTIVATE(&isas[widest]);
     return 0;
 }
 
-const bnfast_kernels *bnfast_active(ptrdiff_t itemsize) { return itemsize == 4 ? active->f32 : active->f64; }
+const bnfast_kernels *bnfast_active(ptrdiff_t itemsize)
+{
+    const struct isa *isa = ACTIVE;
+    return itemsize == 4 ? isa->f32 : isa->f64;
+}
 
 /* Linux says what a cache level holds in sysfs. sysconf knows it too, but adds up what a virtual machine's CPUID
  * claims (320 MiB where there are 32), so it comes second. */
