@@ -125,7 +125,7 @@ while any(thread.is_alive() for thread in threads):
     time.sleep(0.0005)
 for thread in threads:
     thread.join()
-deadline = time.monotonic() + 10.0
+deadline = time.monotonic() + 100
 while tasks() > start + 1 and time.monotonic() < deadline:
     time.sleep(0.005)
 assert not errors, errors
@@ -160,7 +160,7 @@ for _ in range(3):
         turn.release()
         back.acquire()
         asleep = lambda: tasks() - start - sum(t.is_alive() for t in threads)
-        deadline = time.monotonic() + 5 # threads of a pool that was given back have to end
+        deadline = time.monotonic() + 100 # threads of a pool that was given back have to end
         while asleep() > 64 and time.monotonic() < deadline:
             time.sleep(0.005)
         found.append(asleep())
@@ -283,8 +283,8 @@ def load():
         bn.load_state_dict(state)
 loader = threading.Thread(target=load, daemon=True)
 loader.start()
-end = time.monotonic() + 60
-while len(seen) < 2 or calls > 0 and time.monotonic() < end - 40:
+end = time.monotonic() + 280
+while len(seen) < 2 or calls > 0 and time.monotonic() < end - 260:
     look()
     calls -= 1
     assert time.monotonic() < end, seen
