@@ -417,7 +417,7 @@ def repeat(m):
     while not stop.is_set():
         wrong.extend([1] * (not np.array_equal(m @ m.T, right)))
 with bnfast.share_blas_threads():
-    threads = [threading.Thread(target=repeat, args=(m,)) for m in (large, small, small)]
+    threads = [threading.Thread(target=repeat, args=(m,), daemon=True) for m in (large, small, small)]
     for thread in threads:
         thread.start()
     for _ in range(100):

@@ -207,7 +207,7 @@ def compute(i):
         if step() != BITS:
             wrong.append(i)
         rounds[i] += 1
-threads = [threading.Thread(target=compute, args=(i,)) for i in range(4)]
+threads = [threading.Thread(target=compute, args=(i,), daemon=True) for i in range(4)]
 for thread in threads:
     thread.start()
 warm()
