@@ -107,7 +107,8 @@ install libomp-dev.
 extension = Extension(
     "bnfast._core",
     sources=[
-        *(f"src/bnfast/{name}" for name in ("_core.pyx", "openmp.c", "rivals.c", "blas.c")),
+        "src/bnfast/core/_core.pyx",
+        *(f"src/bnfast/runtime/{name}.c" for name in ("openmp", "rivals", "blas")),
         *(f"src/bnfast/kernels/{name}.c" for name in KERNELS),
     ],
     depends=[str(path) for path in sorted(Path("src/bnfast").rglob("*.h"))],

@@ -11,8 +11,8 @@ import pytest
 from shapes import SHAPES
 
 import bnfast
-from bnfast.bench.compare import machine
-from bnfast.bench.contenders import CONTENDERS, Case, Unavailable, check, create
+from bnfast.commands.bench.compare import machine
+from bnfast.commands.bench.contenders import CONTENDERS, Case, Unavailable, check, create
 
 NAMES = [name for name in CONTENDERS if name != "torch.compile"]  # it compiles for seconds, for every case
 

@@ -15,7 +15,7 @@ import time
 
 import numpy as np
 
-from bnfast.bench.compare import environment, machine
+from bnfast.commands.bench.compare import environment, machine
 
 ROUNDS, SAMPLES = 7, 3
 CASES = {  # shape and dtype, a mean of a few standard deviations

@@ -1,6 +1,6 @@
 """The shapes of the benchmarks. The table itself is in the package, where `python -m bnfast bench` needs it."""
 
-from bnfast.bench.shapes import OPERATIONS, QUICK, SHAPES, Shape, group
+from bnfast.commands.bench.shapes import OPERATIONS, QUICK, SHAPES, Shape, group
 
 __all__ = ["OPERATIONS", "QUICK", "SHAPES", "Shape", "group"]
 

@@ -7,7 +7,7 @@ import pytest
 from scaler import CASES, CONTENDERS, OPERATIONS, calls, data, scaler_of
 
 import bnfast
-from bnfast.bench.compare import machine
+from bnfast.commands.bench.compare import machine
 
 
 @functools.lru_cache(maxsize=1)

@@ -2,7 +2,7 @@
 
 import sys
 
-from bnfast.bench import main
+from bnfast.commands.bench import main
 
 if __name__ == "__main__":
     sys.exit(main(["--loop", *sys.argv[1:]]))

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from bnfast import BatchNorm
-from bnfast.figures import BLUE, GREEN, VERMILION, curve, label, panels, save
-from bnfast.network import Array, accuracy, forward, learn, load_digits, perceptron
+from bnfast.commands.figures import BLUE, GREEN, VERMILION, curve, label, panels, save
+from bnfast.commands.network import Array, accuracy, forward, learn, load_digits, perceptron
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

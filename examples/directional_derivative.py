@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 import bnfast
-from bnfast.figures import BLUE, GREEN, VERMILION, label, panels, save
-from bnfast.network import Array
+from bnfast.commands.figures import BLUE, GREEN, VERMILION, label, panels, save
+from bnfast.commands.network import Array
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from bnfast.figures import BLUE, GREEN, VERMILION, curve, label, panels, save
+from bnfast.commands.figures import BLUE, GREEN, VERMILION, curve, label, panels, save
+from bnfast.commands.network import Array, Linear, accuracy, learn, load_digits, perceptron
 from bnfast.functional import batch_norm
-from bnfast.network import Array, Linear, accuracy, learn, load_digits, perceptron
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from bnfast.figures import BLUE, VERMILION, curve, label, panels, save
-from bnfast.network import Array, learn, load_digits, perceptron
+from bnfast.commands.figures import BLUE, VERMILION, curve, label, panels, save
+from bnfast.commands.network import Array, learn, load_digits, perceptron
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

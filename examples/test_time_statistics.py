@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 import bnfast
-from bnfast.figures import BLUE, GREEN, VERMILION, curve, label, panels, save
-from bnfast.network import Array, Layer, accuracy, learn, load_digits, perceptron
+from bnfast.commands.figures import BLUE, GREEN, VERMILION, curve, label, panels, save
+from bnfast.commands.network import Array, Layer, accuracy, learn, load_digits, perceptron
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from bnfast.figures import BLUE, GREEN, VERMILION, curve, label, panels, save
-from bnfast.network import (
+from bnfast.commands.figures import BLUE, GREEN, VERMILION, curve, label, panels, save
+from bnfast.commands.network import (
     Array,
     Layer,
     Linear,

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from bnfast import bench
-from bnfast.bench import compare, contenders, loop, report, worker
-from bnfast.bench.shapes import OPERATIONS, QUICK, SHAPES, Shape, group
+from bnfast.commands.bench import compare, contenders, loop, report, worker
+from bnfast.commands.bench.shapes import OPERATIONS, QUICK, SHAPES, Shape, group
 
 TINY = "8x16,32x64"
 
@@ -173,7 +173,7 @@ def test_a_build_without_the_floor_says_so(monkeypatch):
 
 
 def test_missing_onednn_is_unavailable(monkeypatch):
-    from bnfast.bench import onednn
+    from bnfast.commands.bench import onednn
 
     monkeypatch.setattr(onednn, "library_path", lambda: None)
     with pytest.raises(contenders.Unavailable, match="onednn-cpu-gomp"):
@@ -273,7 +273,9 @@ def children(pid):
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL], ids=["interrupt", "kill"])
 def test_workers_do_not_outlive_the_command(tqdm, how):
     ctrl_c = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"  # a background shell ignores it
-    code = f"import sys; from bnfast.bench import main; sys.exit(main(['--only', 'numpy', '--shapes', '{TINY}']))"
+    code = (
+        f"import sys; from bnfast.commands.bench import main; sys.exit(main(['--only', 'numpy', '--shapes', '{TINY}']))"
+    )
     code = f"{ctrl_c}; {code}"
     command = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     workers = []
@@ -376,7 +378,7 @@ def test_an_unwritable_file_is_refused_before_measuring(tqdm, tmp_path, monkeypa
 def test_import_needs_no_extra():
     modules = ["tqdm", "matplotlib", "torch"]
     code = (
-        "import sys, bnfast.bench, bnfast.bench.compare, bnfast.bench.report, bnfast.bench.loop\n"
+        "import sys\nfrom bnfast.commands.bench import compare, report, loop\n"
         f"sys.exit(any(m in sys.modules for m in {modules}))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -278,5 +278,5 @@ def test_bad_arguments(no_training, arguments, capsys):
 
 
 def test_import_needs_no_extra():
-    code = f"import sys, bnfast.demo; sys.exit(any(m in sys.modules for m in {EXTRA_MODULES}))"
+    code = f"import sys, bnfast.commands.demo; sys.exit(any(m in sys.modules for m in {EXTRA_MODULES}))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

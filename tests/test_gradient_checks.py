@@ -10,7 +10,7 @@ import pytest
 
 import bnfast
 from bnfast import BatchNorm, check_gradient, check_layer, directional_derivative
-from bnfast.network import Linear, ReLU
+from bnfast.commands.network import Linear, ReLU
 
 # --- directional_derivative ------------------------------------------------------------------------------------
 

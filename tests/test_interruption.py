@@ -294,7 +294,7 @@ while steps < wanted or hits < wanted // 20:
             torn.append((steps, before, n))
         if n == len(states) - 1:
             bn.reset_running_stats()
-        bnfast.threads._context.set(None) # what an interrupt between `with` and its body leaves
+        bnfast.runtime.threads._context.set(None) # what an interrupt between `with` and its body leaves
 sender.kill()
 sender.wait()
 print(steps, hits, len(torn), torn[:5])

@@ -14,7 +14,7 @@ import pytest
 import bnfast
 from bnfast import _core
 from bnfast import scaler as module
-from bnfast.scaler import StandardScaler
+from bnfast.scaling.scaler import StandardScaler
 
 FITTED = ("mean_", "var_", "scale_", "n_samples_seen_")
 # Against scikit-learn, float64 sums in another order; its float32 results are rounded three times to our two.

@@ -6,18 +6,21 @@ merge; `StandardScaler` scales features as scikit-learn's; `check_layer` checks 
 """
 
 # isort: off
-from . import _runtime as _runtime  # first: it loads the extension
+from .runtime import loading as loading  # first: it loads the extension
 
 # isort: on
 from . import functional
-from ._config import __version__, config, show_config
-from .blas import share_blas_threads
-from .gradient import GradientCheck, check_gradient, check_layer, directional_derivative
+from .gradients.check import GradientCheck, check_gradient, check_layer, directional_derivative
 from .layer import BatchNorm
-from .moments import Moments, moments
-from .scaler import StandardScaler
-from .state import StateError
-from .threads import get_num_threads, num_threads, set_num_threads
+from .runtime.blas import share_blas_threads
+from .runtime.config import __version__, config, show_config
+from .runtime.threads import get_num_threads, num_threads, set_num_threads
+from .scaling.scaler import StandardScaler
+from .state import names_of_0_1
+from .state.files import StateError
+from .statistics.moments import Moments, moments
+
+names_of_0_1.enter(Moments, StandardScaler)
 
 __all__ = [
     "BatchNorm",

@@ -26,15 +26,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"bnfast {__version__}")
     args = parser.parse_args(argv)
     if args.command == "demo":
-        from .demo import main as demo
+        from .commands.demo import main as demo
 
         return demo(args.arguments)
     if args.command == "gallery":
-        from .gallery import main as gallery
+        from .commands.gallery import main as gallery
 
         return gallery(args.arguments)
     if args.command == "bench":
-        from .bench import main as bench
+        from .commands.bench import main as bench
 
         return bench(args.arguments)
     if args.arguments in (["-h"], ["--help"]):

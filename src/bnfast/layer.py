@@ -18,9 +18,9 @@ from numpy.typing import ArrayLike, DTypeLike, NDArray
 from . import _core
 from ._checks import flag, integer
 from .functional import Array, Statistics
-from .moments import Moments
-from .report import StatisticsReport
-from .state import FORMAT, StateError, decode, encode, read, replace
+from .state.files import FORMAT, StateError, decode, encode, read, replace
+from .statistics.moments import Moments
+from .statistics.report import StatisticsReport
 
 __all__ = ["BatchNorm"]
 
@@ -168,6 +168,8 @@ class BatchNorm:
     >>> bn.eval()(x).shape
     (64, 3)
     """
+
+    __module__ = "bnfast"  # where it is found, also by pickles
 
     def __init__(
         self,

@@ -11,7 +11,7 @@ import re
 from types import TracebackType
 from typing import NamedTuple
 
-from . import _core
+from .. import _core
 
 __all__ = ["BlasCopy", "blas_copies", "share_blas_threads"]
 

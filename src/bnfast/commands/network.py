@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from numpy.lib.stride_tricks import sliding_window_view
 
-from .layer import BatchNorm
+from ..layer import BatchNorm
 
 __all__ = [
     "Array",

@@ -11,10 +11,10 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from . import _core
-from ._checks import flag, integer
-from ._estimator import Names, Transformer, feature_names
-from .state import StateError
+from .. import _core
+from .._checks import flag, integer
+from ..state.files import StateError
+from .estimator import Names, Transformer, feature_names
 
 __all__ = ["StandardScaler"]
 
@@ -98,6 +98,7 @@ class StandardScaler(Transformer):
     var_: Float64 | None
     scale_: Float64 | None
     n_samples_seen_: Any
+    __module__ = "bnfast"  # where it is found, also by pickles
 
     def __init__(self, *, copy: bool = True, with_mean: bool = True, with_std: bool = True) -> None:
         self.copy = copy

@@ -86,7 +86,7 @@ cdef extern from "kernels/job.h" nogil:
 cdef extern from "numpy/arrayobject.h":
     cnp.ndarray PyArray_NewLikeArray(cnp.ndarray prototype, cnp.NPY_ORDER order, void *dtype, int subok)
 
-cdef extern from "openmp.h" nogil:
+cdef extern from "runtime/openmp.h" nogil:
     long bnfast_openmp_version() noexcept
     const char *bnfast_openmp_library() noexcept
     int bnfast_openmp_max_threads() noexcept
@@ -101,19 +101,19 @@ cdef extern from "openmp.h" nogil:
     unsigned long long bnfast_float_control() noexcept
     void bnfast_set_float_control(unsigned long long control) noexcept
 
-cdef extern from "shares.h" nogil:
+cdef extern from "runtime/shares.h" nogil:
     ctypedef struct bnfast_share:
         pass
 
     void bnfast_share_out(bnfast_share *shares, int n_shares, Py_ssize_t n_tasks, int backwards) noexcept
     Py_ssize_t bnfast_take(bnfast_share *share) noexcept
 
-cdef extern from "rivals.h" nogil:
+cdef extern from "runtime/rivals.h" nogil:
     void bnfast_rivals_init() noexcept
     void bnfast_rivals_exclude_me() noexcept
     int bnfast_rivals_leave(int team, long long elements) noexcept
 
-cdef extern from "blas.h" nogil:
+cdef extern from "runtime/blas.h" nogil:
     int bnfast_blas_supported() noexcept
     int bnfast_blas_share(uintptr_t set_callback, uintptr_t exec_blas, uintptr_t callback, uintptr_t num_threads,
                           int places) noexcept

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .. import _core
-from .._config import __version__
+from ... import _core
+from ...runtime.config import __version__
 from .contenders import CONTENDERS
 from .shapes import OPERATIONS, SHAPES, Shape, group
 from .worker import Worker, WorkerError

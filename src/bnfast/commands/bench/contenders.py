@@ -16,8 +16,8 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from .. import __version__, _core, reference
-from .. import functional as F
+from ... import __version__, _core, reference
+from ... import functional as F
 from .shapes import OPERATIONS, Shape
 
 __all__ = ["CONTENDERS", "Case", "Contender", "Operation", "Unavailable", "check", "create"]

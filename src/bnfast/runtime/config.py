@@ -5,7 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from . import _core, _runtime
+from .. import _core
+from . import loading
 from .blas import blas_copies
 from .threads import thread_budget
 
@@ -57,7 +58,7 @@ def config() -> dict[str, Any]:
         "openmp_library": _core.openmp_library(),
         "threads": threads,
         "threads_why": why,
-        "idle_threads": _runtime.IDLE_THREADS,
+        "idle_threads": loading.IDLE_THREADS,
         "fork": "a child may use threads" if _core.fork_handled() else "a child stays on one thread",
         "forked_serial": _core.forked_serial(),
         "blas": [{"path": c.path, "version": c.version, "threads": c.threads()} for c in blas_copies()],

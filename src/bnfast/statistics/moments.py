@@ -5,8 +5,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from . import _core
-from ._checks import integer
+from .. import _core
+from .._checks import integer
 
 __all__ = ["Moments", "moments"]
 
@@ -54,6 +54,7 @@ class Moments:
     array([11.66666667, 11.66666667])
     """
 
+    __module__ = "bnfast"  # where it is found, also by pickles
     __slots__ = ("count", "m2", "mean")
     count: int
     mean: NDArray[np.float64]

@@ -49,6 +49,8 @@ TEMPORARY = re.compile(r"\.tmp-bnfast-[0-9a-f]{16}")
 class StateError(ValueError):
     """A state (a dictionary, a pickle, a file) does not fit the layer, or is damaged. The layer is unchanged."""
 
+    __module__ = "bnfast"
+
 
 # --- bytes ---------------------------------------------------------------------------------------------------
 

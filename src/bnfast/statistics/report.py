@@ -6,7 +6,7 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
-from ._table import html_table, text_table
+from .._table import html_table, text_table
 
 __all__ = ["StatisticsReport"]
 
@@ -35,7 +35,7 @@ class StatisticsReport:
     Examples
     --------
     >>> import numpy as np
-    >>> from bnfast.report import StatisticsReport
+    >>> from bnfast.statistics.report import StatisticsReport
     >>> one, four = np.ones(2), np.full(2, 4.0)
     >>> print(StatisticsReport.compare(one, four, np.array([1.0, 2.0]), four, eps=1e-5))
     running statistics of 2 channels: mean off by up to 0.5 std, std 1 to 1 times the exact one

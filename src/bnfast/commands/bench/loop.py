@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 import bnfast
 
-from .. import functional as F
+from ... import functional as F
 from ..network import Linear, ReLU, cross_entropy
 from .compare import record, summary
 from .contenders import EPS, Operation, Unavailable

@@ -24,8 +24,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import SupportsIndex
 
-from . import _core
-from ._checks import integer
+from .. import _core
+from .._checks import integer
 
 __all__ = ["get_num_threads", "num_threads", "set_num_threads", "thread_budget"]
 

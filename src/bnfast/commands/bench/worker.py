@@ -36,7 +36,7 @@ if sys.argv[2] == "as it comes":
         ctypes.CDLL("libgomp.so.1")
     except OSError:
         pass
-from bnfast.bench.worker import serve
+from bnfast.commands.bench.worker import serve
 serve(sys.argv[1])
 """
 

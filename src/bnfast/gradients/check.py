@@ -20,8 +20,8 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ._checks import integer
-from ._table import html_table, text_table
+from .._checks import integer
+from .._table import html_table, text_table
 
 __all__ = ["Derivative", "DirectionCheck", "GradientCheck", "check_gradient", "check_layer", "directional_derivative"]
 
@@ -117,6 +117,8 @@ class GradientCheck:
     >>> print(check.rows[0].direction, round(check.rows[0].relative_error, 3), round(check.rows[0].order, 2))
     gradient 0.333 1.0
     """
+
+    __module__ = "bnfast"
 
     name: str
     rows: tuple[DirectionCheck, ...]

@@ -31,13 +31,13 @@ def _load_core() -> str:
     """Imports `_core`; returns what its idle threads do, for `config()`."""
     for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
         if name in os.environ:
-            from . import _core
+            from .. import _core
 
             return f"as {name}={os.environ[name]} says"
     before = _mapped_libgomps()
     os.environ["GOMP_SPINCOUNT"] = _SPIN_COUNT
     try:
-        from . import _core
+        from .. import _core
     except ImportError as error:
         raise ImportError(
             f"bnfast's extension module could not be imported ({error}). In a checkout it is not built in place: "
@@ -58,7 +58,7 @@ IDLE_THREADS = _load_core()
 
 
 def _select_isa() -> None:
-    from . import _core
+    from .. import _core
 
     _core.select_isa(os.environ.get("BNFAST_ISA") or None)
 

@@ -1,0 +1,1 @@
+"""Derivatives by differences, and the check of a backward pass."""

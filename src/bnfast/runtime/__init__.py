@@ -1,0 +1,1 @@
+"""How many threads a call may use, and what was built."""

@@ -1,0 +1,1 @@
+"""What a layer is outside of memory: dictionaries, pickles, files."""
