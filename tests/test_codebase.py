@@ -15,18 +15,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from places import ROOT, SOURCES, TESTS, needs_sources
 
 import bnfast
 import bnfast.reference
 
 PACKAGE = Path(bnfast.__file__).parent
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py"))
-ROOT = Path(__file__).resolve().parents[1]
-SOURCES = ROOT / "src" / "bnfast"
-needs_sources = pytest.mark.skipif(
-    not (SOURCES / "_core.pyx").is_file() or not (ROOT / "setup.py").is_file(),
-    reason="the sources do not lie beside the tests: an installed package is being tested",
-)
 
 
 # --- who may import whom -------------------------------------------------------------------------------------
@@ -297,6 +292,11 @@ def test_omp_set_num_threads_is_never_called():
     for path in [*SOURCES.rglob("*.[ch]"), *SOURCES.rglob("*.py*")]:
         if path.suffix in {".c", ".h", ".py", ".pyx", ".pyi"}:
             assert not re.search(r"omp_set_num_threads\s*\(", path.read_text(encoding="utf-8")), path.name
+
+
+def test_no_folder_of_tests_is_on_the_path():
+    """But for the helpers: a folder of tests may have the name of a package, which it would hide."""
+    assert {path for path in map(Path, sys.path) if path.is_relative_to(TESTS)} <= {TESTS / "helpers"}
 
 
 @needs_sources

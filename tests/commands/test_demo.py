@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bnfast import BatchNorm, check_gradient, check_layer, demo, network
+from bnfast import BatchNorm, check_gradient, check_layer
+from bnfast.commands import demo, network
 
 EXTRA_MODULES = sorted(demo.EXTRAS)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bnfast import gallery, network
+from bnfast.commands import gallery, network
 
 SEEDS = 0, 1, 2
 EXTRA_MODULES = sorted(network.EXTRAS)
@@ -215,7 +215,7 @@ def test_interrupt(monkeypatch, tmp_path, capsys):
 
 def test_import_needs_no_extra():
     code = (
-        "import sys; from bnfast import gallery; [gallery.example(n) for n in gallery.EXAMPLES];"
+        "import sys; from bnfast.commands import gallery; [gallery.example(n) for n in gallery.EXAMPLES];"
         f"sys.exit(any(m in sys.modules for m in {EXTRA_MODULES}))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False, timeout=300).returncode == 0

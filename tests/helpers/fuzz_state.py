@@ -1,6 +1,6 @@
 """Fuzzing of what reads files: any bytes give a layer or `StateError`.
 
-`python tests/fuzz_state.py CORPUS [libFuzzer's options]` fuzzes with atheris, guided by coverage, until a finding or
+`python fuzz_state.py CORPUS [libFuzzer's options]` fuzzes with atheris, guided by coverage, until a finding or
 the limit (`-max_total_time=600`). Inputs are not only files: a checksum would end nearly all of them. The first byte
 says what the rest is, and the parts that a fuzzer cannot guess (checksum, CRCs) are made right.
 """

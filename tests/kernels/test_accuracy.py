@@ -5,13 +5,13 @@ import json
 import math
 from decimal import Decimal
 from fractions import Fraction
-from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from places import FIXTURES
 from tolerances import (
     TABLE,
     assert_same_bits,
@@ -339,7 +339,7 @@ NIST = {
         [entry[kind] for kind in ("mean", "std", "autocorrelation")],
         12.9 if name in ("Mavro", "Michelso") else 13.9,
     )
-    for name, entry in json.loads((Path(__file__).parent / "fixtures" / "nist.json").read_text())["sets"].items()
+    for name, entry in json.loads((FIXTURES / "nist.json").read_text())["sets"].items()
 } | {
     "PiDigits": (nist_digits_of_pi(), [4.53480000000000, 2.86733906028871, -0.00355099287237972], 13.9),
     "NumAcc1": ([10000001.0, 10000003.0, 10000002.0], [10000002.0, 1.0, -0.5], 13.9),

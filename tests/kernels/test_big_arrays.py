@@ -9,12 +9,10 @@ its own: a float32 array, normalised in place, compared with a reference that is
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from places import KERNELS, needs_sources
 from scripts import run_script
-
-KERNELS = Path(__file__).parent.parent / "src" / "bnfast" / "kernels"
 
 SCRIPT = """
 import sys
@@ -113,9 +111,8 @@ def narrowings(source, folder):
     return [line for line in run.stderr.splitlines() if "warning:" in line]
 
 
+@needs_sources
 def test_no_size_becomes_narrower_in_the_kernels(tmp_path):
-    if not KERNELS.exists():
-        pytest.skip("the sources are not here: an installed package is being tested")
     sources = sorted(KERNELS.glob("*.c"))
     assert sources
     for source in sources:

@@ -1,139 +1,27 @@
-"""Same bits everywhere: for every number of threads, instruction set, alignment and process.
+"""Same bits everywhere: for every number of threads, instruction set, alignment and process."""
 
-`python tests/test_bits.py` runs the comparison by itself and prints 'N cases, M differences'.
-"""
-
-import functools
-import hashlib
 import os
 import subprocess
 import sys
 
+import digests
 import numpy as np
 import pytest
 from campaign import short_and_long
-from conftest import LAYOUTS
+from digests import CASES, ISAS, LARGEST, N_THREADS, arguments, case_name, digest, digest_of, digest_of_all, results
+from layouts import LAYOUTS
 from tolerances import assert_same_bits
 
 import bnfast
 from bnfast import _core
 from bnfast import functional as F
 
-N_THREADS = [1, 2, 3, 5, 8]
-DTYPES = [np.float32, np.float64]
-ISAS = [name for name, (_, supported) in _core.isas().items() if supported]
-
-# (shape, axis, memory order). A team works from 2^16 elements on, with 2^15 elements a thread.
-CASES = [
-    # planar, few channels: a channel is split over the team
-    ((2, 1, 300_000), 1, "C"),
-    ((300_000, 1), 1, "C"),
-    ((4, 1, 192, 192), 1, "C"),
-    ((16, 3, 72, 72), 1, "C"),
-    ((1, 3, 100_000), 1, "C"),
-    ((8, 5, 90, 90), 1, "C"),
-    ((3, 7, 5000), 1, "C"),
-    ((5, 60_000), 0, "C"),
-    # planar, channels enough for everyone
-    ((4, 96, 28, 28), 1, "C"),
-    ((2, 513, 9, 17), 1, "C"),
-    ((129, 1000), 0, "C"),
-    ((400, 300), 1, "F"),
-    ((30, 8, 20, 30), 1, "F"),
-    # planar, short runs
-    ((32, 64, 7, 7), 1, "C"),
-    ((64, 80, 4, 4), 1, "C"),
-    # columns: runs shorter than a vector
-    ((64, 256, 3, 3), 1, "C"),
-    ((300, 70, 2, 2), 1, "C"),
-    ((9001, 3, 5), 1, "C"),
-    # interleaved and narrow: rows are folded, some are left over
-    ((40_001, 2), 1, "C"),
-    ((90_001, 3), 1, "C"),
-    ((33_333, 5), 1, "C"),
-    ((16, 57, 57, 9), -1, "C"),
-    # interleaved and wide
-    ((1031, 70), 1, "C"),
-    ((8, 30, 30, 64), -1, "C"),
-    ((2000, 256), -1, "C"),
-    ((300, 1000), 1, "C"),
-    ((40, 2100), 1, "C"),
-    # interleaved, and a multiple of a cache line wide: blocks of columns are copied together where caches are small
-    ((300, 1024), 1, "C"),
-    ((5, 7, 9, 512), -1, "C"),
-    ((300, 256, 2), 1, "C"),
-    # small: never a team
-    ((5, 3), 1, "C"),
-    ((4, 3, 5, 6), 1, "C"),
-]
-LARGEST = 300_000  # elements of the largest cases: room for the largest team
-
-
-def case_name(case):
-    shape, axis, order = case
-    return f"{'x'.join(map(str, shape))}-axis{axis}-{order}"
-
-
 every_case = pytest.mark.parametrize("case", CASES, ids=case_name)
-
-
-@functools.lru_cache(maxsize=4)
-def arguments(case, dtype):
-    """x, dy and v like each other; gamma, beta, vgamma, vbeta. Some channels hold what sends a kernel another way."""
-    shape, axis, order = case
-    rng = np.random.default_rng(shape)
-    x, dy, v = (np.asarray(rng.normal(1, 2, shape), dtype, order=order) for _ in range(3))
-    channels = np.moveaxis(x, axis, 0)
-    if len(channels) > 2:
-        channels[0] = 0.1  # constant
-        channels[1, ..., -1] = channels[1][(0,) * (x.ndim - 1)] = 1e6  # outliers, the very first one too
-        channels[2] += 1e5  # far from zero
-    return x, dy, v, *rng.normal(size=(4, len(channels))).astype(dtype)
-
-
-def results(x, dy, v, gamma, beta, vgamma, vbeta, axis):
-    """Every array that bnfast computes from these."""
-    y, mean, inv_std = F.batch_norm(x, gamma, beta, axis=axis)
-    yield from (y, mean, inv_std)
-    m = bnfast.moments(x, axis=axis)
-    yield from (m.mean, m.m2)
-    yield F.batch_norm_eval(x, mean, m.var(), gamma, beta, axis=axis)
-    yield from F.batch_norm_backward(dy, x, mean, inv_std, gamma, axis=axis)
-    yield from F.batch_norm_backward(dy, x, mean, inv_std, gamma, axis=axis, training=False)
-    yield F.batch_norm_jvp(v, x, mean, inv_std, gamma, axis=axis, vgamma=vgamma, vbeta=vbeta)
-
-
-def digest(arrays):
-    sha = hashlib.sha256()
-    for array in arrays:
-        sha.update(np.ascontiguousarray(array))
-    return sha.hexdigest()
-
-
-def digest_of(case, dtype, n_threads):
-    with bnfast.num_threads(n_threads):
-        assert bnfast.get_num_threads() == n_threads
-        return digest(results(*arguments(case, dtype), axis=case[1]))
-
-
-def digests(case, dtype):
-    """{(isa, n_threads): digest}"""
-    before, found = _core.isa(), {}
-    for isa in ISAS:
-        _core.select_isa(isa)
-        found |= {(isa, n): digest_of(case, dtype, n) for n in N_THREADS}
-    _core.select_isa(before)
-    return found
-
-
-def digest_of_all():
-    """One digest of every case, by whatever this process's environment chose."""
-    return digest(a for case in CASES for t in DTYPES for a in results(*arguments(case, t), axis=case[1]))
 
 
 @every_case
 def test_bits_do_not_depend_on_threads_or_instruction_set(case, dtype):
-    found = digests(case, dtype)
+    found = digests.digests(case, dtype)
     assert len(found) == len(ISAS) * len(N_THREADS)
     unlike = {key for key, value in found.items() if value != found[ISAS[0], 1]}
     assert not unlike, f"these differ from {ISAS[0]} on one thread: {sorted(unlike)}"
@@ -295,7 +183,7 @@ def digest_here():
 def test_a_fresh_process_gives_the_same_bits(digest_here, isa_name, n_threads):
     if isa_name not in ISAS:
         pytest.skip(f"{isa_name} is not compiled in or not on this CPU")
-    run = fresh_process([__file__, "--digest"], BNFAST_ISA=isa_name, BNFAST_NUM_THREADS=str(n_threads))
+    run = fresh_process([digests.__file__, "--digest"], BNFAST_ISA=isa_name, BNFAST_NUM_THREADS=str(n_threads))
     assert run.stdout.split() == [isa_name, str(n_threads), digest_here], run.stderr
 
 
@@ -304,8 +192,8 @@ def test_twenty_fresh_processes_give_the_same_bits(digest_here):
     for i in range(20):
         isa, n_threads = ISAS[i % len(ISAS)], 1 + i % 7
         run = fresh_process(
-            [__file__, "--digest"], BNFAST_ISA=isa, BNFAST_NUM_THREADS=str(n_threads), MALLOC_ARENA_MAX=str(1 + i % 3),
-            PYTHONHASHSEED=str(i), PADDING="x" * (37 * i), MALLOC_PERTURB_=str(i),
+            [digests.__file__, "--digest"], BNFAST_ISA=isa, BNFAST_NUM_THREADS=str(n_threads), PYTHONHASHSEED=str(i),
+            PADDING="x" * (37 * i), MALLOC_ARENA_MAX=str(1 + i % 3), MALLOC_PERTURB_=str(i),
         )  # fmt: skip
         assert run.stdout.split() == [isa, str(n_threads), digest_here], run.stderr
 
@@ -324,18 +212,3 @@ def test_an_unknown_instruction_set_is_an_error_at_import(name):
 def test_an_empty_instruction_set_takes_the_widest():
     run = fresh_process(["-c", "import bnfast; print(bnfast.config()['isa'])"], BNFAST_ISA="")
     assert run.stdout.split() == [ISAS[-1]], run.stderr
-
-
-def main(argv):
-    if argv == ["--digest"]:
-        print(_core.isa(), bnfast.get_num_threads(), digest_of_all())
-        return 0
-    found = [digests(case, dtype) for case in CASES for dtype in DTYPES]
-    n_cases = sum(map(len, found))
-    n_differences = sum(value != of[ISAS[0], 1] for of in found for value in of.values())
-    print(f"{n_cases} cases, {n_differences} differences")
-    return int(n_differences > 0)
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -1,7 +1,7 @@
 """Digests of results, kept here for ever: the same bits on every machine, for every build and version.
 
 A change of these numbers is a change of what users get and belongs in CHANGELOG.md.
-`python tests/test_golden.py` prints the table as this build computes it.
+`python tests/kernels/test_golden.py` prints the table as this build computes it.
 """
 
 import hashlib

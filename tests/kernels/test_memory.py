@@ -1,4 +1,4 @@
-"""Memory safety: the C driver (tests/c/driver.c) plain and under its tools; no growth. Layouts are in
+"""Memory safety: the C driver (c/driver.c) plain and under its tools; no growth. Layouts are in
 test_layouts.py, large arrays in test_big_arrays.py, the suite under sanitizers is tools/sanitize.
 """
 
@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from campaign import short_and_long
+from places import KERNELS, SOURCES
 from scripts import NO_RSS_LIMIT, SANITIZED
 
 import bnfast
@@ -22,15 +23,13 @@ from bnfast import functional as F
 
 # --- the driver ----------------------------------------------------------------------------------------------------
 
-ROOT = Path(__file__).resolve().parents[1]
-SOURCES = ROOT / "src" / "bnfast"
 FLAGS = ["-std=c11", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wextra", "-Werror", "-g"]
 ADDRESS = ["-O1", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 THREAD = ["-O1", "-fsanitize=thread"]
 
 
 def compiler(name):
-    if not (SOURCES / "kernels").is_dir():
+    if not KERNELS.is_dir():
         pytest.skip("the sources do not lie beside the tests: an installed package is being tested")
     if shutil.which(name) is None:
         pytest.skip(f"no {name} on this machine")
@@ -42,7 +41,7 @@ def compiler(name):
 def build(tmp_path, *flags, cc="gcc"):
     """The driver, compiled with the kernels, as a path. Skips where that cannot be, but for errors in the sources."""
     target = tmp_path / "driver"
-    sources = [Path(__file__).parent / "c" / "driver.c", *sorted((SOURCES / "kernels").glob("*.c"))]
+    sources = [Path(__file__).parent / "c" / "driver.c", *sorted(KERNELS.glob("*.c"))]
     probe = tmp_path / "probe.c"
     probe.write_text(
         "int main(void) { return 0; }\n" if "-DFUZZ" not in flags else "int LLVMFuzzerTestOneInput(void) { return 0; }"
@@ -146,7 +145,7 @@ def test_arm64_under_an_emulator(assert_same_digests, tmp_path, arguments):
 def test_what_windows_compiles_has_no_warning(tmp_path, flags):
     """MinGW's GCC sees what MSVC would, but for MSVC's own words."""
     cc = compiler("x86_64-w64-mingw32-gcc")
-    sources = [*(SOURCES / "kernels").glob("*.c"), *SOURCES.glob("*.c")]
+    sources = [*KERNELS.glob("*.c"), *(SOURCES / "runtime").glob("*.c")]
     assert len(sources) > 10
     done = subprocess.run(
         [cc, *FLAGS, *flags, f"-I{SOURCES}", "-c", *sources], cwd=tmp_path, capture_output=True, text=True

@@ -15,7 +15,7 @@ import pytest
 from scripts import CPUS, environ, needs_libgomp
 
 import bnfast
-from bnfast import blas
+from bnfast.runtime import blas
 
 COPIES = blas.blas_copies()
 CAN_SHARE = bnfast._core.blas_supported() and any(copy.addresses is not None for copy in COPIES)

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from campaign import short_and_long
+from places import TESTS
 from scripts import CPUS, run_script
 
 import bnfast
@@ -439,13 +440,12 @@ def test_the_suite_in_eight_threads_at_once():
     """pytest-run-parallel runs each test in 8 threads. Left out: tests that change the process (environment, warnings,
     tracing, standard output), and those that start processes or threads of their own."""
     pytest.importorskip("pytest_run_parallel", reason="pytest-run-parallel is not installed")
-    here = Path(__file__).parent
-    names = ["test_functional.py", "test_moments.py", "test_gradients.py", "test_golden.py"]
+    names = ["test_functional", "statistics/test_moments", "gradients/test_gradients", "kernels/test_golden"]
     # CPython 3.11's ast.parse, which rewrites what Hypothesis imports late, is not thread-safe
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--assert=plain"]
     # doctest changes sys.stdout; where the reference takes the place of the kernels, it is for all threads
     command += ["--parallel-threads=8", "-k", "not docstrings and not reference_writes_into_out"]
-    command += [str(here / name) for name in names]
+    command += [str(TESTS / f"{name}.py") for name in names]
     run = subprocess.run(command, capture_output=True, text=True, timeout=1800, check=False)
     assert run.returncode == 0, run.stdout[-4000:]
 

@@ -249,7 +249,7 @@ print(bits(2) == before and right())
 
 @needs_linux
 def test_a_cpu_without_avx2():
-    """In an emulator, if there is one. tests/test_bits.py has the bits of the forced baseline."""
+    """In an emulator, if there is one. tests/kernels/test_bits.py has the bits of the forced baseline."""
     if SANITIZED:
         pytest.skip("the emulator has no room for the sanitizer's shadow memory")
     emulator = shutil.which("qemu-x86_64")

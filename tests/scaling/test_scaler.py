@@ -13,7 +13,7 @@ import pytest
 
 import bnfast
 from bnfast import _core
-from bnfast import scaler as module
+from bnfast.scaling import scaler as module
 from bnfast.scaling.scaler import StandardScaler
 
 FITTED = ("mean_", "var_", "scale_", "n_samples_seen_")
@@ -440,15 +440,11 @@ def test_parts_with_and_without_weights():
     assert_fitted_to(scaler, x, np.repeat([1.0, 3.0], 100))
 
 
-def fit_part(seed):
-    return StandardScaler().fit(table(100, seed=seed))
-
-
 def test_merge_over_processes():
+    tables = [table(100, seed=seed) for seed in range(4)]
     with multiprocessing.get_context("spawn").Pool(2) as pool:
-        parts = pool.map(fit_part, range(4))
-    whole = StandardScaler().fit(np.concatenate([table(100, seed=seed) for seed in range(4)]))
-    assert_same_fit(sum(parts), whole)
+        parts = pool.map(StandardScaler().fit, tables)
+    assert_same_fit(sum(parts), StandardScaler().fit(np.concatenate(tables)))
 
 
 def test_merge_keeps_parameters_and_names():

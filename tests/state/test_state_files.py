@@ -29,7 +29,7 @@ from scripts import NO_RSS_LIMIT
 
 from bnfast import BatchNorm, Moments, StandardScaler, StateError, state
 
-FIXTURES = Path(__file__).parent / "fixtures"
+FIXTURES = Path(__file__).parents[1] / "fixtures"
 
 
 def everything(bn):
