@@ -38,6 +38,8 @@ from .network import (
     require,
 )
 
+__all__ = ["check_writable", "main"]
+
 GOAL = 0.95  # the table counts the epochs to this test accuracy
 BLUE, VERMILION = "#0072B2", "#D55E00"  # Okabe and Ito's, which colour-blind eyes tell apart
 
