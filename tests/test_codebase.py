@@ -24,7 +24,7 @@ MODULES = sorted(path.stem for path in PACKAGE.glob("*.py"))
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = ROOT / "src" / "bnfast"
 needs_sources = pytest.mark.skipif(
-    not (SOURCES / "_core.pyx").is_file() or not (ROOT / "setup.py").is_file(),
+    not (SOURCES / "core" / "_core.pyx").is_file() or not (ROOT / "setup.py").is_file(),
     reason="the sources do not lie beside the tests: an installed package is being tested",
 )
 
@@ -269,7 +269,7 @@ def test_no_flag_that_changes_results_or_ties_a_wheel_to_a_machine(name):
 
 @needs_sources
 def test_no_pragma_or_attribute_brings_such_a_flag_in():
-    for path in [*SOURCES.rglob("*.[ch]"), *SOURCES.rglob("*.pyx")]:
+    for path in [*SOURCES.rglob("*.[ch]"), *SOURCES.rglob("*.p[yx][xi]")]:
         text = path.read_text(encoding="utf-8")
         assert not re.search(r"optimize\s*\(?\s*\"|fast-math\"\s*\)|target_clones", text), path.name
         assert not re.search(r"pragma\s+(STDC\s+FP_CONTRACT\s+ON|GCC\s+optimize|float_control)", text), path.name
@@ -289,13 +289,13 @@ def test_there_is_one_parallel_loop():
         loops += [path.name] * len(re.findall(r"\bprange\s*\(|\bparallel\s*\(", code))
     for path in SOURCES.rglob("*.[ch]"):
         loops += [path.name] * len(OPENMP_PRAGMA.findall(c_code(path)))
-    assert loops == ["_core.pyx", "openmp.c"]
+    assert loops == ["run.pxi", "openmp.c"]
 
 
 @needs_sources
 def test_omp_set_num_threads_is_never_called():
-    for path in [*SOURCES.rglob("*.[ch]"), *SOURCES.rglob("*.py*")]:
-        if path.suffix in {".c", ".h", ".py", ".pyx", ".pyi"}:
+    for path in [*SOURCES.rglob("*.[ch]"), *SOURCES.rglob("*.p[yx]*")]:
+        if path.suffix in {".c", ".h", ".py", ".pyx", ".pxi", ".pyi"}:
             assert not re.search(r"omp_set_num_threads\s*\(", path.read_text(encoding="utf-8")), path.name
 
 

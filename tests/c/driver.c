@@ -11,7 +11,7 @@
 
 #define _GNU_SOURCE
 #include "kernels/job.h"
-#include "shares.h"
+#include "runtime/shares.h"
 
 #include <float.h>
 #include <math.h>
