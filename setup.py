@@ -18,7 +18,10 @@ from Cython.Build import cythonize
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
-KERNELS = ("baseline", "avx2", "avx512", "dispatch", "finish", "planar", "interleaved", "floor", "infinite")
+KERNELS = (
+    *("baseline", "avx2", "avx512", "dispatch"),
+    *("plan", "planar", "interleaved", "block", "merge", "coefficients", "floor", "infinite"),
+)
 
 OPENMP_PROBE = """
 #include <omp.h>

@@ -52,8 +52,8 @@ cdef extern from "kernels/job.h" nogil:
         double *mean
         double *inv_std
         double *m2
-        double *sum
-        double *dot
+        double *dbeta
+        double *dgamma
         int *infinite
         int n_threads
         Py_ssize_t workspace_bytes

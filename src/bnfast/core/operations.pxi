@@ -134,7 +134,7 @@ def batch_norm_backward(dy, x, mean, inv_std, gamma, axis, training, out):
         dgamma, dbeta = new_statistics(channels), new_statistics(channels)
         job.x, job.u, job.out = cnp.PyArray_DATA(data), cnp.PyArray_DATA(u), cnp.PyArray_DATA(dx)
         job.gamma, job.mean, job.inv_std = parameter(g), values(m), values(s)
-        job.sum, job.dot = values(dbeta), values(dgamma)
+        job.dbeta, job.dgamma = values(dbeta), values(dgamma)
         compute(&job, data)
     return delivered(dx, given_out), rounded_like(dgamma, data), rounded_like(dbeta, data)
 
