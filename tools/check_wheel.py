@@ -180,7 +180,7 @@ def examine(wheel, folder):
     require({m.split("/")[0] for m in members} == {"bnfast", "bnfast.libs", info}, f"{wheel.name}: {members}")
     for member in ("bnfast/py.typed", "bnfast/_core.pyi", f"{info}/licenses/LICENSE"):
         require(member in members, f"{wheel.name}: without {member}")
-    sources = [m for m in members if m.endswith((".c", ".h", ".pyx", ".o"))]
+    sources = [m for m in members if m.endswith((".c", ".h", ".pyx", ".pxi", ".o"))]
     require(not sources, f"{wheel.name}: carries {sources}")
     libraries = [m for m in members if m.startswith("bnfast.libs/")]
     require(len(libraries) == 1 and "libgomp-" in libraries[0], f"{wheel.name}: bundles {libraries}, not libgomp alone")

@@ -6,10 +6,11 @@
  *   interleaved  neighbours belong to different columns, a column to one channel (NHWC, NC)
  *
  * A *leaf* is an inner loop over one dtype for one instruction set. Every operation of the package is the
- * same three steps: reduce (leaf), finish (finish.c), apply (leaf). The leaves see one segment at a time, of one or of
- * several channels; who decides what a segment is, and in which order the results are merged, stands in job.h. A leaf
- * knows no Python, no NumPy, no OpenMP and no malloc, and gives the same bits for every instruction set: sums run in
- * two chains of fixed virtual lanes (64 bytes each: 16 float32 or 8 float64), and nothing is contracted into an fma.
+ * same steps: reduce (leaf), merge (merge.c), coefficients (coefficients.c), apply (leaf). The leaves see one segment
+ * at a time, of one or of several channels; who decides what a segment is, and in which order the results are merged,
+ * stands in job.h. A leaf knows no Python, no NumPy, no OpenMP and no malloc, and gives the same bits for every
+ * instruction set: sums run in two chains of fixed virtual lanes (64 bytes each: 16 float32 or 8 float64), and nothing
+ * is contracted into an fma.
  *
  * All strides and sizes count elements. `x`, `u` and `out` point to elements of the leaf's dtype and need no
  * alignment beyond the dtype's own. `out` may be `x` or `u`, the very same elements, and must not overlap them
@@ -81,11 +82,11 @@ typedef struct {
     void (*moments_interleaved)(const void *x, ptrdiff_t n_rows, ptrdiff_t stride, ptrdiff_t n_columns,
                                 const void *center, double *mean, double *m2, void *packed);
 
-    /* Sum of u, and of u * (x - center), over one segment; shapes as above, center: the mean, rounded */
+    /* Sum of u, and of u * d, d = x - center, over one segment; shapes as above, center: the mean, rounded */
     void (*sums_planar)(const void *x, const void *u, const bnfast_runs *runs, ptrdiff_t next, const void *center,
-                        double *sum, double *dot);
+                        double *sum_u, double *sum_ud);
     void (*sums_interleaved)(const void *x, const void *u, ptrdiff_t n_rows, ptrdiff_t stride, ptrdiff_t n_columns,
-                             const void *center, double *sum, double *dot, void *packed_x, void *packed_u);
+                             const void *center, double *sum_u, double *sum_ud, void *packed_x, void *packed_u);
 
     /* Writes what is left of a planar map. */
     void (*write_rest)(bnfast_writer *writer);
@@ -100,7 +101,7 @@ typedef struct {
      * Sums: addition. */
     void (*merge_moments)(ptrdiff_t n, double count_a, double *mean_a, double *m2_a, double count_b,
                           const double *mean_b, const double *m2_b);
-    void (*merge_sums)(ptrdiff_t n, double *sum_a, double *dot_a, const double *sum_b, const double *dot_b);
+    void (*merge_sums)(ptrdiff_t n, double *u_a, double *ud_a, const double *u_b, const double *ud_b);
 
     /* Centres in the dtype. A centre is taken off in two parts: what its rounding leaves, times `slope`, goes
      * into the shift. center, slope: (n,) IN; shift: (n,) IN OUT; center_out: (n,) OUT, dtype of the data */
@@ -110,8 +111,8 @@ typedef struct {
     void (*typical_values)(ptrdiff_t n, ptrdiff_t step, const void *x, const ptrdiff_t *offsets, void *out);
     /* The memory floor: out = x, or x + u where u is not NULL, streamed. n: elements */
     void (*floor)(const void *x, const void *u, void *out, ptrdiff_t n);
-    /* 1 / sqrt(m2 / count + eps) of n channels */
-    void (*inverse_roots)(ptrdiff_t n, const double *m2, double count, double eps, double *inv_std);
+    /* variance = m2 / count, inv_std = 1 / sqrt(variance + eps), of n channels */
+    void (*inv_std_of_m2)(ptrdiff_t n, const double *m2, double count, double eps, double *inv_std);
     /* float64 to the dtype */
     void (*round_values)(ptrdiff_t n, const double *values, void *out);
 } bnfast_kernels;

@@ -1,5 +1,6 @@
-/* The sums that all statistics are made of: of v and of v * (x - center), over rows of one channel (planar) or over the
- * rows of some columns (interleaved). v is u in the backward pass, and x - center itself in the forward pass.
+/* The sums that all statistics are made of: of v and of v * d, d = x - center, over rows of one channel (planar) or
+ * over the rows of some columns (interleaved). v is u in the backward pass; in the forward pass it is d itself, and the
+ * sum of v * d is a sum of squares.
  *
  * A lane takes CHAIN terms in the data's dtype, in each of two chains so that additions need not wait for each other;
  * then the chains are added and go to float64. Relative to the sum of the absolute terms the error of a sum is at most
@@ -23,14 +24,14 @@ _Static_assert(TILE_ROWS(0) % (2 * COLUMN_CHAIN) == 0 && TILE_ROWS(1) % (2 * COL
 #define AHEAD ((ptrdiff_t)(4096 / sizeof(T)))
 
 struct FN(pair) {
-    FN(vec) sum, dot;
+    FN(vec) sum_v, sum_vd;
 };
 
 static ALWAYS_INLINE void FN(take)(struct FN(pair) * s, FN(vec) x, FN(vec) u, FN(vec) center, int with_u)
 {
     const FN(vec) d = x - center, v = with_u ? u : d;
-    s->sum += v;
-    s->dot += v * d;
+    s->sum_v += v;
+    s->sum_vd += v * d;
 }
 
 /* `steps` terms for every lane of both chains; `ahead`: elements to what is to be brought into cache. */
@@ -47,25 +48,25 @@ static ALWAYS_INLINE void FN(take)(struct FN(pair) * s, FN(vec) x, FN(vec) u, FN
             } \
         }
 
-/* x, u: (n_rows, length), rows `stride` apart IN, u where with_u; next: elements to what is reduced next; sum, dot:
- * scalars OUT; w: a normalize that goes on meanwhile, or NULL */
+/* x, u: (n_rows, length), rows `stride` apart IN, u where with_u; next: elements to what is reduced next; sum_v,
+ * sum_vd: scalars OUT; w: a normalize that goes on meanwhile, or NULL */
 static ALWAYS_INLINE void FN(sums_of_rows)(const T *x, const T *u, ptrdiff_t n_rows, ptrdiff_t stride, ptrdiff_t length,
-                                           ptrdiff_t next, T center_value, int with_u, double *sum, double *dot,
+                                           ptrdiff_t next, T center_value, int with_u, double *sum_v, double *sum_vd,
                                            bnfast_writer *w)
 {
     const FN(vec) center = FN(set1)(center_value), zero = FN(set1)(0);
     struct FN(pair) chain[2][VU];
-    FN(wide) wide_sum[VU * WIDE_PER_VEC], wide_dot[VU * WIDE_PER_VEC];
-    memset(wide_sum, 0, sizeof wide_sum);
-    memset(wide_dot, 0, sizeof wide_dot);
+    FN(wide) wide_v[VU * WIDE_PER_VEC], wide_vd[VU * WIDE_PER_VEC];
+    memset(wide_v, 0, sizeof wide_v);
+    memset(wide_vd, 0, sizeof wide_vd);
     memset(chain, 0, sizeof chain);
     ptrdiff_t room = CHAIN; /* terms a chain may still take */
     const ptrdiff_t reach = !with_u && length > 2 * AHEAD ? 2 * AHEAD : AHEAD;
 #define FLUSH_CHAINS \
     if (room == 0) { \
         for (int k = 0; k < VU; k++) { \
-            FN(widen_add)(wide_sum + k * WIDE_PER_VEC, chain[0][k].sum + chain[1][k].sum); \
-            FN(widen_add)(wide_dot + k * WIDE_PER_VEC, chain[0][k].dot + chain[1][k].dot); \
+            FN(widen_add)(wide_v + k * WIDE_PER_VEC, chain[0][k].sum_v + chain[1][k].sum_v); \
+            FN(widen_add)(wide_vd + k * WIDE_PER_VEC, chain[0][k].sum_vd + chain[1][k].sum_vd); \
         } \
         memset(chain, 0, sizeof chain); \
         room = CHAIN; \
@@ -123,15 +124,15 @@ static ALWAYS_INLINE void FN(sums_of_rows)(const T *x, const T *u, ptrdiff_t n_r
     room = 0;
     FLUSH_CHAINS
 #undef FLUSH_CHAINS
-    *sum = FN(fold_wide)(wide_sum);
-    *dot = FN(fold_wide)(wide_dot);
+    *sum_v = FN(fold_wide)(wide_v);
+    *sum_vd = FN(fold_wide)(wide_vd);
 }
 
 /* Adds a tile of at most TILE_ROWS rows to the sums of `vectors` vectors of columns from c on, or of n < VN columns.
  * packed_x, packed_u: (n_rows, .) OUT, rows `packed_stride` apart, the same elements again; or NULL */
 static ALWAYS_INLINE void FN(sums_of_tile)(const T *x, const T *u, ptrdiff_t n_rows, ptrdiff_t stride, T *packed_x,
                                            T *packed_u, ptrdiff_t packed_stride, const T *centers, ptrdiff_t c,
-                                           int vectors, ptrdiff_t n, int with_u, double *sum, double *dot,
+                                           int vectors, ptrdiff_t n, int with_u, double *sum_v, double *sum_vd,
                                            ptrdiff_t ahead)
 {
     const FN(vec) zero = FN(set1)(0);
@@ -171,7 +172,7 @@ static ALWAYS_INLINE void FN(sums_of_tile)(const T *x, const T *u, ptrdiff_t n_r
         ptrdiff_t t = r;
         for (int k = 0; k < vectors; k++)
             for (int i = 0; i < 2; i++)
-                chain[i][k].sum = chain[i][k].dot = zero;
+                chain[i][k].sum_v = chain[i][k].sum_vd = zero;
         for (; t + 2 <= end; t += 2) {
             TAKE_ROW(0)
             TAKE_ROW(1)
@@ -180,8 +181,8 @@ static ALWAYS_INLINE void FN(sums_of_tile)(const T *x, const T *u, ptrdiff_t n_r
             TAKE_ROW(0)
         }
         for (int k = 0; k < vectors; k++) {
-            FN(widen_add_columns)(sum + c + k * VN, chain[0][k].sum + chain[1][k].sum, n);
-            FN(widen_add_columns)(dot + c + k * VN, chain[0][k].dot + chain[1][k].dot, n);
+            FN(widen_add_columns)(sum_v + c + k * VN, chain[0][k].sum_v + chain[1][k].sum_v, n);
+            FN(widen_add_columns)(sum_vd + c + k * VN, chain[0][k].sum_vd + chain[1][k].sum_vd, n);
         }
     }
 #undef TAKE_ROW
@@ -189,11 +190,12 @@ static ALWAYS_INLINE void FN(sums_of_tile)(const T *x, const T *u, ptrdiff_t n_r
 
 static ALWAYS_INLINE void FN(sums_of_columns_as)(const T *x, const T *u, ptrdiff_t n_rows, ptrdiff_t stride,
                                                  T *packed_x, T *packed_u, ptrdiff_t packed_stride, ptrdiff_t n_columns,
-                                                 const T *centers, int with_u, double *sum, double *dot, ptrdiff_t next)
+                                                 const T *centers, int with_u, double *sum_v, double *sum_vd,
+                                                 ptrdiff_t next)
 {
     const ptrdiff_t tile_rows = TILE_ROWS(with_u);
-    memset(sum, 0, (size_t)n_columns * sizeof *sum);
-    memset(dot, 0, (size_t)n_columns * sizeof *dot);
+    memset(sum_v, 0, (size_t)n_columns * sizeof *sum_v);
+    memset(sum_vd, 0, (size_t)n_columns * sizeof *sum_vd);
     for (ptrdiff_t r = 0; r < n_rows; r += tile_rows) {
         const ptrdiff_t rows = n_rows - r < tile_rows ? n_rows - r : tile_rows;
         ptrdiff_t c = 0, ahead = tile_rows * stride;
@@ -202,7 +204,7 @@ static ALWAYS_INLINE void FN(sums_of_columns_as)(const T *x, const T *u, ptrdiff
 #define TILE(vectors, n) \
     FN(sums_of_tile)(x + r * stride, u + r * stride, rows, stride, packed_x ? packed_x + r * packed_stride : NULL, \
                      packed_x ? packed_u + r * packed_stride : NULL, packed_stride, centers, c, vectors, n, with_u, \
-                     sum, dot, ahead)
+                     sum_v, sum_vd, ahead)
         for (; c + COLUMN_VECTORS * VN <= n_columns; c += COLUMN_VECTORS * VN)
             TILE(COLUMN_VECTORS, VN);
         for (; c + VN <= n_columns; c += VN)
@@ -213,18 +215,18 @@ static ALWAYS_INLINE void FN(sums_of_columns_as)(const T *x, const T *u, ptrdiff
     }
 }
 
-/* x, u: (n_rows, n_columns <= COLUMNS), rows `stride` apart IN; centers: (n_columns,) IN; sum, dot: (n_columns,) OUT;
- * packed_x, packed_u: NULL, or (n_rows, n_columns) with rows packed_stride apart OUT */
+/* x, u: (n_rows, n_columns <= COLUMNS), rows `stride` apart IN; centers: (n_columns,) IN; sum_v, sum_vd: (n_columns,)
+ * OUT; packed_x, packed_u: NULL, or (n_rows, n_columns) with rows packed_stride apart OUT */
 static ALWAYS_INLINE void FN(sums_of_columns)(const T *x, const T *u, ptrdiff_t n_rows, ptrdiff_t stride, T *packed_x,
                                               T *packed_u, ptrdiff_t packed_stride, ptrdiff_t n_columns,
-                                              const T *centers, int with_u, double *sum, double *dot)
+                                              const T *centers, int with_u, double *sum_v, double *sum_vd)
 {
     const ptrdiff_t next = n_rows * stride;
     if (packed_x)
-        FN(sums_of_columns_as)(x, u, n_rows, stride, packed_x, packed_u, packed_stride, n_columns, centers, with_u, sum,
-                               dot, next);
+        FN(sums_of_columns_as)(x, u, n_rows, stride, packed_x, packed_u, packed_stride, n_columns, centers, with_u,
+                               sum_v, sum_vd, next);
     else
-        FN(sums_of_columns_as)(x, u, n_rows, stride, NULL, NULL, 0, n_columns, centers, with_u, sum, dot, next);
+        FN(sums_of_columns_as)(x, u, n_rows, stride, NULL, NULL, 0, n_columns, centers, with_u, sum_v, sum_vd, next);
 }
 
 /* Where rows are short and many, their elements are summed as columns, and the columns of a channel added at the end:
@@ -248,13 +250,14 @@ static ALWAYS_INLINE double FN(fold_columns)(const double *columns, ptrdiff_t le
     return FN(fold_wide)(lanes);
 }
 
-/* x, u: (n_rows, n_channels, length) IN; centers, sum, dot: (n_channels,) IN, OUT, OUT; the rest as for sums_of_rows */
+/* x, u: (n_rows, n_channels, length) IN; centers, sum_v, sum_vd: (n_channels,) IN, OUT, OUT; the rest as for
+ * sums_of_rows */
 static void FN(sums_of_short_rows)(const T *x, const T *u, const bnfast_runs *runs, ptrdiff_t next, const T *centers,
-                                   int with_u, double *sum, double *dot)
+                                   int with_u, double *sum_v, double *sum_vd)
 {
     const ptrdiff_t length = runs->length, n_channels = runs->n_channels, group = COLUMNS / length;
     T column_centers[COLUMNS];
-    double column_sum[COLUMNS], column_dot[COLUMNS];
+    double column_v[COLUMNS], column_vd[COLUMNS];
     for (ptrdiff_t i = 0; i < n_channels; i += group) {
         const ptrdiff_t n = n_channels - i < group ? n_channels - i : group;
         const ptrdiff_t to_next = i + n < n_channels ? n * length : next - i * length;
@@ -263,30 +266,30 @@ static void FN(sums_of_short_rows)(const T *x, const T *u, const bnfast_runs *ru
                 column_centers[c * length + j] = centers[i + c];
         if (with_u)
             FN(sums_of_columns_as)(x + i * length, u + i * length, runs->n_rows, runs->stride, NULL, NULL, 0,
-                                   n * length, column_centers, 1, column_sum, column_dot, to_next);
+                                   n * length, column_centers, 1, column_v, column_vd, to_next);
         else
             FN(sums_of_columns_as)(x + i * length, u + i * length, runs->n_rows, runs->stride, NULL, NULL, 0,
-                                   n * length, column_centers, 0, column_sum, column_dot, to_next);
+                                   n * length, column_centers, 0, column_v, column_vd, to_next);
         for (ptrdiff_t c = 0; c < n; c++) {
-            sum[i + c] = FN(fold_columns)(column_sum + c * length, length);
-            dot[i + c] = FN(fold_columns)(column_dot + c * length, length);
+            sum_v[i + c] = FN(fold_columns)(column_v + c * length, length);
+            sum_vd[i + c] = FN(fold_columns)(column_vd + c * length, length);
         }
     }
 }
 
 /* The sums of some channels. Shapes as for sums_of_short_rows. w: may go on meanwhile, not with_u; or NULL */
 static void FN(sums_of_runs)(const T *x, const T *u, const bnfast_runs *runs, ptrdiff_t next, const T *centers,
-                             int with_u, double *sum, double *dot, bnfast_writer *w)
+                             int with_u, double *sum_v, double *sum_vd, bnfast_writer *w)
 {
     if (FN(summed_as_columns)(runs)) {
-        FN(sums_of_short_rows)(x, u, runs, next, centers, with_u, sum, dot);
+        FN(sums_of_short_rows)(x, u, runs, next, centers, with_u, sum_v, sum_vd);
         return;
     }
     for (ptrdiff_t i = 0; i < runs->n_channels; i++) {
         const ptrdiff_t at = i * runs->length, to_next = i + 1 < runs->n_channels ? runs->length : next - at;
 #define SUMS(with_u, w) \
-    FN(sums_of_rows)(x + at, u + at, runs->n_rows, runs->stride, runs->length, to_next, centers[i], with_u, sum + i, \
-                     dot + i, w)
+    FN(sums_of_rows)(x + at, u + at, runs->n_rows, runs->stride, runs->length, to_next, centers[i], with_u, sum_v + i, \
+                     sum_vd + i, w)
         if (with_u)
             SUMS(1, NULL);
         else if (w)

@@ -407,7 +407,7 @@ static void small_leaves(ptrdiff_t n)
         expect("merged sum", i, mean_a[i], (long double)old_mean[i] + mean_b[i], 9);
         expect("merged dot", i, m2_a[i], (long double)old_m2[i] + m2_b[i], 90);
     }
-    k->inverse_roots(n, m2_b, count_b, eps, result);
+    k->inv_std_of_m2(n, m2_b, count_b, eps, result);
     for (ptrdiff_t i = 0; i < n; i++)
         expect("inv_std", i, result[i], 1 / sqrtl((long double)m2_b[i] / count_b + eps), fabsl((long double)result[i]));
     note(result, (size_t)n * 8);
@@ -449,7 +449,7 @@ static void small_leaves(ptrdiff_t n)
     release_buffers();
 }
 
-/* Planar runs of several channels hold whole vectors (finish.c, PLANAR_INNER). */
+/* Planar runs of several channels hold whole vectors (plan.c, PLANAR_INNER). */
 enum { SHORTEST_RUN = 16 };
 
 static void leaves_of_size(ptrdiff_t n)
@@ -627,7 +627,7 @@ static uint64_t run_job(const example *e)
     if (e->operation == BNFAST_EVAL && !e->few)
         job.var = new_doubles(channels, 2);
     if (has_u(e->operation) && !(e->few && e->operation == BNFAST_JVP))
-        job.sum = new_doubles(channels, 0), job.dot = new_doubles(channels, 0);
+        job.dbeta = new_doubles(channels, 0), job.dgamma = new_doubles(channels, 0);
     /* caches of any size: they decide about blocks, and about copying them together */
     bnfast_set_caches((ptrdiff_t)1 << (15 + e->channels % 6), (ptrdiff_t)1 << (15 + e->outer % 11));
     bnfast_plan(&job);
@@ -647,7 +647,7 @@ static uint64_t run_job(const example *e)
     for (ptrdiff_t i = 0; job.out && i < e->outer * channels; i++)
         if (i % channels != e->left_out)
             note_values((const char *)job.out + i * e->inner * k->itemsize, e->inner, k->itemsize);
-    const double *const results[] = {mean, inv_std, job.m2, job.sum, job.dot};
+    const double *const results[] = {mean, inv_std, job.m2, job.dbeta, job.dgamma};
     for (int i = 0; i < 5; i++)
         for (ptrdiff_t c = 0; results[i] && c < channels; c++)
             if (c != e->left_out)
@@ -722,9 +722,9 @@ static void expect_job(const example *e, const bnfast_job *job, const void *x, c
                     size_dot += fabsl(v * hat) + fabsl(v * inv_std);
             }
             sum += rest, dot += rest_dot;
-            if (job->sum) {
-                expect("dbeta", c, job->sum[c], sum, size);
-                expect("dgamma", c, job->dot[c], dot,
+            if (job->dbeta) {
+                expect("dbeta", c, job->dbeta[c], sum, size);
+                expect("dgamma", c, job->dgamma[c], dot,
                        size_dot + size * largest * (long double)epsilon() * fabsl(inv_std));
             }
         }
