@@ -10,6 +10,7 @@ from .runtime import loading as loading  # first: it loads the extension
 
 # isort: on
 from . import functional
+from .grad_mode import no_grad
 from .gradients.check import GradientCheck, check_gradient, check_layer, directional_derivative
 from .layer import BatchNorm
 from .runtime.blas import share_blas_threads
@@ -18,7 +19,10 @@ from .runtime.threads import get_num_threads, num_threads, set_num_threads
 from .scaling.scaler import StandardScaler
 from .state import names_of_0_1
 from .state.files import StateError
+from .state.model import load_model as load
+from .state.model import save_model as save
 from .statistics.moments import Moments, moments
+from .statistics.running import calibrate
 
 names_of_0_1.enter(Moments, StandardScaler)
 
@@ -29,14 +33,18 @@ __all__ = [
     "StandardScaler",
     "StateError",
     "__version__",
+    "calibrate",
     "check_gradient",
     "check_layer",
     "config",
     "directional_derivative",
     "functional",
     "get_num_threads",
+    "load",
     "moments",
+    "no_grad",
     "num_threads",
+    "save",
     "set_num_threads",
     "share_blas_threads",
     "show_config",

@@ -5,12 +5,13 @@ from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any, Generic, Literal, Self, TypeVar, final, overload
 
+import numpy as np
 from numpy.typing import NDArray
 
 from .functional import Array, Statistics
 
 _T = TypeVar("_T")
-_Layer = TypeVar("_Layer")
+_Entered = TypeVar("_Entered")
 
 def shares_memory(a: object, x: Array) -> bool: ...
 def as_data(value: object, name: str) -> Array: ...
@@ -49,6 +50,7 @@ def batch_norm_backward(
     axis: object,
     training: object,
     out: object,
+    dtype: np.dtype[Any] | None = None,
 ) -> tuple[Array, Array, Array]: ...
 def batch_norm_jvp(
     v: object,
@@ -62,17 +64,15 @@ def batch_norm_jvp(
     out: object,
 ) -> Array: ...
 def memory_floor(x: Array, u: Array | None, out: Array) -> None: ...
-def updated_running(
-    mean: Statistics | None,
-    var: Statistics | None,
-    batch_mean: Statistics,
-    batch_m2: Statistics,
-    count: int,
-    factor: float,
-    unbiased: bool,
-) -> tuple[Statistics, Statistics]: ...
 
-FREE_THREADED: bool
+# --- a layer's step ---
+
+# What `update_all` takes: a reference, what makes new contents of those it refers to, and (target, source) arrays.
+Update = tuple[AtomicReference[Contents], Callable[[Contents], Contents], list[tuple[NDArray[Any], NDArray[Any]]]]
+
+KEEP_NOTHING: int
+KEEP_LAST: int
+KEEP_PULLBACK: int
 
 @final
 class AtomicReference(Generic[_T]):
@@ -80,17 +80,115 @@ class AtomicReference(Generic[_T]):
     @property
     def value(self) -> _T: ...
     def snapshot(self, arrays: tuple[NDArray[Any] | None, ...]) -> tuple[Any, ...]: ...
-    def compare_and_swap(
-        self, expected: _T, value: _T, copies: tuple[tuple[NDArray[Any], NDArray[Any]], ...] = ...
-    ) -> bool: ...
+    def update(self, function: Callable[..., _T], *arguments: object) -> None: ...
 
 @final
-class Calibration(Generic[_Layer]):
-    def __new__(cls, layer: _Layer, current: AtomicReference[object]) -> Self: ...
-    def __enter__(self) -> _Layer: ...
+class Forward:
+    x: Array
+    mean: Statistics
+    inv_std: Statistics | None
+    m2: Statistics
+    var: Statistics | None
+    gamma: Array | None
+    beta: Array | None
+    axis: int
+    eps: float
+    training: bool
+    gone: str | None
+    @property
+    def count(self) -> int: ...
+    def nonfinite(self) -> int: ...
+
+@final
+class Running:
+    mean: Statistics
+    var: Statistics
+    batches: int
+    averaged: NDArray[np.int64] | None
+    skipped: NDArray[np.int64] | None
+    def __new__(
+        cls,
+        mean: Statistics,
+        var: Statistics,
+        batches: int = 0,
+        averaged: NDArray[np.int64] | None = None,
+        skipped: NDArray[np.int64] | None = None,
+    ) -> Self: ...
+
+@final
+class Contents:
+    running: Any  # Running, or None for a layer without running statistics
+    averages: Running | None
+    exact: tuple[Any, int] | None
+    gathered: tuple[object, Any, int] | None
+    forward: Forward | None
+    absent: str | None
+    replaced: bool
+    batch_mean: Statistics | None
+    batch_m2: Statistics | None
+    batch_count: int
+    gradients: tuple[Array | None, Array | None]
+    sums: tuple[Array | None, Array | None]
+    def __new__(cls, running: Running | None = None) -> Self: ...
+    def replace(self, **changes: object) -> Contents: ...
+    def after_forward(self, forward: Forward, keep: int) -> Contents: ...
+
+@final
+class Calibration(Generic[_Entered]):
+    def __new__(
+        cls, currents: tuple[AtomicReference[object], ...], finish: Callable[[object], None], entered: _Entered
+    ) -> Self: ...
+    def __enter__(self) -> _Entered: ...
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None: ...
+
+def update_all(
+    updates: list[Update],
+    arrays: list[tuple[NDArray[Any], NDArray[Any]]] = ...,
+    attributes: list[tuple[dict[str, Any], dict[str, Any]]] = ...,
+) -> None: ...
+def forward_with_batch(
+    contents: AtomicReference[Contents],
+    x: object,
+    gamma: Array | None,
+    beta: Array | None,
+    axis: int,
+    channels: int,
+    eps: float,
+    training: bool,
+    out: object,
+    living: tuple[Forward, ...],
+) -> tuple[Array, Forward]: ...
+def forward_with_running(
+    contents: AtomicReference[Contents],
+    x: object,
+    running: Running,
+    gamma: Array | None,
+    beta: Array | None,
+    axis: int,
+    channels: int,
+    eps: float,
+    training: bool,
+    out: object,
+    living: tuple[Forward, ...],
+) -> tuple[Array, Forward]: ...
+def backward_of(
+    forward: Forward, dy: object, out: object, living: tuple[Forward, ...], dtype: np.dtype[Any]
+) -> tuple[Array, Array, Array]: ...
+def commit_training(
+    contents: AtomicReference[Contents], forward: Forward, keep: int, momentum: float | None, unbiased: bool, skip: bool
+) -> None: ...
+def commit_forward(contents: AtomicReference[Contents], forward: Forward, keep: int) -> None: ...
+def commit_backward(
+    contents: AtomicReference[Contents],
+    forward: Forward,
+    last: bool,
+    gradients: tuple[Array | None, Array | None],
+    accumulate: bool,
+) -> None: ...
+
+# --- what was built, and what is running ---
 
 def set_thread_budget(function: Callable[[], tuple[int, bool]]) -> None: ...
 def team_for(elements: int) -> int: ...

@@ -7,7 +7,8 @@ this module cannot fail: what can go wrong in the extension is found here. One s
     layout.pxi       how an array lies in memory, as (outer, channels, inner); packed copies; overlaps
     run.pxi          a job planned and run: threads, workspace, the only parallel loop
     operations.pxi   the functions under bnfast.functional: check, allocate, compute, return
-    reference.pxi    what a layer's step needs besides: new running statistics, references exchanged all at once
+    reference.pxi    references to objects, exchanged all at once
+    layer.pxi        the steps of a layer: forwards and backwards, its running statistics, calibration
     built.pxi        what was built and what this machine has
 
 The included files see each other's names; who uses whom goes down this list, built.pxi aside.
@@ -25,7 +26,7 @@ from cpython.number cimport PyNumber_Index
 from cpython.mem cimport PyMem_RawFree, PyMem_RawMalloc
 from cython.parallel cimport prange
 from libc.stdint cimport uintptr_t
-from libc.string cimport memcpy, memset
+from libc.string cimport memcmp, memcpy, memset
 
 include "externs.pxi"
 
@@ -39,4 +40,5 @@ include "layout.pxi"
 include "run.pxi"
 include "operations.pxi"
 include "reference.pxi"
+include "layer.pxi"
 include "built.pxi"

@@ -34,6 +34,21 @@ def as_data(value, str name):
     return as_floating(value, name)
 
 
+cpdef cnp.ndarray as_input(value, axis, Py_ssize_t channels):
+    """`value` as `as_data` gives it for "x", with so many channels along `axis` (nothing else is checked)."""
+    cdef cnp.ndarray array = as_floating(value, "x")
+    cdef int ndim = cnp.PyArray_NDIM(array)
+    cdef Py_ssize_t i = axis if -64 <= axis <= 64 else 64  # the latter: refused where it is used
+    if -ndim <= i < ndim and ndim >= 2 and cnp.PyArray_DIM(array, i if i >= 0 else i + ndim) != channels:
+        shape = shape_of(array)
+        hint = ""
+        for k, n in enumerate(shape):
+            if n == channels and k > 0:
+                hint = f"; BatchNorm(..., axis={-1 if k == ndim - 1 else k}) would fit"
+        raise ValueError(f"x: expected {channels} channels along axis {axis}, got shape {shape}{hint}")
+    return array
+
+
 cdef cnp.ndarray as_samples(object value, str name):
     cdef cnp.ndarray array = as_floating(value, name)
     if cnp.PyArray_NDIM(array) < 2:
@@ -73,9 +88,9 @@ cdef int as_axis(object axis, cnp.ndarray array) except -1:
 
 
 cpdef double as_eps(object eps) except? -1.0:
-    """A positive finite number as a float."""
+    """A finite number of at least 0 as a float."""
     cdef double value
-    if type(eps) is float and 0.0 < <double>eps < 1e300:
+    if type(eps) is float and 0.0 <= <double>eps < 1e300:
         return eps
     try:
         if isinstance(eps, (bool, str)):
@@ -85,8 +100,16 @@ cpdef double as_eps(object eps) except? -1.0:
         raise TypeError(f"eps: expected a number, got {eps!r}") from None
     except OverflowError:  # an int beyond float64
         value = math.inf
-    if not (value > 0.0 and math.isfinite(value)):
-        raise ValueError(f"eps: expected a positive finite number, got {eps!r}")
+    if not (value >= 0.0 and math.isfinite(value)):
+        raise ValueError(f"eps: expected a finite number of at least 0, got {eps!r}")
+    return value
+
+
+cdef double as_positive_eps(object eps) except? -1.0:
+    """The same for training, where a channel may be constant."""
+    cdef double value = as_eps(eps)
+    if value == 0.0:
+        raise ValueError("eps: expected a positive number when training, got 0")
     return value
 
 

@@ -113,7 +113,7 @@ cdef void extent(cnp.ndarray array, uintptr_t *begin, uintptr_t *end) noexcept:
             begin[0] += reach
 
 
-def shares_memory(a, x):
+cpdef bint shares_memory(a, x) except -1:
     """Whether `a` has an element in the memory of `x` (if that is too hard to say: yes); False if `a` is no ndarray."""
     if not isinstance(a, np.ndarray) or not may_overlap(a, x):
         return False

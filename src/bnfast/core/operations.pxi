@@ -17,14 +17,14 @@ def moments(x, axis):
     return job.outer * job.inner, mean, m2
 
 
-def batch_norm(x, gamma, beta, axis, eps, out, bint with_m2=False):
+cpdef tuple batch_norm(x, gamma, beta, axis, eps, out, bint with_m2=False):
     """-> (y, mean, inv_std), with_m2: and m2; y like x, the others (C,) float64 arrays."""
     cdef bnfast_job job = new_job(BNFAST_FORWARD)
     cdef cnp.ndarray data = as_samples(x, "x")
     cdef int channel_axis = as_axis(axis, data)
     cdef Py_ssize_t channels = cnp.PyArray_DIM(data, channel_axis)
     cdef cnp.ndarray given_out, g, b, y, mean, inv_std, m2 = None
-    job.eps = as_eps(eps)
+    job.eps = as_positive_eps(eps)
     given_out = as_out(out, data)
     g = as_parameter(gamma, "gamma", channels, given_out)
     b = as_parameter(beta, "beta", channels, given_out)
@@ -44,7 +44,7 @@ def batch_norm(x, gamma, beta, axis, eps, out, bint with_m2=False):
     return (y, mean, inv_std, m2) if with_m2 else (y, mean, inv_std)
 
 
-def batch_norm_eval(x, mean, var, gamma, beta, axis, eps, out, str prefix=""):
+cpdef cnp.ndarray batch_norm_eval(x, mean, var, gamma, beta, axis, eps, out, str prefix=""):
     """-> y like x. prefix: what the caller's names for mean and var begin with, for messages."""
     cdef bnfast_job job = new_job(BNFAST_EVAL)
     cdef cnp.ndarray data = as_samples(x, "x")
@@ -56,8 +56,9 @@ def batch_norm_eval(x, mean, var, gamma, beta, axis, eps, out, str prefix=""):
     m = as_statistics(mean, prefix + "mean", channels, given_out)
     v = as_statistics(var, prefix + "var", channels, given_out)
     for i in range(channels):
-        if not values(v)[i] >= 0.0:
-            raise ValueError(f"{prefix}var: expected values of at least 0, got {values(v)[i]} for channel {i}")
+        if not (values(v)[i] + job.eps > 0.0 and values(v)[i] - values(v)[i] == 0.0):
+            raise ValueError(f"{prefix}var: expected finite values with var + eps above 0, got {values(v)[i]} "
+                             f"for channel {i} (eps {job.eps:g})")
     g = as_parameter(gamma, "gamma", channels, given_out)
     b = as_parameter(beta, "beta", channels, given_out)
 
@@ -99,25 +100,26 @@ def affine(x, center, scale, shift, out, bint search):
     return delivered(y, given_out), False
 
 
-cdef cnp.ndarray rounded_like(cnp.ndarray statistics, cnp.ndarray x):
-    """(C,) float64 in the dtype of x."""
+cdef cnp.ndarray rounded_to(cnp.ndarray statistics, bint narrow):
+    """(C,) float64 as float32 if `narrow`."""
     cdef cnp.npy_intp channels = cnp.PyArray_DIM(statistics, 0)
     cdef cnp.ndarray result
-    if cnp.PyArray_TYPE(x) == cnp.NPY_FLOAT64:
+    if not narrow:
         return statistics
     result = cnp.PyArray_EMPTY(1, &channels, cnp.NPY_FLOAT32, 0)
     bnfast_active(4).round_values(channels, values(statistics), cnp.PyArray_DATA(result))
     return result
 
 
-def batch_norm_backward(dy, x, mean, inv_std, gamma, axis, training, out):
-    """-> (dx, dgamma, dbeta): dx like x, two (C,) arrays of x's dtype."""
+cpdef tuple batch_norm_backward(dy, x, mean, inv_std, gamma, axis, training, out, dtype=None):
+    """-> (dx, dgamma, dbeta): dx like x, two (C,) arrays of `dtype`, float32 or float64 (None: x's)."""
     cdef bnfast_job job = new_job(BNFAST_BACKWARD if training else BNFAST_BACKWARD_EVAL)
     cdef cnp.ndarray data = as_samples(x, "x")
     cdef int channel_axis = as_axis(axis, data)
     cdef Py_ssize_t channels = cnp.PyArray_DIM(data, channel_axis)
     cdef cnp.ndarray u = as_companion(dy, "dy", data)
     cdef cnp.ndarray given_out, g, m, s, dx, dgamma, dbeta
+    cdef bint narrow
     given_out = as_out(out, data)
     m = as_statistics(mean, "mean", channels, given_out)
     s = as_statistics(inv_std, "inv_std", channels, given_out)
@@ -136,7 +138,8 @@ def batch_norm_backward(dy, x, mean, inv_std, gamma, axis, training, out):
         job.gamma, job.mean, job.inv_std = parameter(g), values(m), values(s)
         job.dbeta, job.dgamma = values(dbeta), values(dgamma)
         compute(&job, data)
-    return delivered(dx, given_out), rounded_like(dgamma, data), rounded_like(dbeta, data)
+    narrow = cnp.PyArray_TYPE(data) == cnp.NPY_FLOAT32 if dtype is None else dtype.itemsize == 4
+    return delivered(dx, given_out), rounded_to(dgamma, narrow), rounded_to(dbeta, narrow)
 
 
 def batch_norm_jvp(v, x, mean, inv_std, gamma, axis, vgamma, vbeta, out):

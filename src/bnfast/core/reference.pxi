@@ -1,38 +1,4 @@
-# What a layer's step needs besides operations: its input checked, new running statistics, and a reference to its state
-# that is exchanged all at once.
-
-def as_input(value, axis, Py_ssize_t channels):
-    """`value` as `as_data` gives it for "x", with so many channels along `axis` (nothing else is checked)."""
-    cdef cnp.ndarray array = as_floating(value, "x")
-    cdef int ndim = cnp.PyArray_NDIM(array)
-    cdef Py_ssize_t i = axis if -64 <= axis <= 64 else 64  # the latter: refused where it is used
-    if -ndim <= i < ndim and ndim >= 2 and cnp.PyArray_DIM(array, i if i >= 0 else i + ndim) != channels:
-        shape = shape_of(array)
-        hint = ""
-        for k, n in enumerate(shape):
-            if n == channels and k > 0:
-                hint = f"; BatchNorm(..., axis={-1 if k == ndim - 1 else k}) would fit"
-        raise ValueError(f"x: expected {channels} channels along axis {axis}, got shape {shape}{hint}")
-    return array
-
-
-def updated_running(cnp.ndarray mean, cnp.ndarray var, cnp.ndarray batch_mean, cnp.ndarray batch_m2, Py_ssize_t count,
-                    double factor, bint unbiased):
-    """-> (mean, var), new: (1 - factor) * old + factor * batch. All (C,) float64, contiguous."""
-    cdef Py_ssize_t channels = cnp.PyArray_DIM(mean, 0), i
-    cdef cnp.ndarray new_mean = new_statistics(channels), new_var = new_statistics(channels)
-    cdef double *old_m = values(mean)
-    cdef double *old_v = values(var)
-    cdef double *m = values(new_mean)
-    cdef double *v = values(new_var)
-    cdef double *b = values(batch_mean)
-    cdef double *b2 = values(batch_m2)
-    cdef double divisor = count - 1 if unbiased else count
-    for i in range(channels):
-        m[i] = (1.0 - factor) * old_m[i] + factor * b[i]
-        v[i] = (1.0 - factor) * old_v[i] + factor * (b2[i] / divisor)
-    return new_mean, new_var
-
+# References to objects, exchanged for others all at once: what a layer changes is behind one.
 
 cdef extern from *:
     """
@@ -43,8 +9,6 @@ cdef extern from *:
     #endif
     """
     bint BNFAST_FREE_THREADED
-
-FREE_THREADED = bool(BNFAST_FREE_THREADED)
 
 ctypedef struct copy_order:
     void *target
@@ -105,22 +69,15 @@ cdef class AtomicReference:
             copy_all(orders, n)
         return value, *copies
 
-    def compare_and_swap(self, expected, value, tuple copies=()):
-        """Copies arrays and refers to `value`, all at once, if it still refers to `expected`; returns whether it did.
-
-        copies: up to two pairs (target, source), each two contiguous arrays of one dtype and shape.
-        """
-        cdef copy_order orders[2]
-        cdef int n = 0
-        for target, source in copies:
-            if n == 2:
-                raise ValueError("compare_and_swap: expected up to two pairs of arrays")
-            to_copy(&orders[n], target, source)
-            n += 1
-        return self.swap(expected, value, orders, n)
+    def update(self, function, *arguments):
+        """Exchanges the referent for `function(referent, *arguments)`; looks again if another call came between."""
+        while True:
+            found = self.value
+            if self.swap(found, function(found, *arguments), NULL, 0):
+                return
 
     cdef bint swap(self, object expected, object value, copy_order *orders, int n) noexcept:
-        """The caller holds `expected`: no object ends in here."""
+        """Copies and exchanges if the referent is still `expected`; the caller holds it: no object ends in here."""
         cdef bint same
         with cython.critical_section(self):
             same = self.referent is expected
@@ -130,36 +87,50 @@ cdef class AtomicReference:
         return same
 
 
-@cython.auto_pickle(False)
-@cython.final
-@cython.no_gc_clear  # __dealloc__ needs what it refers to
-cdef class Calibration:
-    """What `with layer.calibrate():` enters and leaves.
+cdef class _Orders:
+    """Copies to do, one after another."""
 
-    In C, because no signal handler runs between its steps: a layer is never left in calibration by an interrupt. From
-    Python 3.14 on one may run after `__enter__` and before the block: then the end of this object ends the calibration.
-    """
+    cdef copy_order *orders
+    cdef int n
 
-    cdef object layer
-    cdef AtomicReference current
-    cdef object token
-
-    def __cinit__(self, layer, AtomicReference current not None):
-        """current: the layer's, to the token of the block that is gathering, or None."""
-        self.layer, self.current = layer, current
+    def __cinit__(self, copies):
+        self.orders = <copy_order *>PyMem_RawMalloc((len(copies) + 1) * sizeof(copy_order))
+        if self.orders == NULL:
+            raise MemoryError()
+        for target, source in copies:
+            to_copy(&self.orders[self.n], target, source)
+            self.n += 1
 
     def __dealloc__(self):
-        if self.token is not None:
-            self.current.swap(self.token, None, NULL, 0)
+        PyMem_RawFree(self.orders)
 
-    def __enter__(self):
-        token = object()  # of this block: what another one has gathered is not its own
-        if not self.current.swap(None, token, NULL, 0):
-            raise RuntimeError("calibrate: this layer is being calibrated already")
-        self.token = token
-        return self.layer
 
-    def __exit__(self, kind, error, trace):
-        self.current.swap(self.token, None, NULL, 0)
-        if kind is None:
-            self.layer._finish_calibration(self.token)
+def update_all(list updates, list arrays=[], list attributes=[]):
+    """Changes several layers and arrays at once; what raises, raises before anything has changed.
+
+    updates: (reference, function, copies): as `update`, and (target, source) arrays, contiguous and of one shape and
+    dtype, copied at the same moment; arrays: (target, source) of one shape and dtype; attributes: (dict, dict of what
+    changes in it). Without a GIL calls of other threads may come between two references, never into one.
+    """
+    cdef AtomicReference reference
+    cdef _Orders orders
+    cdef Py_ssize_t i, n = len(updates)
+    cdef list found, new
+    cdef list copies = [_Orders(copies) for _, _, copies in updates]
+    while True:
+        found = [(<AtomicReference?>reference).value for reference, _, _ in updates]
+        new = [function(old) for (_, function, _), old in zip(updates, found)]
+        for i in range(n):
+            if (<AtomicReference>updates[i][0]).referent is not found[i]:
+                break
+        else:
+            break
+    for i in range(n):
+        reference, orders = updates[i][0], copies[i]
+        while not reference.swap(found[i], new[i], orders.orders, orders.n):
+            found[i] = reference.value
+            new[i] = updates[i][1](found[i])
+    for target, source in arrays:
+        cnp.PyArray_CopyInto(target, source)
+    for target, changes in attributes:
+        (<dict>target).update(<dict>changes)

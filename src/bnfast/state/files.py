@@ -1,10 +1,11 @@
-"""Files of a layer's state: what is in one, how it is checked, how it replaces another.
+"""Files: what is in one, how it is checked, how it replaces another.
 
-A file is a zip archive of `.npy` members, as `numpy.savez` writes it, so `numpy.load` reads it. Beside the arrays the
-member `__bnfast__` holds a description, JSON as bytes. The archive's comment, the last bytes of the file, is the sha256
-of all bytes before it. It is looked at first: nothing of a damaged file is interpreted. It is a checksum, not a
-signature: who changes a file on purpose computes it again. So what is interpreted is not trusted either. No member may
-be compressed, be larger than the file, or hold anything but the few dtypes of a layer; nothing is ever unpickled.
+Two kinds of file, that of a layer and that of a model (layers, arrays, numbers and strings under names). A file is a
+zip archive of `.npy` members, as `numpy.savez` writes it, so `numpy.load` reads it. Beside the arrays the member
+`__bnfast__` holds a description, JSON as bytes, which says the kind. The archive's comment, the last bytes of the file,
+is the sha256 of all bytes before it. It is looked at first: nothing of a damaged file is interpreted. It is a checksum,
+not a signature: who changes a file on purpose computes it again. So what is interpreted is not trusted either. No
+member may be compressed, be larger than the file, or hold anything but plain numbers; nothing is ever unpickled.
 
 A new file is complete on disk under a temporary name before it gets the name of the old one. Its writer holds a lock on
 it, which ends with the process: a temporary file without a lock was left by a process that died, and is removed.
@@ -15,6 +16,7 @@ import errno
 import hashlib
 import io
 import json
+import math
 import os
 import re
 import secrets
@@ -33,13 +35,16 @@ except ImportError:  # Windows
 
 __all__ = ["FORMAT", "StateError", "decode", "encode", "read", "replace", "sealed"]
 
-FORMAT = 1
+FORMAT = 2
+KINDS = {"layer": "BatchNorm.save", "model": "bnfast.save"}
 DESCRIPTION = "__bnfast__"
-DTYPES = {np.dtype(name) for name in ("<f4", "<f8", "<i8", "u1")}
+LAYER_DTYPES = {np.dtype(name) for name in ("<f4", "<f8", "<i8", "u1")}
+MODEL_DTYPES = LAYER_DTYPES | {np.dtype(name) for name in ("?", "i1", "<i2", "<i4", "<u2", "<u4", "<u8", "<f2")}
 ENTRY = b"PK\x01\x02"  # of the archive's directory: a member; or, once in 4 GiB, any four bytes
-MAX_MEMBERS = 16
+LAYER_MEMBERS = 20
+MEMBER_BYTES = 256  # that a member of a model takes at least, all told
 TRIES = 100  # other processes may take our temporary file for a dead one's before it is locked
-MAX_DESCRIPTION = 4096  # bytes; ours have about 400
+MAX_DESCRIPTION = 4096  # bytes, of a layer; ours have about 400. Of a model: and a quarter of the file
 MAX_HEADER = 1024  # characters; those of ours have less than 128
 MARK = b"bnfast sha256 "
 SEAL = len(MARK) + 64
@@ -64,16 +69,16 @@ def _seal(body: memoryview) -> bytes:
     return MARK + hashlib.sha256(body).hexdigest().encode()
 
 
-def encode(description: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> bytes:
+def encode(kind: str, description: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> bytes:
     """A file's bytes: the same ones for the same state."""
-    text = json.dumps({"format": FORMAT, **description}, indent=1, sort_keys=True)
+    text = json.dumps({"format": FORMAT, "kind": kind, **description}, indent=1, sort_keys=True)
     members = {DESCRIPTION: np.frombuffer(text.encode(), np.uint8), **arrays}
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
         archive.comment = bytes(SEAL)
         for name, array in members.items():
             member = io.BytesIO()
-            little = array.astype(array.dtype.newbyteorder("<"), copy=False)
+            little = np.asarray(array, array.dtype.newbyteorder("<"), order="C")
             np.lib.format.write_array(member, little, version=(1, 0), allow_pickle=False)
             info = zipfile.ZipInfo(f"{name}.npy")  # of 1980
             info.create_system = 3
@@ -82,35 +87,43 @@ def encode(description: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -
     return sealed(buffer.getvalue()[:-SEAL])
 
 
-def decode(data: bytes) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
-    """Description and arrays of a file's bytes; StateError, with its cause, for whatever is wrong with them."""
+def decode(data: bytes, kind: str) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
+    """Description and arrays of the bytes of such a file; StateError, with its cause, for whatever is wrong."""
     if data[-SEAL:][: len(MARK)] != MARK:
         raise StateError(
-            "expected a file written by BatchNorm.save, got another one, or a part of one: its checksum is missing"
+            f"expected a file written by {KINDS[kind]}, got another one, or a part of one: its checksum is missing"
         )
     if _seal(memoryview(data)[:-SEAL]) != data[-SEAL:]:
         raise StateError("damaged: its checksum does not belong to its contents")
+    model = kind == "model"
     try:
-        arrays = _members(data)
+        arrays = _members(data, model)
         text = arrays.pop(DESCRIPTION).tobytes()
-        if len(text) > MAX_DESCRIPTION:
-            raise StateError(f"expected a description of at most {MAX_DESCRIPTION} bytes, got {len(text)}")
+        limit = MAX_DESCRIPTION + (len(data) // 4 if model else 0)
+        if len(text) > limit:
+            raise StateError(f"expected a description of at most {limit} bytes, got {len(text)}")
         description = json.loads(text)
-        found = description.pop("format")
+        made_by, found = description.pop("format"), description.pop("kind", "layer")  # format 1 knew layers only
     except (StateError, MemoryError):
         raise
     except Exception as error:  # zipfile, NumPy and json raise a dozen kinds
-        raise StateError(f"not the archive of a layer ({type(error).__name__})") from error
-    if type(found) is not int or found < 1:
-        raise StateError(f"format: expected an integer of at least 1, got {found!r:.80}")
-    if found > FORMAT:
-        raise StateError(f"format {found} is of a newer bnfast; this one reads formats up to {FORMAT}")
+        raise StateError(f"not the archive of a {kind} ({type(error).__name__})") from error
+    if type(made_by) is not int or made_by < 1:
+        raise StateError(f"format: expected an integer of at least 1, got {made_by!r:.80}")
+    if made_by > FORMAT:
+        raise StateError(f"format {made_by} is of a newer bnfast; this one reads formats up to {FORMAT}")
+    if found != kind:
+        if not isinstance(found, str) or found not in KINDS:
+            raise StateError(f"kind: expected {kind!r}, got {found!r:.80}")
+        reader = KINDS[found].replace("save", "load")
+        raise StateError(f"expected a file written by {KINDS[kind]}, got one of {KINDS[found]}: {reader} reads it")
     return description, arrays
 
 
-def _members(data: bytes) -> dict[str, NDArray[Any]]:
-    if data.count(ENTRY) > MAX_MEMBERS:  # zipfile makes an object of each at once
-        raise StateError(f"expected at most {MAX_MEMBERS} members, got {data.count(ENTRY)}")
+def _members(data: bytes, model: bool) -> dict[str, NDArray[Any]]:
+    most = LAYER_MEMBERS + (len(data) // MEMBER_BYTES if model else 0)
+    if data.count(ENTRY) > most:  # zipfile makes an object of each at once
+        raise StateError(f"expected at most {most} members, got {data.count(ENTRY)}")
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         infos = archive.infolist()
         if len({info.filename for info in infos}) < len(infos):
@@ -119,7 +132,7 @@ def _members(data: bytes) -> dict[str, NDArray[Any]]:
             raise StateError("expected members that are not compressed")
         if sum(info.file_size for info in infos) > len(data):
             raise StateError("expected members that are together not larger than the file")
-        return {_name(info.filename): _array(info.filename, archive.read(info)) for info in infos}
+        return {_name(info.filename): _array(info.filename, archive.read(info), model) for info in infos}
 
 
 def _name(filename: str) -> str:
@@ -128,19 +141,20 @@ def _name(filename: str) -> str:
     return filename.removesuffix(".npy")
 
 
-def _array(filename: str, member: bytes) -> NDArray[Any]:
+def _array(filename: str, member: bytes, model: bool) -> NDArray[Any]:
     """The array of an .npy file. No more memory than the file has bytes, whatever its header claims."""
     stream = io.BytesIO(member)
     if np.lib.format.read_magic(stream) != (1, 0):
         raise StateError(f"{filename}: expected .npy version 1.0")
-    shape, _, dtype = np.lib.format.read_array_header_1_0(stream, max_header_size=MAX_HEADER)
-    if dtype not in DTYPES:
-        raise StateError(f"{filename}: expected one of the dtypes of a layer, got {dtype!r:.80}")
-    if len(shape) > 1:
+    shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(stream, max_header_size=MAX_HEADER)
+    if dtype not in (MODEL_DTYPES if model else LAYER_DTYPES):
+        raise StateError(f"{filename}: expected one of the dtypes of such a file, got {dtype!r:.80}")
+    if not model and len(shape) > 1:
         raise StateError(f"{filename}: expected at most one dimension, got {len(shape)}")
-    count = shape[0] if shape else 1
-    start = stream.tell()
-    if count < 0 or count * dtype.itemsize != len(member) - start:
+    if fortran_order and len(shape) > 1:
+        raise StateError(f"{filename}: expected C order")
+    count, start = math.prod(shape), stream.tell()
+    if any(n < 0 for n in shape) or count * dtype.itemsize != len(member) - start:
         raise StateError(f"{filename}: expected as many bytes as its shape says")
     array: NDArray[Any] = np.frombuffer(member, dtype, count, start) if count else np.empty(0, dtype)
     return array.reshape(shape).astype(dtype.newbyteorder("="))  # a copy
