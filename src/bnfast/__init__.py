@@ -19,8 +19,7 @@ from .runtime.threads import get_num_threads, num_threads, set_num_threads
 from .scaling.scaler import StandardScaler
 from .state import names_of_0_1
 from .state.files import StateError
-from .state.model import load_model as load
-from .state.model import save_model as save
+from .state.model import load, save
 from .statistics.moments import Moments, moments
 from .statistics.running import calibrate
 

@@ -37,9 +37,9 @@ def shown(bn):
 
 def state(bn):
     """All statistics there are."""
-    averaged = bn._state.value.averaged
-    aside = None if averaged is None else (averaged.mean.tobytes(), averaged.var.tobytes(), averaged.batches)
-    return shown(bn), bn.exact_statistics, bn._state.value.exact_batches, aside
+    averages, exact = bn._contents.value.averages, bn._contents.value.exact
+    aside = None if averages is None else (averages.mean.tobytes(), averages.var.tobytes(), averages.batches)
+    return shown(bn), exact, aside
 
 
 # --- either at eval time, without losing the other -------------------------------------------------------------
@@ -145,7 +145,7 @@ def test_copies_have_both(how, which):
 
 def test_a_pickle_without_them_loads():
     bn, *_ = both()
-    pickled = {key: bn.__getstate__()[key] for key in ("attributes", "state")}
+    pickled = {key: value for key, value in bn.__getstate__().items() if key not in ("exact", "averages")}
     again = BatchNorm.__new__(BatchNorm)
     again.__setstate__(pickled)
     assert shown(again) == shown(bn)

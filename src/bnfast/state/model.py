@@ -18,7 +18,7 @@ from ..layer import BatchNorm
 from .files import MODEL_DTYPES, StateError, decode, encode, read, replace
 from .layer_state import OPTIONS, LayerState, described, kept_from
 
-__all__ = ["load_model", "save_model"]
+__all__ = ["load", "save"]
 
 Array = NDArray[Any]
 Entry = LayerState | Array | bool | int | float | str
@@ -27,7 +27,7 @@ BFLOAT16 = "bfloat16"
 FIXED = tuple(name for name in OPTIONS if name not in ("eps", "momentum"))
 
 
-def save_model(path: str | os.PathLike[str], entries: Mapping[str, Any]) -> None:
+def save(path: str | os.PathLike[str], entries: Mapping[str, Any]) -> None:
     """Write layers, arrays, numbers and strings to one file, from which `load` gets them back to the bit.
 
     As `BatchNorm.save`: the file is replaced as a whole, has a checksum, and nothing in it is a pickle.
@@ -75,7 +75,7 @@ def save_model(path: str | os.PathLike[str], entries: Mapping[str, Any]) -> None
     replace(path, data)
 
 
-def load_model(
+def load(
     path: str | os.PathLike[str], *, into: Mapping[str, Any] | None = None, max_bytes: int = 1 << 30
 ) -> dict[str, Any]:
     """What `bnfast.save` wrote to a file, under its names.
