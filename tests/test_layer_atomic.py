@@ -58,18 +58,13 @@ def test_a_calibration_is_of_its_layer_alone(keep):
 
 CORE, LAYER, STATE = bnfast.layer._core, bnfast.layer, bnfast.state.layer_state
 FAILURES = {
-    "forward_kernel": (CORE, "forward_with_batch", lambda bn, x: bn(x)),
-    "forward_commit": (CORE, "commit_training", lambda bn, x: bn(x)),
+    "forward": (CORE, "forward_of", lambda bn, x: bn(x)),
+    "eval": (CORE, "forward_of", lambda bn, x: bn.eval()(x)),
+    "backward_kernel": (CORE, "backward_of", lambda bn, x: bn.backward(x)),
     "backward_commit": (CORE, "commit_backward", lambda bn, x: bn.backward(x)),
-    "eval_kernel": (CORE, "forward_with_running", lambda bn, x: bn.eval()(x)),
-    "eval_commit": (CORE, "commit_forward", lambda bn, x: bn.eval()(x)),
-    "backward_kernel": (
-        CORE,
-        "backward_of",
-        lambda bn, x: bn.backward(x),
-    ),
-    "calibrate_in_training": (CORE, "forward_with_batch", calibration),
-    "calibrate_in_eval": (CORE, "moments", lambda bn, x: calibration(bn.eval(), x)),
+    "calibrate": (CORE, "forward_in_calibration", calibration),
+    "calibrate_in_eval": (CORE, "forward_in_calibration", lambda bn, x: calibration(bn.eval(), x)),
+    "calibrate_gathering": (LAYER, "gather", calibration),
     "load_state_dict": (STATE, "with_statistics", lambda bn, x: bn.load_state_dict(BatchNorm(CHANNELS).state_dict())),
     "reset_parameters": (LAYER, "with_statistics", lambda bn, x: bn.reset_parameters()),
 }
@@ -390,7 +385,7 @@ def test_an_interrupt_after_the_kernel_has_written_into_x_leaves_no_wrong_gradie
     bn, x = BatchNorm(CHANNELS), batch(dtype=np.float32)
     dy = np.sin(x)
     bn(x)
-    name = {"forward": "forward_with_batch", "backward": "backward_of"}[call]
+    name = {"forward": "forward_of", "backward": "backward_of"}[call]
     kernel = getattr(bnfast.layer._core, name)
 
     def interrupted(*arguments):

@@ -95,9 +95,7 @@ class Forward:
     eps: float
     training: bool
     gone: str | None
-    @property
-    def count(self) -> int: ...
-    def nonfinite(self) -> int: ...
+    count: int
 
 @final
 class Running:
@@ -131,7 +129,6 @@ class Contents:
     sums: tuple[Array | None, Array | None]
     def __new__(cls, running: Running | None = None) -> Self: ...
     def replace(self, **changes: object) -> Contents: ...
-    def after_forward(self, forward: Forward, keep: int) -> Contents: ...
 
 @final
 class Calibration(Generic[_Entered]):
@@ -148,38 +145,41 @@ def update_all(
     arrays: list[tuple[NDArray[Any], NDArray[Any]]] = ...,
     attributes: list[tuple[dict[str, Any], dict[str, Any]]] = ...,
 ) -> None: ...
-def forward_with_batch(
+
+@final
+class Options:
+    def __new__(cls, axis: int, channels: int, tracks: bool, unbiased: bool, nonfinite: str) -> Self: ...
+
+def forward_of(
     contents: AtomicReference[Contents],
+    options: Options,
     x: object,
     gamma: Array | None,
     beta: Array | None,
-    axis: int,
-    channels: int,
     eps: float,
+    momentum: float | None,
     training: bool,
+    keep: int,
+    update: bool,
     out: object,
     living: tuple[Forward, ...],
 ) -> tuple[Array, Forward]: ...
-def forward_with_running(
+def forward_in_calibration(
     contents: AtomicReference[Contents],
+    options: Options,
     x: object,
-    running: Running,
     gamma: Array | None,
     beta: Array | None,
-    axis: int,
-    channels: int,
     eps: float,
     training: bool,
+    keep: int,
     out: object,
     living: tuple[Forward, ...],
+    gathers: Callable[[Contents, Forward], Contents] | None,
 ) -> tuple[Array, Forward]: ...
 def backward_of(
     forward: Forward, dy: object, out: object, living: tuple[Forward, ...], dtype: np.dtype[Any]
 ) -> tuple[Array, Array, Array]: ...
-def commit_training(
-    contents: AtomicReference[Contents], forward: Forward, keep: int, momentum: float | None, unbiased: bool, skip: bool
-) -> None: ...
-def commit_forward(contents: AtomicReference[Contents], forward: Forward, keep: int) -> None: ...
 def commit_backward(
     contents: AtomicReference[Contents],
     forward: Forward,

@@ -6,6 +6,7 @@ The statistics are in statistics/running.py, dictionaries, pickles and files in 
 """
 
 import weakref
+from functools import partial
 from typing import Any, Literal, Self, SupportsIndex
 
 import numpy as np
@@ -13,9 +14,9 @@ from numpy.typing import ArrayLike, DTypeLike
 
 from . import _core, grad_mode
 from ._checks import channel_array, flag, floating_dtype, integer, number, one_of
+from ._core import KEEP_LAST, KEEP_NOTHING, KEEP_PULLBACK
 from .functional import Array
 from .state.layer_state import LayerState
-from .statistics.moments import Moments
 from .statistics.running import gather, with_statistics
 
 __all__ = ["BatchNorm", "Pullback"]
@@ -163,6 +164,9 @@ class BatchNorm(LayerState):
             nonfinite=one_of(nonfinite, "nonfinite", ("propagate", "skip", "raise")),
             dtype=floating_dtype(dtype),
         )
+        self._options = _core.Options(
+            self.axis, features, self.track_running_stats, self.unbiased_running_var, self.nonfinite
+        )
         self.eps = eps
         self.momentum = momentum
         self._training = True
@@ -211,7 +215,7 @@ class BatchNorm(LayerState):
 
     def __call__(self, x: ArrayLike, out: Array | None = None, *, update: bool = True) -> Array:
         """See `forward`."""
-        return self.forward(x, out, update=update)
+        return self.forward(x) if out is None and update else self.forward(x, out, update=update)
 
     def forward(self, x: ArrayLike, out: Array | None = None, *, update: bool = True) -> Array:
         """Normalise `x`; in training mode update the running statistics too.
@@ -242,7 +246,7 @@ class BatchNorm(LayerState):
             If the statistics of the batch are not finite, in training with `nonfinite="raise"`. The layer is unchanged;
             `out` may be written.
         """
-        return self._forward(x, out, update, _core.KEEP_NOTHING if grad_mode.is_off() else _core.KEEP_LAST)[0]
+        return self._forward(x, out, update, KEEP_NOTHING if grad_mode.is_off() else KEEP_LAST)[0]
 
     def vjp(self, x: ArrayLike, out: Array | None = None, *, update: bool = True) -> tuple[Array, "Pullback"]:
         """Normalise `x` as `forward` does, and give the backward of this forward alone.
@@ -284,53 +288,29 @@ class BatchNorm(LayerState):
             raise ValueError(
                 f"out: expected memory that is not x's, as the pullback needs x, got {type(data).__name__}"
             )
-        y, forward = self._forward(x, out, update, _core.KEEP_PULLBACK)
+        y, forward = self._forward(x, out, update, KEEP_PULLBACK)
         self._living.add(weakref.ref(forward, self._living.discard))
         return y, Pullback(self, forward)
 
     def _forward(self, x: ArrayLike, out: Array | None, update: bool, keep: int) -> tuple[Array, _core.Forward]:
-        """Compute, then change the layer in one step. keep: who will call the backward."""
-        contents, gamma, beta = self._contents, self._gamma, self._beta
+        """Compute, and change the layer in one step. keep: who will call the backward."""
         calibration = self._calibration.value
         living = () if out is None else self._living_forwards()
-        with_batch, batch = self._training or not self.track_running_stats, None
-        if calibration is not None:
-            x = _core.as_input(x, self.axis, self.num_features)
-            batch = Moments(*_core.moments(x, self.axis))
-            with_batch = batch.count > 1
-        if with_batch:
-            y, forward = _core.forward_with_batch(
-                contents, x, gamma, beta, self.axis, self.num_features, self._eps, self._training, out, living
-            )
-            if self.nonfinite == "raise" and (self._training or calibration is not None):
-                self._refuse_nonfinite(forward)
-        else:
-            y, forward = _core.forward_with_running(
-                contents, x, contents.value.running, gamma, beta, self.axis, self.num_features, self._eps,
-                self._training, out, living,
+        if calibration is None:
+            return _core.forward_of(
+                self._contents, self._options, x, self._gamma, self._beta, self._eps, self._momentum, self._training,
+                keep, update, out, living,
             )  # fmt: skip
-        skip = self.nonfinite == "skip"
-        if batch is not None and batch.count and update:
-            contents.update(gather, calibration, batch, forward, keep, skip)
-        elif calibration is None and self._training and self.track_running_stats and update:
-            _core.commit_training(contents, forward, keep, self._momentum, self.unbiased_running_var, skip)
-        else:
-            _core.commit_forward(contents, forward, keep)
-        return y, forward
+        gathers = partial(gather, calibration, self.axis, self.nonfinite == "skip") if update else None
+        return _core.forward_in_calibration(
+            self._contents, self._options, x, self._gamma, self._beta, self._eps, self._training, keep, out, living,
+            gathers,
+        )  # fmt: skip
 
     def _living_forwards(self) -> tuple[_core.Forward, ...]:
         """Those that may still have a backward."""
         found = [self._contents.value.forward, *(reference() for reference in self._living.copy())]
         return tuple(forward for forward in found if forward is not None)
-
-    def _refuse_nonfinite(self, forward: _core.Forward) -> None:
-        channel = forward.nonfinite()
-        if channel >= 0:
-            mean, var = forward.mean[channel], forward.m2[channel] / forward.count
-            raise FloatingPointError(
-                f"x: expected a batch with finite statistics (nonfinite='raise'), got mean {mean} and variance {var} "
-                f"in channel {channel}"
-            )
 
     # --- backward -----------------------------------------------------------------------------------------------
 

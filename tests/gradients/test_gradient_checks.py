@@ -578,7 +578,7 @@ def test_memory_order_is_kept():
 def snapshot(bn):
     held = (bn.gamma, bn.beta, bn.grad_gamma, bn.grad_beta, bn.running_mean, bn.running_var)
     return (
-        [array.tobytes() for array in held],
+        [None if array is None else array.tobytes() for array in held],
         [*map(id, held)],
         id(bn._contents.value),
         bn.training,

@@ -60,7 +60,7 @@ cdef class Forward:
 
     cdef readonly Py_ssize_t count  # values a channel
 
-    cpdef Py_ssize_t nonfinite(self):
+    cdef Py_ssize_t nonfinite(self) noexcept:
         """The first channel whose batch mean or m2 is not finite, or -1."""
         cdef Py_ssize_t i
         cdef double *mean = values(self.mean)
@@ -69,6 +69,16 @@ cdef class Forward:
             if not is_finite(mean[i], m2[i]):
                 return i
         return -1
+
+    cdef int check_finite(self) except -1:
+        """FloatingPointError if the statistics of the batch are not finite."""
+        cdef Py_ssize_t channel = self.nonfinite()
+        if channel >= 0:
+            raise FloatingPointError(
+                f"x: expected a batch with finite statistics (nonfinite='raise'), got mean {self.mean[channel]} and "
+                f"variance {self.m2[channel] / self.count} in channel {channel}"
+            )
+        return 0
 
     cdef int check(self) except -1:
         """RuntimeError if x is not what it was."""
@@ -133,46 +143,6 @@ cdef int note_overwritten(object out, tuple living, str what) except -1:
 cdef object read_only(cnp.ndarray array):
     cnp.PyArray_CLEARFLAGS(array, cnp.NPY_ARRAY_WRITEABLE)
     return array
-
-
-def forward_with_batch(AtomicReference contents, x, gamma, beta, axis, Py_ssize_t channels, eps, bint training, out,
-                       tuple living):
-    """-> (y, Forward): normalises with the statistics of the batch. living: forwards whose x `out` may overwrite."""
-    cdef Forward forward
-    cdef cnp.ndarray data = as_input(x, axis, channels)
-    gamma, beta = copies_of(contents, gamma, beta)
-    y, mean, inv_std, m2 = batch_norm(data, gamma, beta, axis, eps, out, True)
-    forward = new_forward(data, read_only(mean), gamma, beta, axis, eps, training)
-    forward.inv_std, forward.m2 = inv_std, read_only(m2)
-    if out is not None:
-        note_overwritten(out, (*living, forward), "the forward's out")
-    return y, forward
-
-
-def forward_with_running(AtomicReference contents, x, Running running, gamma, beta, axis, Py_ssize_t channels, eps,
-                         bint training, out, tuple living):
-    """-> (y, Forward): normalises with running statistics, as constants."""
-    cdef Forward forward
-    cdef cnp.ndarray data = as_input(x, axis, channels)
-    gamma, beta = copies_of(contents, gamma, beta)
-    y = batch_norm_eval(data, running.mean, running.var, gamma, beta, axis, eps, out, "running_")
-    forward = new_forward(data, running.mean, gamma, beta, axis, eps, training)
-    forward.var = running.var
-    if out is not None:
-        note_overwritten(out, (*living, forward), "the forward's out")
-    return y, forward
-
-
-def backward_of(Forward forward, dy, out, tuple living, dtype):
-    """-> (dx, dgamma, dbeta), the last two in `dtype`, rounded once from float64."""
-    forward.check()
-    inv_std = 1 / np.sqrt(forward.var + forward.eps) if forward.inv_std is None else forward.inv_std
-    dx, dgamma, dbeta = batch_norm_backward(
-        dy, forward.x, forward.mean, inv_std, forward.gamma, forward.axis, forward.inv_std is not None, out, dtype
-    )
-    if out is not None:
-        note_overwritten(out, (*living, forward), "the backward's out")
-    return dx, dgamma, dbeta
 
 
 # --- running statistics ---------------------------------------------------------------------------------------
@@ -303,7 +273,7 @@ cdef class Contents:
         new.gradients, new.sums = self.gradients, self.sums
         return new
 
-    cpdef Contents after_forward(self, Forward forward, int keep):
+    cdef Contents after_forward(self, Forward forward, int keep):
         """After a forward that changed no statistics."""
         cdef Contents new = self.copy()
         if forward.inv_std is not None:
@@ -331,25 +301,119 @@ cdef class Contents:
         return new
 
 
-def commit_training(AtomicReference contents, Forward forward, int keep, momentum, bint unbiased, bint skip):
+# --- the steps ------------------------------------------------------------------------------------------------
+
+@cython.auto_pickle(False)
+@cython.final
+cdef class Options:
+    """What of a layer never changes and its forward has to know."""
+
+    cdef object axis
+    cdef Py_ssize_t channels
+    cdef bint tracks, unbiased, skips, raises
+
+    def __cinit__(self, axis, Py_ssize_t channels, bint tracks, bint unbiased, str nonfinite):
+        self.axis, self.channels, self.tracks, self.unbiased = axis, channels, tracks, unbiased
+        self.skips, self.raises = nonfinite == "skip", nonfinite == "raise"
+
+
+cdef tuple forward_with_batch(AtomicReference contents, Options options, x, gamma, beta, eps, bint training, out,
+                              tuple living):
+    """-> (y, Forward): normalises with the statistics of the batch. living: forwards whose x `out` may overwrite."""
+    cdef Forward forward
+    cdef cnp.ndarray data = as_input(x, options.axis, options.channels)
+    gamma, beta = copies_of(contents, gamma, beta)
+    y, mean, inv_std, m2 = batch_norm(data, gamma, beta, options.axis, eps, out, True)
+    forward = new_forward(data, read_only(mean), gamma, beta, options.axis, eps, training)
+    forward.inv_std, forward.m2 = inv_std, read_only(m2)
+    if out is not None:
+        note_overwritten(out, (*living, forward), "the forward's out")
+    if options.raises and training:
+        forward.check_finite()
+    return y, forward
+
+
+cdef tuple forward_with_running(AtomicReference contents, Options options, x, gamma, beta, eps, bint training, out,
+                                tuple living):
+    """-> (y, Forward): normalises with the running statistics, as constants."""
+    cdef Forward forward
+    cdef Running running = (<Contents>contents.value).running
+    cdef cnp.ndarray data = as_input(x, options.axis, options.channels)
+    gamma, beta = copies_of(contents, gamma, beta)
+    y = batch_norm_eval(data, running.mean, running.var, gamma, beta, options.axis, eps, out, "running_")
+    forward = new_forward(data, running.mean, gamma, beta, options.axis, eps, training)
+    forward.var = running.var
+    if out is not None:
+        note_overwritten(out, (*living, forward), "the forward's out")
+    return y, forward
+
+
+def forward_of(AtomicReference contents, Options options, x, gamma, beta, eps, momentum, bint training, int keep,
+               bint update, out, tuple living):
+    """-> (y, Forward) of a layer that is not being calibrated, whose contents are exchanged for those after it."""
+    if not training and options.tracks:
+        found = forward_with_running(contents, options, x, gamma, beta, eps, training, out, living)
+        commit_forward(contents, found[1], keep)
+    else:
+        found = forward_with_batch(contents, options, x, gamma, beta, eps, training, out, living)
+        if training and options.tracks and update:
+            commit_training(contents, options, found[1], keep, momentum)
+        else:
+            commit_forward(contents, found[1], keep)
+    return found
+
+
+def forward_in_calibration(AtomicReference contents, Options options, x, gamma, beta, eps, bint training, int keep,
+                           out, tuple living, gathers):
+    """The same in a calibration, with the statistics of the batch if it has two values a channel. gathers: what makes
+    contents of those after the forward and of the forward, or None."""
+    cdef Forward forward
+    cdef Contents found
+    if cnp.PyArray_SIZE(as_input(x, options.axis, options.channels)) < 2 * options.channels:
+        y, forward = forward_with_running(contents, options, x, gamma, beta, eps, training, out, living)
+    else:
+        y, forward = forward_with_batch(contents, options, x, gamma, beta, eps, True, out, living)
+        forward.training = training
+    while True:
+        found = contents.value
+        new = found.after_forward(forward, keep)
+        if gathers is not None:
+            new = gathers(new, forward)
+        if contents.swap(found, new, NULL, 0):
+            return y, forward
+
+
+def backward_of(Forward forward, dy, out, tuple living, dtype):
+    """-> (dx, dgamma, dbeta), the last two in `dtype`, rounded once from float64."""
+    forward.check()
+    inv_std = 1 / np.sqrt(forward.var + forward.eps) if forward.inv_std is None else forward.inv_std
+    dx, dgamma, dbeta = batch_norm_backward(
+        dy, forward.x, forward.mean, inv_std, forward.gamma, forward.axis, forward.inv_std is not None, out, dtype
+    )
+    if out is not None:
+        note_overwritten(out, (*living, forward), "the backward's out")
+    return dx, dgamma, dbeta
+
+
+cdef int commit_training(AtomicReference contents, Options options, Forward forward, int keep, momentum) except -1:
     """After a forward that the running statistics take in: from here on they are the averages of training."""
     cdef Contents found, new
     while True:
         found = contents.value
         new = found.after_forward(forward, keep)
-        new.running = found.running.after(forward, momentum, unbiased, skip)
+        new.running = found.running.after(forward, momentum, options.unbiased, options.skips)
         new.averages = new.gathered = None
         if contents.swap(found, new, NULL, 0):
-            return
+            return 0
 
 
-def commit_forward(AtomicReference contents, Forward forward, int keep):
+cdef int commit_forward(AtomicReference contents, Forward forward, int keep) except -1:
     """After a forward that changed no statistics."""
     cdef Contents found
     while True:
         found = contents.value
         if contents.swap(found, found.after_forward(forward, keep), NULL, 0):
-            return
+            return 0
 
 
 def commit_backward(AtomicReference contents, Forward forward, bint last, tuple gradients, bint accumulate):

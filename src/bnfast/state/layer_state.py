@@ -35,7 +35,7 @@ OPTIONS = {  # of the constructor, and the types that a file's description may g
 }
 ADDED = {"nonfinite": "propagate"}  # since format 1, and what layers of before do
 COUNTS = ("averaged", "skipped")  # of `Running`: None, or an array
-NOT_PICKLED = ("_contents", "_calibration", "_living", "_gamma", "_beta", "_eps", "_momentum", "_training")
+NOT_PICKLED = ("_contents", "_options", "_calibration", "_living", "_gamma", "_beta", "_eps", "_momentum", "_training")
 # What checks raise that were not made for states.
 UNFIT = (TypeError, KeyError, ValueError, AttributeError, RuntimeError, IndexError, OverflowError)
 
@@ -100,7 +100,7 @@ class LayerState(RunningStatistics):
         values = _part(state, prefix)
         if self.track_running_stats:
             values.setdefault("num_batches_tracked", 0)
-        kept = Kept(self._options(), self.training, values)
+        kept = Kept(self._given_options(), self.training, values)
         _core.update_all([self._restoring(kept, strict=True)])
 
     # --- copies and pickles ---
@@ -198,7 +198,7 @@ class LayerState(RunningStatistics):
 
     # --- what all of them need ---
 
-    def _options(self) -> dict[str, Any]:
+    def _given_options(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in OPTIONS}
 
     def _kept(self) -> Kept:
@@ -207,12 +207,12 @@ class LayerState(RunningStatistics):
         values = {name: value for name, value in (("weight", gamma), ("bias", beta)) if value is not None}
         running, averages = found.running, found.averages
         if running is None:
-            return Kept(self._options(), self.training, values)
+            return Kept(self._given_options(), self.training, values)
         values["running_mean"], values["running_var"] = running.mean.copy(), running.var.copy()
         values["num_batches_tracked"] = np.array(running.batches, np.int64)
         counts = running.averaged, running.skipped
         aside = averages and (averages.mean, averages.var, averages.batches, averages.averaged, averages.skipped)
-        return Kept(self._options(), self.training, values, counts, found.exact, aside)
+        return Kept(self._given_options(), self.training, values, counts, found.exact, aside)
 
     @classmethod
     def _made_of(cls, kept: Kept, strict: bool) -> Self:

@@ -349,20 +349,23 @@ def calibrate(
     return _core.Calibration(tuple(layer._calibration for layer in found), partial(_finish, found), found)
 
 
-def gather(
-    found: _core.Contents, calibration: object, batch: Moments, forward: _core.Forward, keep: int, skip: bool
-) -> _core.Contents:
-    """The contents after a forward inside a calibration. skip: leave a batch that is not finite out, and count it."""
-    after = found.after_forward(forward, keep)
+def gather(calibration: object, axis: int, skip: bool, found: _core.Contents, forward: _core.Forward) -> _core.Contents:
+    """The contents once a batch is gathered. skip: leave one that is not finite out, and count it."""
+    if forward.inv_std is None:  # of one value a channel, or none
+        batch = Moments(*_core.moments(forward.x, axis))
+    else:
+        batch = Moments(forward.count, forward.mean, forward.m2)
     finite = np.isfinite(batch.mean) & np.isfinite(batch.m2)
     if skip and not finite.all():
         old = found.running
         skipped = (0 if old.skipped is None else old.skipped) + (~finite).astype(np.int64)
-        return after.replace(running=_core.Running(old.mean, old.var, old.batches, old.averaged, skipped))
+        return found.replace(running=_core.Running(old.mean, old.var, old.batches, old.averaged, skipped))
+    if batch.count == 0:
+        return found
     if found.gathered is None or found.gathered[0] is not calibration:
-        return after.replace(gathered=(calibration, batch, 1))
+        return found.replace(gathered=(calibration, batch, 1))
     _, gathered, batches = found.gathered
-    return after.replace(gathered=(calibration, gathered + batch, batches + 1))
+    return found.replace(gathered=(calibration, gathered + batch, batches + 1))
 
 
 def _finish(layers: list[RunningStatistics], calibration: object) -> None:
