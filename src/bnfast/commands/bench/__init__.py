@@ -63,8 +63,9 @@ def run_comparison(args: argparse.Namespace, argv: list[str], parser: argparse.A
     from ..demo import check_writable
     from ..network import require
     from .compare import Plan, compare, known_contenders
-    from .report import draw, table
+    from .figure import draw
     from .shapes import OPERATIONS, QUICK, SHAPES
+    from .tables import table
 
     try:
         contenders, left_out = known_contenders(args.only, args.quick)
