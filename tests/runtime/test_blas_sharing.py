@@ -33,7 +33,8 @@ warnings.filterwarnings("ignore", message=".*fork.*", category=DeprecationWarnin
 import numpy as np
 import threadpoolctl
 import bnfast
-from bnfast import _core, blas, functional as F
+from bnfast import _core, functional as F
+from bnfast.runtime import blas
 
 def set_blas_threads():
     "to BLAS_THREADS: OPENBLAS_NUM_THREADS cannot say more than there are CPUs"
