@@ -52,12 +52,13 @@ MAY_IMPORT = {
     "scaling": {"_checks", "_core", "scaling", "state.files"},
     "gradients": {"_checks", "_table", "gradients"},  # and not the layer: it checks anybody's
     "__init__": {"functional", "gradients", "layer", "runtime", "scaling", "state", "statistics"},
-    "commands.network": {"layer"},
-    "commands.demo": {"commands.network"},
     "commands.figures": set(),
-    "commands.gallery": {"commands.network"},  # and the examples, by name
+    "commands.running": set(),
+    "commands.network": {"layer"},
+    "commands.demo": {"commands.figures", "commands.network", "commands.running"},
+    "commands.gallery": {"commands.running"},  # and the examples, by name
     "commands.bench": {
-        *("__init__", "_core", "commands.bench", "commands.demo", "commands.network", "functional", "reference"),
+        *("__init__", "_core", "commands.bench", "commands.network", "commands.running", "functional", "reference"),
         "runtime.config",
     },
     "commands": set(),
