@@ -373,12 +373,3 @@ def test_an_unwritable_file_is_refused_before_measuring(tqdm, tmp_path, monkeypa
     monkeypatch.setattr(compare, "compare", lambda *_: pytest.fail("measuring began"))
     assert bench.main(["--json", str(tmp_path / "missing" / "f.json")]) == 1
     assert "missing" in capsys.readouterr().err
-
-
-def test_import_needs_no_extra():
-    modules = ["tqdm", "matplotlib", "torch"]
-    code = (
-        "import sys\nfrom bnfast.commands.bench import compare, figure, loop, tables\n"
-        f"sys.exit(any(m in sys.modules for m in {modules}))"
-    )
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

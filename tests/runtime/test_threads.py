@@ -3,7 +3,6 @@
 import contextvars
 import os
 import re
-import subprocess
 import sys
 import threading
 import types
@@ -12,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from scripts import environ, needs_libgomp
+from scripts import completed, needs_libgomp
 
 import bnfast
 from bnfast.runtime import loading, threads
@@ -36,9 +35,7 @@ LARGE = "x = np.random.default_rng(0).standard_normal((64, 32, 32, 32)).astype(n
 
 def run_python(script, *arguments, head=HEAD, error_ok=False, **environment):
     """Output (stdout, stderr) of a script in a fresh process."""
-    env = environ(**environment, PYTHONWARNINGS="default")
-    command = [sys.executable, *(arguments or ["-c", head + script])]
-    run = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300, check=False)
+    run = completed(arguments or head + script, options=["-W", "default"], **environment)
     assert error_ok or run.returncode == 0, run.stderr
     return run.stdout.strip(), run.stderr
 

@@ -4,12 +4,11 @@ import copy
 import functools
 import multiprocessing
 import pickle
-import subprocess
-import sys
 import warnings
 
 import numpy as np
 import pytest
+from scripts import run_script
 
 import bnfast
 from bnfast import _core
@@ -850,8 +849,7 @@ try:
 except ImportError:
     print("as it should be")
 """
-    done = subprocess.run([sys.executable, "-c", script], check=True, timeout=300, capture_output=True, text=True)
-    assert done.stdout == "as it should be\n"
+    assert run_script(script) == "as it should be"
 
 
 # --- beside scikit-learn --------------------------------------------------------------------------------------
