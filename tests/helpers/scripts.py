@@ -22,6 +22,9 @@ FREE_THREADED = bool(sysconfig.get_config_var("Py_GIL_DISABLED"))
 # The CPUs this process may use.
 CPUS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
+needs_openmp = pytest.mark.skipif(bnfast.config()["openmp"] is None, reason="this build is without OpenMP")
+needs_proc = pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="this system does not list tasks in /proc")
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
 needs_libgomp = pytest.mark.skipif(
     "gomp" not in bnfast.config()["openmp_library"],
     reason="about libgomp, which is not the OpenMP library of this build",

@@ -12,7 +12,7 @@ import sys
 import threading
 
 import pytest
-from scripts import CHILDREN, CPUS, environ, needs_libgomp
+from scripts import CHILDREN, CPUS, environ, needs_fork, needs_libgomp
 
 import bnfast
 from bnfast.runtime import blas
@@ -363,7 +363,6 @@ def fine():
     return goes_through() and bits(product()) == EXPECTED and F.batch_norm(x)[0].shape == x.shape
 """
 )
-needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
 
 
 @needs_sharing

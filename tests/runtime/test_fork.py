@@ -5,21 +5,15 @@ workers, and waits for them for ever. bnfast gives the pool back before a fork (
 process of its own with a time limit; a child that hangs is killed and makes its case fail.
 """
 
-import os
-
 import pytest
 import scripts
 from campaign import short_and_long
-from scripts import CHILDREN, TEAM_LIBRARY, c_library, needs_libgomp, preloaded
+from scripts import CHILDREN, TEAM_LIBRARY, c_library, needs_fork, needs_libgomp, needs_openmp, needs_proc, preloaded
 
 import bnfast
 
 CONFIG = bnfast.config()
-pytestmark = [
-    pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork"),
-    pytest.mark.skipif(CONFIG["openmp"] is None, reason="this build is without OpenMP: there are no pools to lose"),
-]
-needs_proc = pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="this system does not list tasks in /proc")
+pytestmark = [needs_fork, needs_openmp]
 
 TIME_LIMIT = 300
 
