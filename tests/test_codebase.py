@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import sources
 from places import KERNELS, ROOT, SOURCES, TESTS, needs_sources
+from scripts import run_script
 
 import bnfast
 import bnfast.reference
@@ -58,12 +59,13 @@ MAY_IMPORT = {
     "scaling": {"_checks", "_core", "scaling", "state.files"},
     "gradients": {"_checks", "_table", "gradients"},  # and not the layer: it checks anybody's
     "__init__": {"functional", "grad_mode", "gradients", "layer", "runtime", "scaling", "state", "statistics"},
-    "commands.network": {"layer"},
-    "commands.demo": {"commands.network"},
     "commands.figures": set(),
-    "commands.gallery": {"commands.network"},  # and the examples, by name
+    "commands.running": set(),
+    "commands.network": {"layer"},
+    "commands.demo": {"commands.figures", "commands.network", "commands.running"},
+    "commands.gallery": {"commands.running"},  # and the examples, by name
     "commands.bench": {
-        *("__init__", "_core", "commands.bench", "commands.demo", "commands.network", "functional", "reference"),
+        *("__init__", "_core", "commands.bench", "commands.network", "commands.running", "functional", "reference"),
         "runtime.config",
     },
     "commands": set(),
@@ -123,15 +125,20 @@ def test_no_module_has_the_name_of_what_is_public_beside_it():
 
 
 def test_the_package_imports_in_a_process_that_has_numpy_only():
-    """The extras are hidden; the commands may need them, the rest may not."""
-    script = """
-import sys
+    """The extras are hidden; what runs in the commands and examples may need them, their import may not."""
+    script = f"""
+import importlib, sys
 for name in ("scipy", "sklearn", "torch", "matplotlib", "tqdm", "threadpoolctl", "pytest", "hypothesis"):
     sys.modules[name] = None
-import bnfast, bnfast.reference, bnfast.__main__
+import bnfast
+from bnfast.commands import gallery
 bnfast.BatchNorm(2)([[1.0, 2.0], [3.0, 4.0]])
+for name in {[name for name in PYTHON if name != "__init__"]}:
+    importlib.import_module("bnfast." + name)
+for name in gallery.EXAMPLES:
+    gallery.example(name)
 """
-    subprocess.run([sys.executable, "-c", script], check=True, timeout=300)
+    run_script(script)
 
 
 @needs_sources

@@ -11,7 +11,9 @@ from .runtime import loading as loading  # first: it loads the extension
 # isort: on
 from . import functional
 from .grad_mode import no_grad
-from .gradients.check import GradientCheck, check_gradient, check_layer, directional_derivative
+from .gradients.check import check_gradient, check_layer
+from .gradients.differences import directional_derivative
+from .gradients.verdict import GradientCheck
 from .layer import BatchNorm
 from .runtime.blas import share_blas_threads
 from .runtime.config import __version__, config, show_config

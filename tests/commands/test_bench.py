@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from bnfast.commands import bench
-from bnfast.commands.bench import compare, contenders, loop, report, worker
+from bnfast.commands.bench import compare, contenders, loop, tables, worker
 from bnfast.commands.bench.shapes import OPERATIONS, QUICK, SHAPES, Shape, group
 
 TINY = "8x16,32x64"
@@ -65,7 +65,7 @@ def test_summary_is_median_and_quartiles():
 
 
 def test_spread_is_half_the_interquartile_range():
-    assert report.spread(RESULTS[0]) == pytest.approx(0.15)
+    assert tables.spread(RESULTS[0]) == pytest.approx(0.15)
 
 
 @pytest.mark.parametrize(
@@ -73,7 +73,7 @@ def test_spread_is_half_the_interquartile_range():
     [(2.0, "2.00 s"), (0.0123, "12.3 ms"), (0.9999e-3, "1.00 ms"), (1.234e-5, "12.3 µs"), (4.56e-7, "456 ns")],
 )
 def test_durations_have_three_digits(seconds, text):
-    assert report.duration(seconds) == text
+    assert tables.duration(seconds) == text
 
 
 def test_bytes_moved():
@@ -373,12 +373,3 @@ def test_an_unwritable_file_is_refused_before_measuring(tqdm, tmp_path, monkeypa
     monkeypatch.setattr(compare, "compare", lambda *_: pytest.fail("measuring began"))
     assert bench.main(["--json", str(tmp_path / "missing" / "f.json")]) == 1
     assert "missing" in capsys.readouterr().err
-
-
-def test_import_needs_no_extra():
-    modules = ["tqdm", "matplotlib", "torch"]
-    code = (
-        "import sys\nfrom bnfast.commands.bench import compare, report, loop\n"
-        f"sys.exit(any(m in sys.modules for m in {modules}))"
-    )
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,7 +1,6 @@
 """The demo: its layers are right, its comparison is fair, its command behaves."""
 
 import errno
-import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -276,8 +275,3 @@ def test_bad_arguments(no_training, arguments, capsys):
         demo.main(arguments.split())
     assert caught.value.code == 2
     assert arguments.split()[0] in capsys.readouterr().err
-
-
-def test_import_needs_no_extra():
-    code = f"import sys, bnfast.commands.demo; sys.exit(any(m in sys.modules for m in {EXTRA_MODULES}))"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -22,6 +22,9 @@ FREE_THREADED = bool(sysconfig.get_config_var("Py_GIL_DISABLED"))
 # The CPUs this process may use.
 CPUS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
+needs_openmp = pytest.mark.skipif(bnfast.config()["openmp"] is None, reason="this build is without OpenMP")
+needs_proc = pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="this system does not list tasks in /proc")
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
 needs_libgomp = pytest.mark.skipif(
     "gomp" not in bnfast.config()["openmp_library"],
     reason="about libgomp, which is not the OpenMP library of this build",
@@ -30,6 +33,35 @@ needs_libgomp = pytest.mark.skipif(
 # For libFuzzer. It reads the largest resident size so far, which a process inherits from the one that starts it: here
 # from tests that had gigabytes. What a single allocation may take stays limited.
 NO_RSS_LIMIT = ("-rss_limit_mb=0", "-malloc_limit_mb=1024")
+
+# For scripts that fork; they import os, sys, time and traceback.
+CHILDREN = '''
+def start_child(work):
+    """Pid of a child that runs work() and exits with 0 if it is true."""
+    pid = os.fork()
+    if pid:
+        return pid
+    status = 3
+    try:
+        status = 0 if work() else 1
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(status)
+
+def end_of(pid, seconds=60.0):
+    """How a child ended: its exit status, or "hangs"."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        found, status = os.waitpid(pid, os.WNOHANG)
+        if found:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.002)
+    os.kill(pid, 9)
+    os.waitpid(pid, 0)
+    return "hangs"
+'''
 
 # A library with a parallel region of its own, on the same OpenMP runtime as bnfast if that is the system's.
 TEAM_LIBRARY = """
@@ -59,8 +91,11 @@ def completed(script, *arguments, timeout=300, **how):
 
 
 def finished(script, *arguments, timeout, options=(), cwd=None, command=(), folder=None, **environment):
-    """The finished process of a script, or TimeoutExpired. In a folder it is a file: what it spawns can import it."""
-    source = ["-c", script]
+    """The finished process of a script, or TimeoutExpired. In a folder it is a file: what it spawns can import it.
+
+    Instead of a script: the words that follow `python`, for a file or a module that is there.
+    """
+    source = ["-c", script] if isinstance(script, str) else list(script)
     if folder is not None:
         source = [str(folder / "script.py")]
         (folder / "script.py").write_text(script)

@@ -1,15 +1,12 @@
 """Same bits everywhere: for every number of threads, instruction set, alignment and process."""
 
-import os
-import subprocess
-import sys
-
 import digests
 import numpy as np
 import pytest
 from campaign import short_and_long
 from digests import CASES, ISAS, LARGEST, N_THREADS, arguments, case_name, digest, digest_of, digest_of_all, results
 from layouts import LAYOUTS
+from scripts import completed
 from tolerances import assert_same_bits
 
 import bnfast
@@ -168,12 +165,6 @@ def test_bits_of_eval_do_not_depend_on_streaming_stores(isa, shape):
     assert_same_bits(F.batch_norm_eval(x, mean, var, out=x), y, "y over x")
 
 
-def fresh_process(code_or_script, **environment):
-    environment = {**{k: v for k, v in os.environ.items() if not k.startswith("BNFAST_")}, **environment}
-    command = [sys.executable, *code_or_script]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
-
-
 @pytest.fixture(scope="module")
 def digest_here():
     return digest_of_all()
@@ -183,7 +174,7 @@ def digest_here():
 def test_a_fresh_process_gives_the_same_bits(digest_here, isa_name, n_threads):
     if isa_name not in ISAS:
         pytest.skip(f"{isa_name} is not compiled in or not on this CPU")
-    run = fresh_process([digests.__file__, "--digest"], BNFAST_ISA=isa_name, BNFAST_NUM_THREADS=str(n_threads))
+    run = completed([digests.__file__, "--digest"], BNFAST_ISA=isa_name, BNFAST_NUM_THREADS=str(n_threads))
     assert run.stdout.split() == [isa_name, str(n_threads), digest_here], run.stderr
 
 
@@ -191,7 +182,7 @@ def test_a_fresh_process_gives_the_same_bits(digest_here, isa_name, n_threads):
 def test_twenty_fresh_processes_give_the_same_bits(digest_here):
     for i in range(20):
         isa, n_threads = ISAS[i % len(ISAS)], 1 + i % 7
-        run = fresh_process(
+        run = completed(
             [digests.__file__, "--digest"], BNFAST_ISA=isa, BNFAST_NUM_THREADS=str(n_threads), PYTHONHASHSEED=str(i),
             PADDING="x" * (37 * i), MALLOC_ARENA_MAX=str(1 + i % 3), MALLOC_PERTURB_=str(i),
         )  # fmt: skip
@@ -200,7 +191,7 @@ def test_twenty_fresh_processes_give_the_same_bits(digest_here):
 
 @pytest.mark.parametrize("name", ["sse9", "AVX2", "avx2 "])
 def test_an_unknown_instruction_set_is_an_error_at_import(name):
-    run = fresh_process(["-c", "import bnfast"], BNFAST_ISA=name)
+    run = completed("import bnfast", BNFAST_ISA=name)
     assert run.returncode != 0
     message = run.stderr.splitlines()[-1]
     assert "BNFAST_ISA" in message
@@ -210,5 +201,5 @@ def test_an_unknown_instruction_set_is_an_error_at_import(name):
 
 
 def test_an_empty_instruction_set_takes_the_widest():
-    run = fresh_process(["-c", "import bnfast; print(bnfast.config()['isa'])"], BNFAST_ISA="")
+    run = completed("import bnfast; print(bnfast.config()['isa'])", BNFAST_ISA="")
     assert run.stdout.split() == [ISAS[-1]], run.stderr

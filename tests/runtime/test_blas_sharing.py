@@ -12,7 +12,7 @@ import sys
 import threading
 
 import pytest
-from scripts import CPUS, environ, needs_libgomp
+from scripts import CHILDREN, CPUS, environ, needs_fork, needs_libgomp
 
 import bnfast
 from bnfast.runtime import blas
@@ -27,13 +27,14 @@ needs_sharing = pytest.mark.skipif(
 TIME_LIMIT = 300
 
 HEAD = """
-import faulthandler, hashlib, os, sys, threading, time, warnings
+import faulthandler, hashlib, os, sys, threading, time, traceback, warnings
 faulthandler.dump_traceback_later(250)
 warnings.filterwarnings("ignore", message=".*fork.*", category=DeprecationWarning)
 import numpy as np
 import threadpoolctl
 import bnfast
-from bnfast import _core, blas, functional as F
+from bnfast import _core, functional as F
+from bnfast.runtime import blas
 
 def set_blas_threads():
     "to BLAS_THREADS: OPENBLAS_NUM_THREADS cannot say more than there are CPUs"
@@ -353,27 +354,15 @@ print(len(wrong), calls()[0])
     assert run_script(body, tmp_path) == "0 off"
 
 
-CHILD = """
+CHILD = (
+    CHILDREN
+    + """
 def child_status(work, seconds=100):
-    pid = os.fork()
-    if pid == 0:
-        try:
-            os._exit(0 if work() else 1)
-        finally:
-            os._exit(2)
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        found, status = os.waitpid(pid, os.WNOHANG)
-        if found:
-            return os.waitstatus_to_exitcode(status)
-        time.sleep(0.002)
-    os.kill(pid, 9)
-    os.waitpid(pid, 0)
-    return "hangs"
+    return end_of(start_child(work), seconds)
 def fine():
     return goes_through() and bits(product()) == EXPECTED and F.batch_norm(x)[0].shape == x.shape
 """
-needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
+)
 
 
 @needs_sharing

@@ -7,19 +7,15 @@ import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 from campaign import short_and_long
 from places import TESTS
-from scripts import CPUS, run_script
+from scripts import CPUS, needs_openmp, needs_proc, run_script
 
 import bnfast
 from bnfast import _core
-
-needs_openmp = pytest.mark.skipif(bnfast.config()["openmp"] is None, reason="this build is without OpenMP")
-needs_proc = pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="this system does not list tasks in /proc")
 
 HEAD = """
 import faulthandler, hashlib, os, random, sys, threading, time

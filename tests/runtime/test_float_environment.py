@@ -4,9 +4,7 @@ import platform
 import sys
 
 import pytest
-from scripts import c_library, run_script
-
-import bnfast
+from scripts import c_library, needs_openmp, run_script
 
 pytestmark = pytest.mark.skipif(
     platform.machine() not in ("x86_64", "AMD64") or not sys.platform.startswith("linux"),
@@ -76,7 +74,7 @@ def mxcsr(tmp_path_factory):
     return c_library(tmp_path_factory.mktemp("mxcsr"), MXCSR, "-O1")
 
 
-@pytest.mark.skipif(bnfast.config()["openmp"] is None, reason="this build is without OpenMP")
+@needs_openmp
 def test_every_thread_computes_as_the_caller_would(mxcsr):
     """And the environment matters: different controls give different bits."""
     body = """
@@ -107,7 +105,7 @@ print("the same")
     assert run_script(HEAD + FUNCTIONS + body, mxcsr) == "the same"
 
 
-@pytest.mark.skipif(bnfast.config()["openmp"] is None, reason="this build is without OpenMP")
+@needs_openmp
 def test_the_workers_get_their_own_back(mxcsr):
     """Another library may run on them next."""
     body = """

@@ -5,26 +5,22 @@ workers, and waits for them for ever. bnfast gives the pool back before a fork (
 process of its own with a time limit; a child that hangs is killed and makes its case fail.
 """
 
-import os
-
 import pytest
 import scripts
 from campaign import short_and_long
-from scripts import TEAM_LIBRARY, c_library, needs_libgomp, preloaded
+from scripts import CHILDREN, TEAM_LIBRARY, c_library, needs_fork, needs_libgomp, needs_openmp, needs_proc, preloaded
 
 import bnfast
 
 CONFIG = bnfast.config()
-pytestmark = [
-    pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork"),
-    pytest.mark.skipif(CONFIG["openmp"] is None, reason="this build is without OpenMP: there are no pools to lose"),
-]
-needs_proc = pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="this system does not list tasks in /proc")
+pytestmark = [needs_fork, needs_openmp]
 
 TIME_LIMIT = 300
 
 # Every script begins with this. `step` is a training step on two threads; its bits are what a child has to find too.
-HEAD = '''
+HEAD = (
+    CHILDREN
+    + '''
 import faulthandler, os, sys, time, traceback, warnings
 faulthandler.dump_traceback_later(200)
 # CPython 3.12 and later warn when a process with threads forks; that it works is what is tested here
@@ -50,32 +46,6 @@ with bnfast.num_threads(1):
 def tasks():
     return len(os.listdir("/proc/self/task"))
 
-def start_child(work):
-    """Pid of a child that runs work() and exits with 0 if it is true."""
-    pid = os.fork()
-    if pid:
-        return pid
-    status = 3
-    try:
-        status = 0 if work() else 1
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stderr.flush()
-        os._exit(status)
-
-def end_of(pid, seconds=60.0):
-    """How a child ended: its exit status, or "hangs"."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        found, status = os.waitpid(pid, os.WNOHANG)
-        if found:
-            return os.waitstatus_to_exitcode(status)
-        time.sleep(0.002)
-    os.kill(pid, 9)
-    os.waitpid(pid, 0)
-    return "hangs"
-
 def child_is_fine(work=lambda: step() == BITS):
     return end_of(start_child(work)) == 0
 
@@ -83,6 +53,7 @@ def warm():
     assert step() == BITS
     return True
 '''
+)
 
 
 def run_script(body, tmp_path, *arguments, head=HEAD, limit=TIME_LIMIT, **environment):

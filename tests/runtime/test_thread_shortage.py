@@ -7,13 +7,11 @@ import sys
 
 import pytest
 from campaign import short_and_long
-from scripts import TEAM_LIBRARY, c_library, completed, needs_libgomp, preloaded, run_script
-
-import bnfast
+from scripts import TEAM_LIBRARY, c_library, completed, needs_libgomp, needs_openmp, preloaded, run_script
 
 pytestmark = [
     pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits and preloading as on Linux"),
-    pytest.mark.skipif(bnfast.config()["openmp"] is None, reason="this build is without OpenMP"),
+    needs_openmp,
 ]
 
 HEAD = """

@@ -3,7 +3,6 @@
 import contextvars
 import os
 import re
-import subprocess
 import sys
 import threading
 import types
@@ -12,15 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from scripts import environ, needs_libgomp
+from scripts import completed, needs_libgomp, needs_openmp, needs_proc
 
 import bnfast
 from bnfast.runtime import loading, threads
 
 HAS_OPENMP = bnfast.config()["openmp"] is not None
-needs_openmp = pytest.mark.skipif(not HAS_OPENMP, reason="this build is without OpenMP")
 needs_affinity = pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no CPU affinity on this system")
-needs_proc = pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="this system does not list tasks in /proc")
 
 # Whether a thread begins in the context of the one that starts it: so it is without a GIL from Python 3.14 on.
 INHERITED = bool(getattr(sys.flags, "thread_inherit_context", False))
@@ -36,9 +33,7 @@ LARGE = "x = np.random.default_rng(0).standard_normal((64, 32, 32, 32)).astype(n
 
 def run_python(script, *arguments, head=HEAD, error_ok=False, **environment):
     """Output (stdout, stderr) of a script in a fresh process."""
-    env = environ(**environment, PYTHONWARNINGS="default")
-    command = [sys.executable, *(arguments or ["-c", head + script])]
-    run = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300, check=False)
+    run = completed(arguments or head + script, options=["-W", "default"], **environment)
     assert error_ok or run.returncode == 0, run.stderr
     return run.stdout.strip(), run.stderr
 
@@ -469,23 +464,19 @@ print("work")
 
 # --- what the threads do -------------------------------------------------------------------------------------
 
-CALLS = """
-def every_function(x):
-    y, mean, inv_std = bnfast.functional.batch_norm(x)
-    bnfast.functional.batch_norm_eval(x, mean, mean * mean)
-    bnfast.functional.batch_norm_backward(y, x, mean, inv_std)
-    bnfast.functional.batch_norm_jvp(y, x, mean, inv_std)
-    bnfast.moments(x)
-"""
-
 
 @needs_openmp
 @needs_proc
 def test_small_work_starts_no_thread_and_large_work_starts_one_for_two():
     script = (
         LARGE
-        + CALLS
         + """
+def every_function(x):
+    y, mean, inv_std = bnfast.functional.batch_norm(x)
+    bnfast.functional.batch_norm_eval(x, mean, mean * mean)
+    bnfast.functional.batch_norm_backward(y, x, mean, inv_std)
+    bnfast.functional.batch_norm_jvp(y, x, mean, inv_std)
+    bnfast.moments(x)
 import bnfast
 counts = [tasks()]
 bnfast.set_num_threads(2)
@@ -503,39 +494,6 @@ print(*(count - counts[0] for count in counts))
 """
     )
     assert run_python(script)[0] == "0 0 0 1"
-
-
-@needs_openmp
-@needs_proc
-def test_callers_share_the_budget_and_their_threads_end_with_them():
-    script = (
-        LARGE
-        + CALLS
-        + """
-import threading
-import bnfast
-start, most, stop = tasks(), 0, False
-def work():
-    for _ in range(3):
-        every_function(x)
-bnfast.set_num_threads(4)
-callers = [threading.Thread(target=work) for _ in range(8)]
-for caller in callers:
-    caller.start()
-while any(caller.is_alive() for caller in callers):
-    most = max(most, tasks() - start)
-    time.sleep(0.001)
-for caller in callers:
-    caller.join()
-deadline = time.monotonic() + 100
-while tasks() > start and time.monotonic() < deadline:
-    time.sleep(0.01)
-print(most, tasks() - start)
-"""
-    )
-    most, left = map(int, run_python(script)[0].split())
-    assert left == 0
-    assert most <= 8 * 4  # a caller keeps the workers of its largest team, asleep; usually 8 + 4
 
 
 @needs_openmp

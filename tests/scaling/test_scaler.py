@@ -4,12 +4,11 @@ import copy
 import functools
 import multiprocessing
 import pickle
-import subprocess
-import sys
 import warnings
 
 import numpy as np
 import pytest
+from scripts import run_script
 
 import bnfast
 from bnfast import _core
@@ -115,7 +114,7 @@ def test_what_is_no_float_becomes_float64(dtype):
 def test_data_that_are_converted_in_chunks(monkeypatch):
     x = np.abs(table(1000)).astype(np.int32)
     whole = StandardScaler().fit(x)
-    monkeypatch.setattr(module, "CHUNK", 7 * 33)
+    monkeypatch.setattr("bnfast.scaling.data.CHUNK", 7 * 33)
     chunked = StandardScaler().fit(x)
     assert_same_fit(chunked, whole)
     np.testing.assert_array_equal(whole.transform(x), whole.transform(x.astype(np.float64)))
@@ -207,7 +206,7 @@ def test_zeros_keep_their_sign_where_nothing_is_subtracted():
 @pytest.mark.parametrize("columns", [slice(None, None, 2), slice(None), slice(3, 4)], ids=["some", "all", "one"])
 @pytest.mark.parametrize("order", ["C", "F"])
 def test_nan_are_missing_values(dtype, columns, order, monkeypatch):
-    monkeypatch.setattr(module, "CHUNK", 7 * 17)
+    monkeypatch.setattr("bnfast.scaling.data.CHUNK", 7 * 17)
     x = np.asarray(with_nan(table() / 100, columns=columns), dtype, order=order)
     scaler = StandardScaler().fit(x)
     assert_fitted_to(scaler, x, tolerance=3e-7 if dtype is np.float32 else FLOAT64)
@@ -345,7 +344,7 @@ def test_variances_beyond_float64_are_infinite_without_an_error():
 @pytest.mark.parametrize("missing", [False, True])
 @pytest.mark.parametrize("dtype", [np.float64, np.float32, np.int64])
 def test_weights(missing, dtype, monkeypatch):
-    monkeypatch.setattr(module, "CHUNK", 7 * 17)
+    monkeypatch.setattr("bnfast.scaling.data.CHUNK", 7 * 17)
     x = table().astype(dtype)
     x = with_nan(x) if missing and dtype is not np.int64 else x
     weights = np.random.default_rng(2).random(len(x))
@@ -499,7 +498,7 @@ def test_a_memmap_in_batches(tmp_path):
 def test_a_fit_in_batches_reads_no_more_than_a_batch_at_a_time(monkeypatch):
     seen = []
     moments = _core.moments
-    monkeypatch.setattr(module._core, "moments", lambda x, axis: seen.append(x.shape) or moments(x, axis))
+    monkeypatch.setattr(_core, "moments", lambda x, axis: seen.append(x.shape) or moments(x, axis))
     StandardScaler().fit(table(), batch_size=90)
     assert seen == [(90, 7), (90, 7), (20, 7)]
 
@@ -527,7 +526,7 @@ def test_progress_goes_to_the_error_stream(capsys):
 @pytest.mark.parametrize("method", ["transform", "inverse_transform", "fit_transform"])
 @pytest.mark.parametrize("dtype", [np.float64, np.float32, np.float16, np.int32])
 def test_out(method, dtype, monkeypatch):
-    monkeypatch.setattr(module, "CHUNK", 7 * 17)
+    monkeypatch.setattr("bnfast.scaling.data.CHUNK", 7 * 17)
     x = (table() / 100).astype(dtype)
     call = getattr(StandardScaler().fit(x), method)
     expected = call(x)
@@ -850,8 +849,7 @@ try:
 except ImportError:
     print("as it should be")
 """
-    done = subprocess.run([sys.executable, "-c", script], check=True, timeout=300, capture_output=True, text=True)
-    assert done.stdout == "as it should be\n"
+    assert run_script(script) == "as it should be"
 
 
 # --- beside scikit-learn --------------------------------------------------------------------------------------

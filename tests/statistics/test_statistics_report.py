@@ -2,11 +2,10 @@
 
 import copy
 import pickle
-import subprocess
-import sys
 
 import numpy as np
 import pytest
+from scripts import run_script
 
 import bnfast
 from bnfast import BatchNorm, Moments, StateError, moments
@@ -348,9 +347,4 @@ if __name__ == "__main__":
 
 @pytest.mark.parametrize("method", ["forkserver", "spawn"])
 def test_exact_statistics_of_several_processes_merge(tmp_path, method):
-    script = tmp_path / "processes.py"
-    script.write_text(PROCESSES)
-    run = subprocess.run(
-        [sys.executable, "-W", "error", str(script), method], capture_output=True, text=True, timeout=300, check=False
-    )
-    assert run.stdout == "merged\n", run.stderr
+    assert run_script(PROCESSES, method, folder=tmp_path) == "merged"

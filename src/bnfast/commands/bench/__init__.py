@@ -2,8 +2,9 @@
 
 import argparse
 import json
-import sys
 from pathlib import Path
+
+from ..running import ERRORS, check_writable, ended, require
 
 __all__ = ["main"]
 
@@ -32,14 +33,8 @@ def main(argv: list[str]) -> int:
         parser.error(f"--threads must be at least 1, not {args.threads}")
     if args.loop and (args.figure or args.only or args.shapes or args.fresh or args.dtype != "float32"):
         parser.error("--loop goes with --threads, --quick and --json only")
-    try:
-        return run_loop(args, argv) if args.loop else run_comparison(args, argv, parser)
-    except (ImportError, OSError, RuntimeError) as error:
-        print(f"bnfast bench: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("bnfast bench: interrupted", file=sys.stderr)
-        return 130
+    work = (lambda: run_loop(args, argv)) if args.loop else (lambda: run_comparison(args, argv, parser))
+    return ended("bench", work, (*ERRORS, RuntimeError))
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -58,13 +53,12 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def run_comparison(args: argparse.Namespace, argv: list[str], parser: argparse.ArgumentParser) -> int:
+def run_comparison(args: argparse.Namespace, argv: list[str], parser: argparse.ArgumentParser) -> None:
     """Compare the contenders and report."""
-    from ..demo import check_writable
-    from ..network import require
     from .compare import Plan, compare, known_contenders
-    from .report import draw, table
+    from .figure import draw
     from .shapes import OPERATIONS, QUICK, SHAPES
+    from .tables import table
 
     try:
         contenders, left_out = known_contenders(args.only, args.quick)
@@ -95,13 +89,10 @@ def run_comparison(args: argparse.Namespace, argv: list[str], parser: argparse.A
     if args.figure:
         args.figure.write_bytes(draw(report))
         print(f"\nFigure: {args.figure}")
-    return 0
 
 
-def run_loop(args: argparse.Namespace, argv: list[str]) -> int:
+def run_loop(args: argparse.Namespace, argv: list[str]) -> None:
     """Measure the training loops and report."""
-    from ..demo import check_writable
-    from ..network import require
     from .loop import measure_loops, table
 
     require(["tqdm"], "bench")
@@ -113,7 +104,6 @@ def run_loop(args: argparse.Namespace, argv: list[str]) -> int:
         report = measure_loops(args.threads, args.quick, argv, bar.update)
     print(table(report))
     write_json(args.json, report)
-    return 0
 
 
 def write_json(path: Path | None, report: object) -> None:
