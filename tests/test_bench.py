@@ -10,7 +10,7 @@ import time
 import numpy as np
 import pytest
 
-from bnfast import bench
+from bnfast.commands import bench
 from bnfast.commands.bench import compare, contenders, loop, report, worker
 from bnfast.commands.bench.shapes import OPERATIONS, QUICK, SHAPES, Shape, group
 

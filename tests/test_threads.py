@@ -15,7 +15,7 @@ import pytest
 from scripts import environ, needs_libgomp
 
 import bnfast
-from bnfast import _runtime, threads
+from bnfast.runtime import loading, threads
 
 HAS_OPENMP = bnfast.config()["openmp"] is not None
 needs_openmp = pytest.mark.skipif(not HAS_OPENMP, reason="this build is without OpenMP")
@@ -569,8 +569,8 @@ def idle_threads(**environment):
 @needs_libgomp
 def test_idle_workers_sleep():
     """After a tenth of a millisecond; libgomp's own default is some milliseconds."""
-    assert idle_threads() == ("sleep", [int(_runtime._SPIN_COUNT)])
-    assert int(_runtime._SPIN_COUNT) <= 20_000
+    assert idle_threads() == ("sleep", [int(loading._SPIN_COUNT)])
+    assert int(loading._SPIN_COUNT) <= 20_000
 
 
 @needs_libgomp
