@@ -41,10 +41,9 @@ MAY_IMPORT = {
     "state": set(),
     "reference": set(),
     "threads": {"_checks", "_core"},
-    "blas": {"_core"},
     "functional": {"_core"},
     "moments": {"_checks", "_core"},
-    "_config": {"_core", "_runtime", "blas", "threads"},
+    "_config": {"_core", "_runtime", "threads"},
     "report": {"_table"},
     "layer": {"_checks", "_core", "functional", "moments", "report", "state"},
     "_estimator": set(),
@@ -55,7 +54,7 @@ MAY_IMPORT = {
     "figures": set(),
     "gallery": {"figures", "network"},  # and the examples, by name
     "__init__": {
-        *("_config", "_runtime", "blas", "functional", "gradient", "layer", "moments", "scaler", "state", "threads"),
+        *("_config", "_runtime", "functional", "gradient", "layer", "moments", "scaler", "state", "threads"),
     },
     "__main__": {"__init__", "demo", "gallery"},
 }
@@ -282,14 +281,13 @@ def test_the_compiler_may_not_contract():
 
 @needs_sources
 def test_there_is_one_parallel_loop():
-    """And one parallel region, for OpenBLAS's jobs."""
     loops = []
     for path in [*SOURCES.rglob("*.pyx"), *SOURCES.rglob("*.pxd"), *SOURCES.rglob("*.pxi")]:
         code = re.sub(r'""".*?"""|#[^\n]*', "", path.read_text(encoding="utf-8"), flags=re.DOTALL)
         loops += [path.name] * len(re.findall(r"\bprange\s*\(|\bparallel\s*\(", code))
     for path in SOURCES.rglob("*.[ch]"):
         loops += [path.name] * len(OPENMP_PRAGMA.findall(c_code(path)))
-    assert loops == ["_core.pyx", "openmp.c"]
+    assert loops == ["_core.pyx"]
 
 
 @needs_sources
@@ -364,15 +362,13 @@ PUBLIC = {
     "set_num_threads": "(n)",
     "get_num_threads": "()",
     "num_threads": "(n)",
-    "share_blas_threads": "()",
-    "share_blas_threads.close": "(self)",
     "show_config": "()",
     "config": "()",
     "__version__": None,
 }
 ALWAYS_THERE = {
     "BatchNorm", "functional", "moments", "Moments", "set_num_threads", "get_num_threads", "num_threads",
-    "share_blas_threads", "show_config", "config", "__version__", "StateError", "directional_derivative",
+    "show_config", "config", "__version__", "StateError", "directional_derivative",
     "check_gradient", "check_layer", "GradientCheck", "StandardScaler",
 }  # fmt: skip
 

@@ -593,7 +593,7 @@ def test_what_the_user_says_about_waiting_stays_in_the_environment(name, value):
 KEYS = {
     "version": str, "python": str, "numpy": str, "isa": str, "isa_compiled": list, "isa_supported": list,
     "openmp": int if HAS_OPENMP else type(None), "openmp_library": str, "threads": int, "threads_why": str,
-    "idle_threads": str, "fork": str, "forked_serial": bool, "blas": list, "l2_bytes": int, "last_level_bytes": int,
+    "idle_threads": str, "fork": str, "forked_serial": bool, "l2_bytes": int, "last_level_bytes": int,
 }  # fmt: skip
 
 

@@ -12,7 +12,6 @@ from .runtime import loading as loading  # first: it loads the extension
 from . import functional
 from .gradients.check import GradientCheck, check_gradient, check_layer, directional_derivative
 from .layer import BatchNorm
-from .runtime.blas import share_blas_threads
 from .runtime.config import __version__, config, show_config
 from .runtime.threads import get_num_threads, num_threads, set_num_threads
 from .scaling.scaler import StandardScaler
@@ -38,6 +37,5 @@ __all__ = [
     "moments",
     "num_threads",
     "set_num_threads",
-    "share_blas_threads",
     "show_config",
 ]

@@ -113,17 +113,6 @@ cdef extern from "runtime/rivals.h" nogil:
     void bnfast_rivals_exclude_me() noexcept
     int bnfast_rivals_leave(int team, long long elements) noexcept
 
-cdef extern from "runtime/blas.h" nogil:
-    int bnfast_blas_supported() noexcept
-    int bnfast_blas_share(uintptr_t set_callback, uintptr_t exec_blas, uintptr_t callback, uintptr_t num_threads,
-                          int places) noexcept
-    void bnfast_blas_release(int copy) noexcept
-    int bnfast_blas_find(uintptr_t set_callback) noexcept
-    int bnfast_blas_is_shared(int copy) noexcept
-    int bnfast_blas_was_given_back(int copy) noexcept
-    void bnfast_blas_calls(int copy, long *on_team, long *on_threads) noexcept
-    void bnfast_blas_break(int what) noexcept
-
 bnfast_openmp_init()
 bnfast_rivals_init()
 bnfast_read_caches()
@@ -1021,43 +1010,3 @@ def forked_serial():
     """Whether this process is a child that has to stay on one thread."""
     return bool(bnfast_openmp_forked_serial())
 
-
-def blas_supported():
-    """Whether this build can run the jobs of OpenBLAS."""
-    return bool(bnfast_blas_supported())
-
-
-def blas_share(copies, list shared):
-    """Shares copies of OpenBLAS, each (set_callback, exec_blas, callback, num_threads, places), addresses and a number
-    (blas.h); appends to `shared` what blas_release needs. Returns whether there was room for all.
-    """
-    cdef int copy
-    for set_callback, exec_blas, callback, num_threads, places in copies:
-        copy = bnfast_blas_share(set_callback, exec_blas, callback, num_threads, places)
-        if copy < 0:
-            return False
-        shared.append(copy)
-    return True
-
-
-def blas_release(list shared):
-    """Ends what blas_share began, and empties the list. Nothing interrupts it."""
-    while shared:
-        bnfast_blas_release(shared.pop())
-
-
-def blas_state(set_callback):
-    """("off", "shared" or "given back", calls run on a team, calls run on threads of their own) of a copy."""
-    cdef int copy = bnfast_blas_find(set_callback)
-    cdef long on_team = 0, on_threads = 0
-    if copy < 0:
-        return "off", 0, 0
-    bnfast_blas_calls(copy, &on_team, &on_threads)
-    if bnfast_blas_was_given_back(copy):
-        return "given back", on_team, on_threads
-    return "shared" if bnfast_blas_is_shared(copy) else "off", on_team, on_threads
-
-
-def blas_break(int what):
-    """Spoils the running of jobs (blas.h), for the tests that show what the guards prevent."""
-    bnfast_blas_break(what)

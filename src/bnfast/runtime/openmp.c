@@ -251,25 +251,6 @@ void bnfast_openmp_leave(int budget, int team)
 
 int bnfast_openmp_take_shortage(void) { return bnfast_exchange(&shortage, 0) != 0; }
 
-int bnfast_openmp_run_together(int n, void (*job)(int i, void *context), void *context)
-{
-    int together = 0;
-    if (forked_serial || omp_in_parallel() || possible_team(n) < n)
-        return 0;
-    bnfast_add(&callers, 1);
-    bnfast_add(&busy, n - 1);
-    set_pool_size(n - 1);
-#pragma omp parallel num_threads(n)
-    if (omp_get_num_threads() == n) { /* less: OMP_THREAD_LIMIT, OMP_DYNAMIC; the same for all that are here */
-        if (omp_get_thread_num() == 0)
-            together = 1;
-        job(omp_get_thread_num(), context);
-    }
-    bnfast_add(&busy, 1 - n);
-    bnfast_add(&callers, -1);
-    return together;
-}
-
 #else /* no OpenMP */
 
 long bnfast_openmp_version(void) { return 0; }
@@ -282,10 +263,6 @@ void bnfast_openmp_handle_fork(int on) { (void)on; }
 int bnfast_openmp_enter(int budget) { return (void)budget, 1; }
 void bnfast_openmp_leave(int budget, int team) { (void)budget, (void)team; }
 int bnfast_openmp_take_shortage(void) { return 0; }
-int bnfast_openmp_run_together(int n, void (*job)(int i, void *context), void *context)
-{
-    return (void)n, (void)job, (void)context, 0;
-}
 
 #endif
 
