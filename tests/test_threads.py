@@ -6,7 +6,7 @@ import re
 import subprocess
 import sys
 import threading
-import types
+import time
 import warnings
 from pathlib import Path
 
@@ -15,6 +15,7 @@ import pytest
 from scripts import environ, needs_libgomp
 
 import bnfast
+from bnfast import _core
 from bnfast.runtime import loading, threads
 
 HAS_OPENMP = bnfast.config()["openmp"] is not None
@@ -45,16 +46,15 @@ def run_python(script, *arguments, head=HEAD, error_ok=False, **environment):
 
 @pytest.fixture
 def free(monkeypatch):
-    """No setting of this process or its environment is in force, and there are 8 CPUs."""
+    """No setting of this process is in force, and the environment says 8, which an OMP_THREAD_LIMIT may lessen."""
     monkeypatch.setattr(threads, "_context", contextvars.ContextVar("test", default=None))
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr(threads, "_environment", None)
-    monkeypatch.setattr(threads, "_process", None)
-    monkeypatch.setattr(threads, "_cpus", None)
-    monkeypatch.setattr(threads, "_available_cpus", lambda: (8, "CPUs of the test"))
-    monkeypatch.setattr(threads, "_core", types.SimpleNamespace(forked_serial=lambda: False,
-        openmp_max_threads=lambda: 8, openmp_thread_limit=lambda: 2**31 - 1, openmp_version=lambda: 201511,
-    ))  # fmt: skip
+    _core.set_thread_sources(threads._context, threads._available_cpus)
+    _core.set_environment_threads(8, False)
+    yield
+    _core.set_process_threads(0)
+    _core.set_environment_threads(threads._from_environment(), threads._omp_num_threads_is_set())
+    monkeypatch.undo()
+    _core.set_thread_sources(threads._context, threads._available_cpus)
 
 
 def in_thread(function):
@@ -69,25 +69,59 @@ def in_thread(function):
 # --- set, get, with ------------------------------------------------------------------------------------------
 
 
-def test_each_setting_comes_before_the_next(free, monkeypatch):
-    decided = lambda: threads.thread_budget()  # noqa: E731
-    assert decided() == (8, "CPUs of the test")
-    monkeypatch.setattr(threads._core, "openmp_max_threads", lambda: 7)
-    assert decided()[0] == 7
-    assert "OMP_NUM_THREADS" in decided()[1]
-    monkeypatch.setattr(threads, "_environment", 6)
-    assert decided() == (6, "BNFAST_NUM_THREADS")
+FACTS = {  # all that has a say, each with a number of its own
+    "context": 4, "process": 5, "environment": 6, "omp_num_threads_is_set": 1, "openmp": 7, "limit": 2**31 - 1,
+    "has_openmp": 1, "forked_serial": 0, "cpus": 3,
+}  # fmt: skip
+
+
+def decided(*silent, **changed):
+    """(n, words, whether the user chose it), where some have nothing to say."""
+    n, why, chosen = _core.decide_threads(**{**FACTS, **dict.fromkeys(silent, 0), **changed})
+    return n, threads._WHY[why] or "CPUs", chosen
+
+
+def test_each_setting_comes_before_the_next():
+    silent = []
+    for setting, n, words in (
+        ("context", 4, "bnfast.num_threads"),
+        ("process", 5, "bnfast.set_num_threads"),
+        ("environment", 6, "BNFAST_NUM_THREADS"),
+        ("omp_num_threads_is_set", 7, "OMP_NUM_THREADS"),
+    ):
+        found = decided(*silent)
+        assert found[0] == n
+        assert words in found[1]
+        assert found[2]
+        limited = decided(*silent, limit=n - 1)
+        assert limited[:2] == (n - 1, "OMP_THREAD_LIMIT")
+        assert decided(*silent, limit=n)[0] == n
+        silent.append(setting)
+    assert decided(*silent) == (3, "CPUs", False)
+    n, words, chosen = decided(*silent, openmp=2)  # threadpoolctl
+    assert (n, chosen) == (2, False)
+    assert "threadpoolctl" in words
+    assert decided(*silent, openmp=3)[1] == "CPUs"
+    assert decided(*silent, limit=2)[:2] == (2, "OMP_THREAD_LIMIT")
+
+
+def test_a_forked_child_without_a_pool_stays_on_one_thread_whatever_is_set():
+    assert decided(forked_serial=1)[0] == 1
+    assert "forked" in decided(forked_serial=1)[1]
+
+
+def test_the_settings_are_asked_in_their_order(free):
+    assert threads.thread_budget() == (8, "BNFAST_NUM_THREADS")
     bnfast.set_num_threads(5)
-    assert decided() == (5, "bnfast.set_num_threads")
+    assert threads.thread_budget() == (5, "bnfast.set_num_threads")
     with bnfast.num_threads(4):
-        assert decided() == (4, "bnfast.num_threads")
+        assert threads.thread_budget() == (4, "bnfast.num_threads")
         assert bnfast.get_num_threads() == bnfast.config()["threads"] == 4
-        monkeypatch.setattr(threads._core, "openmp_thread_limit", lambda: 3)
-        assert decided() == (3, "OMP_THREAD_LIMIT")
-    monkeypatch.setattr(threads._core, "openmp_thread_limit", lambda: 2**31 - 1)
-    assert decided() == (5, "bnfast.set_num_threads")
+    assert threads.thread_budget() == (5, "bnfast.set_num_threads")
     bnfast.set_num_threads(None)
-    assert decided() == (6, "BNFAST_NUM_THREADS")
+    assert threads.thread_budget() == (8, "BNFAST_NUM_THREADS")
+    _core.set_environment_threads(0, False)
+    assert "BNFAST_NUM_THREADS" not in threads.thread_budget()[1]
 
 
 def test_a_setting_of_ours_may_exceed_the_cpus(free):
@@ -97,13 +131,11 @@ def test_a_setting_of_ours_may_exceed_the_cpus(free):
     assert bnfast.get_num_threads() == 50
 
 
-def test_without_openmp_there_is_one_thread(free, monkeypatch):
-    monkeypatch.setattr(threads._core, "openmp_max_threads", lambda: 1)
-    monkeypatch.setattr(threads._core, "openmp_thread_limit", lambda: 1)
-    monkeypatch.setattr(threads._core, "openmp_version", lambda: 0)
-    assert threads.thread_budget() == (1, "built without OpenMP")
-    with bnfast.num_threads(4):
-        assert bnfast.get_num_threads() == 1
+def test_without_openmp_there_is_one_thread():
+    built_without = {"has_openmp": 0, "openmp": 1, "limit": 1}
+    settings = ("context", "process", "environment", "omp_num_threads_is_set")
+    assert decided(*settings, **built_without)[:2] == (1, "built without OpenMP")
+    assert decided(**built_without)[0] == 1
 
 
 def test_num_threads_nests_and_ends_with_an_exception(free):
@@ -396,22 +428,59 @@ def test_without_affinity_calls_the_machines_cpus_count(cgroup, tmp_path, monkey
     assert threads._read_available_cpus(tmp_path)[0] == 1
 
 
-def test_the_system_is_asked_once_a_second_at_most(monkeypatch):
-    now, asked = [1000.0], []
-    monkeypatch.setattr(threads, "time", types.SimpleNamespace(monotonic=lambda: now[0]))
-    monkeypatch.setattr(threads, "_cpus", None)
+@pytest.fixture
+def asked(monkeypatch):
+    """Who asks for the CPUs is told how often that was, and it is noted here; the environment says nothing."""
+    asked = []
     monkeypatch.setattr(threads, "_read_available_cpus", lambda root: asked.append(root) or (len(asked), "asked"))
-    for at, answer in ((1000.0, 1), (1000.9, 1), (1001.0, 1), (1001.1, 2), (1002.0, 2), (1002.2, 3)):
-        now[0] = at
-        assert threads._available_cpus() == (answer, "asked")
-    assert asked == [Path("/")] * 3
+    _core.set_environment_threads(0, False)
+    _core.set_thread_sources(threads._context, threads._available_cpus)
+    yield asked
+    monkeypatch.undo()
+    _core.set_environment_threads(threads._from_environment(), threads._omp_num_threads_is_set())
+    _core.set_thread_sources(threads._context, threads._available_cpus)
 
 
-def test_a_cpu_limit_counts_unless_omp_num_threads_is_set(free, monkeypatch):
-    monkeypatch.setattr(threads, "_available_cpus", lambda: (2, "cgroup quota of 1.5 CPUs"))
-    assert threads.thread_budget() == (2, "cgroup quota of 1.5 CPUs")
-    monkeypatch.setenv("OMP_NUM_THREADS", "8")
-    assert threads.thread_budget()[0] == 8
+def test_the_system_is_asked_once_a_second_at_most(asked):
+    begun = time.monotonic()
+    for _ in range(1000):
+        n, why = threads.thread_budget()
+    assert asked == [Path("/")] * len(asked)
+    assert 1 <= len(asked) <= 1 + (time.monotonic() - begun)
+    if n == len(asked):  # else OpenMP grants less
+        assert why == "asked"
+    before = len(asked)
+    _core.age_cpus(1.0)
+    threads.thread_budget()
+    assert len(asked) == before + 1
+
+
+def test_large_calls_ask_the_system_and_small_ones_do_not(asked):
+    small, large = (np.ones((n, 64), np.float32) for n in (100, 2000))
+    bnfast.moments(small)
+    assert not asked
+    bnfast.moments(large)
+    assert len(asked) == 1
+
+
+def test_an_interrupt_while_the_system_is_asked_ends_the_call_and_it_is_asked_again(monkeypatch, asked):
+    def interrupted(root):
+        raise KeyboardInterrupt
+
+    x = np.ones((2000, 64), np.float32)
+    with monkeypatch.context() as patch:
+        patch.setattr(threads, "_read_available_cpus", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            bnfast.moments(x)
+    assert bnfast.moments(x).count == 2000
+    assert len(asked) == 1
+
+
+@needs_openmp
+def test_a_cpu_limit_counts_unless_omp_num_threads_is_set():
+    settings = ("context", "process", "environment")
+    assert decided(*settings, cpus=2)[0] == 7
+    assert decided(*settings, "omp_num_threads_is_set", cpus=2) == (2, "CPUs", False)
 
 
 # --- what the import does to the process ---------------------------------------------------------------------

@@ -13,6 +13,7 @@ from numpy.exceptions import AxisError, TooHardError
 
 cimport cython
 cimport numpy as cnp
+from cpython.contextvars cimport get_value
 from cpython.number cimport PyNumber_Index
 from cpython.mem cimport PyMem_RawFree, PyMem_RawMalloc
 from cython.parallel cimport prange
@@ -101,6 +102,29 @@ cdef extern from "runtime/openmp.h" nogil:
     unsigned long long bnfast_float_control() noexcept
     void bnfast_set_float_control(unsigned long long control) noexcept
 
+cdef extern from "runtime/budget.h" nogil:
+    ctypedef struct bnfast_facts:
+        long context, process, environment
+        int omp_num_threads_is_set
+        long openmp
+        long limit
+        int has_openmp, forked_serial
+        long cpus
+
+    ctypedef struct bnfast_budget:
+        long n
+        int why
+        int chosen
+
+    bnfast_budget bnfast_decide(const bnfast_facts *facts) noexcept
+    bnfast_budget bnfast_budget_now(long context) noexcept
+    void bnfast_set_process_threads(long n) noexcept
+    void bnfast_set_environment_threads(long n, int omp_num_threads_is_set) noexcept
+    int bnfast_cpus_are_old() noexcept
+    void bnfast_set_cpus(long n) noexcept
+    void bnfast_age_cpus(long long nanoseconds) noexcept
+    void bnfast_forget_cpus() noexcept
+
 cdef extern from "runtime/shares.h" nogil:
     ctypedef struct bnfast_share:
         pass
@@ -123,9 +147,10 @@ cdef Py_ssize_t SMALL = 1 << 16
 # What a thread of a team should at least have to do, in elements.
 cdef Py_ssize_t SHARE = 1 << 15
 
-# () -> (int, bool): how many threads a call may use, and whether the user has said so; set by threads.py, asked only
-# for work that is not small.
-cdef object thread_budget = None
+# Of threads.py: the ContextVar of `with num_threads` (to a pair whose first is a number, or None), and () -> int, the
+# CPUs that the system grants. Asked only for work that is not small.
+cdef object threads_in_context = None
+cdef object available_cpus = None
 
 
 # --- checks ---------------------------------------------------------------------------------------------------
@@ -499,13 +524,22 @@ cdef void run_shares(bnfast_job *job, bnfast_phase *phase, bnfast_share *shares,
             phase.task(job, task, thread)
 
 
+cdef int find_budget(bnfast_budget *found) except -1:
+    """What the calling thread may use."""
+    cdef object in_context = get_value(threads_in_context)
+    cdef long n = 0 if in_context is None else (<tuple>in_context)[0]
+    if bnfast_cpus_are_old():
+        bnfast_set_cpus(available_cpus())
+    found[0] = bnfast_budget_now(n)
+    return 0
+
+
 cpdef int team_for(Py_ssize_t elements) except -1:
     """How many threads the calling thread may use for work that is not small."""
-    cdef int budget
-    cdef bint chosen_by_user
-    budget, chosen_by_user = thread_budget()
-    budget = min(budget, max(1, elements // SHARE))
-    return budget if chosen_by_user else bnfast_rivals_leave(budget, elements)
+    cdef bnfast_budget budget
+    find_budget(&budget)
+    cdef int team = min(budget.n, max(1, elements // SHARE))
+    return team if budget.chosen else bnfast_rivals_leave(team, elements)
 
 
 cdef char *kept(bnfast_parameter *parameter, Py_ssize_t channels, char *at) noexcept:
@@ -929,10 +963,43 @@ cdef class Calibration:
 
 # --- what was built, and what is running ----------------------------------------------------------------------
 
-def set_thread_budget(function):
-    """Installs the function that says how many threads a call may use."""
-    global thread_budget
-    thread_budget = function
+def set_thread_sources(context, cpus):
+    """Installs what says how many threads a call may use: see `threads_in_context` and `available_cpus`."""
+    global threads_in_context, available_cpus
+    threads_in_context, available_cpus = context, cpus
+    bnfast_forget_cpus()
+
+
+def set_process_threads(long n):
+    """For the process; 0: nothing is said."""
+    bnfast_set_process_threads(n)
+
+
+def set_environment_threads(long n, bint omp_num_threads_is_set):
+    """BNFAST_NUM_THREADS, 0 without, and whether OMP_NUM_THREADS has a number."""
+    bnfast_set_environment_threads(n, omp_num_threads_is_set)
+
+
+def thread_budget():
+    """-> (n, why, chosen): as budget.h says, for a large call from here."""
+    cdef bnfast_budget budget
+    find_budget(&budget)
+    return budget.n, budget.why, bool(budget.chosen)
+
+
+def age_cpus(double seconds):
+    """As if the system had been asked for its CPUs so much earlier. For tests."""
+    bnfast_age_cpus(<long long>(seconds * 1e9))
+
+
+def decide_threads(**facts):
+    """-> (n, why, chosen): what the rules say where these facts (budget.h) are so, the others 0. For tests."""
+    cdef bnfast_facts given = {
+        name: facts.pop(name, 0)
+        for name in ("context", "process", "environment", "omp_num_threads_is_set", "openmp", "limit", "has_openmp",
+                     "forked_serial", "cpus")}
+    cdef bnfast_budget budget = bnfast_decide(&given)
+    return budget.n, budget.why, bool(budget.chosen)
 
 
 def isa():
@@ -1009,4 +1076,3 @@ def handle_fork(bint on):
 def forked_serial():
     """Whether this process is a child that has to stay on one thread."""
     return bool(bnfast_openmp_forked_serial())
-
