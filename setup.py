@@ -108,7 +108,7 @@ extension = Extension(
     "bnfast._core",
     sources=[
         "src/bnfast/core/_core.pyx",
-        *(f"src/bnfast/runtime/{name}.c" for name in ("openmp", "budget", "rivals")),
+        *(f"src/bnfast/runtime/{name}.c" for name in ("openmp", "budget", "rivals", "waking")),
         *(f"src/bnfast/kernels/{name}.c" for name in KERNELS),
     ],
     depends=[str(path) for path in sorted(Path("src/bnfast").rglob("*.h"))],

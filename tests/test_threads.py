@@ -50,6 +50,7 @@ def free(monkeypatch):
     monkeypatch.setattr(threads, "_context", contextvars.ContextVar("test", default=None))
     _core.set_thread_sources(threads._context, threads._available_cpus)
     _core.set_environment_threads(8, False)
+    _core.set_process_threads(0)
     yield
     _core.set_process_threads(0)
     _core.set_environment_threads(threads._from_environment(), threads._omp_num_threads_is_set())
@@ -655,6 +656,103 @@ def test_idle_workers_spin_where_the_user_says_so(name, value):
 def test_what_the_user_says_about_waiting_stays_in_the_environment(name, value):
     script = "import bnfast; print({n: v for n, v in os.environ.items() if n in ('GOMP_SPINCOUNT', 'OMP_WAIT_POLICY')})"
     assert run_python(script, **{name: value})[0] == str({name: value})
+
+
+# --- waking them ---------------------------------------------------------------------------------------------
+
+LITTLE, MUCH = 100_000, 1_000_000  # elements: the first do not pay for waking a thread, the second do
+
+
+@pytest.fixture
+def two_that_sleep(free):
+    """Two threads by the environment, which stay awake for many seconds: no test depends on its own speed."""
+    _core.set_environment_threads(2, False)
+    awake = _core.seconds_awake()
+    _core.set_spin_count(1 << 30)
+    assert 1 < _core.seconds_awake() < 600
+    yield
+    _core.set_spin_count(int(loading._SPIN_COUNT) if awake else 0)
+    _core.pretend_last_call(3600)
+
+
+@needs_libgomp
+def test_a_call_after_a_pause_wakes_a_thread_if_it_is_large(two_that_sleep):
+    for elements, team in ((LITTLE, 1), (MUCH, 2)):
+        _core.pretend_last_call(3600, MUCH)
+        assert _core.team_for(elements) == team
+
+
+@needs_libgomp
+def test_a_call_after_a_large_one_finds_the_thread_awake(two_that_sleep):
+    _core.pretend_last_call(3600)
+    assert [_core.team_for(n) for n in (MUCH, LITTLE, LITTLE)] == [2, 2, 2]
+    _core.pretend_last_call(0, MUCH)
+    assert _core.team_for(LITTLE) == 2
+
+
+@needs_libgomp
+def test_small_calls_wake_a_thread_when_they_come_in_numbers(two_that_sleep):
+    _core.pretend_last_call(3600)
+    teams = [_core.team_for(LITTLE) for _ in range(20)]
+    assert teams == sorted(teams)  # 1 1 1 ... 2 2 2
+    assert 4 <= teams.count(1) <= 8
+    _core.pretend_last_call(3600, MUCH)
+    assert _core.team_for(LITTLE) == 1  # and from the beginning after a pause
+
+
+@needs_libgomp
+def test_each_thread_has_its_own_burst(two_that_sleep):
+    _core.pretend_last_call(0, MUCH)
+    assert _core.team_for(LITTLE) == 2
+    assert in_thread(lambda: _core.team_for(LITTLE)) == 1  # whose pool has not been started
+
+
+@needs_libgomp
+def test_a_call_that_ends_is_what_the_pause_is_counted_from(two_that_sleep):
+    x = np.ones((LITTLE // 64, 64), np.float32)
+    _core.pretend_last_call(0, MUCH)
+    bnfast.moments(x)
+    assert _core.team_for(LITTLE) == 2
+    _core.pretend_last_call(3600, MUCH)
+    bnfast.moments(x)
+    assert _core.team_for(LITTLE) == 1
+
+
+@needs_libgomp
+def test_a_number_set_in_code_is_used_as_it_is(two_that_sleep):
+    _core.pretend_last_call(3600)
+    with bnfast.num_threads(3):
+        assert _core.team_for(LITTLE) == 3
+    bnfast.set_num_threads(3)
+    assert _core.team_for(LITTLE) == 3
+
+
+@needs_libgomp
+def test_where_workers_do_as_the_user_says_waking_counts_as_free(two_that_sleep):
+    _core.set_spin_count(0)
+    _core.pretend_last_call(3600)
+    assert _core.team_for(LITTLE) == 2
+    script = "import bnfast; print(bnfast._core.seconds_awake())"
+    assert run_python(script, OMP_WAIT_POLICY="active")[0] == "0.0"
+    assert 0 < float(run_python(script)[0]) < 0.01
+
+
+@needs_libgomp
+@needs_proc
+def test_small_calls_between_pauses_start_no_thread():
+    script = """
+import bnfast
+from bnfast import _core
+x = np.ones((2000, 64), np.float32)
+before = tasks()
+for _ in range(20):
+    _core.pretend_last_call(3600)
+    bnfast.moments(x)
+small = tasks() - before
+bnfast.moments(np.ones((20_000, 64), np.float32))
+print(small, tasks() - before)
+"""
+    assert run_python(script, BNFAST_NUM_THREADS="2")[0] == "0 1"
 
 
 # --- config, show_config, python -m bnfast -------------------------------------------------------------------

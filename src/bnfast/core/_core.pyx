@@ -115,6 +115,7 @@ cdef extern from "runtime/budget.h" nogil:
         long n
         int why
         int chosen
+        int in_code
 
     bnfast_budget bnfast_decide(const bnfast_facts *facts) noexcept
     bnfast_budget bnfast_budget_now(long context) noexcept
@@ -124,6 +125,12 @@ cdef extern from "runtime/budget.h" nogil:
     void bnfast_set_cpus(long n) noexcept
     void bnfast_age_cpus(long long nanoseconds) noexcept
     void bnfast_forget_cpus() noexcept
+
+cdef extern from "runtime/waking.h" nogil:
+    void bnfast_waking_init(long spin_count) noexcept
+    int bnfast_waking_pays(long long elements) noexcept
+    void bnfast_waking_pretend(long long nanoseconds, long long elements) noexcept
+    long long bnfast_waking_awake() noexcept
 
 cdef extern from "runtime/shares.h" nogil:
     ctypedef struct bnfast_share:
@@ -539,6 +546,8 @@ cpdef int team_for(Py_ssize_t elements) except -1:
     cdef bnfast_budget budget
     find_budget(&budget)
     cdef int team = min(budget.n, max(1, elements // SHARE))
+    if team > 1 and not budget.in_code and not bnfast_waking_pays(elements):
+        return 1
     return team if budget.chosen else bnfast_rivals_leave(team, elements)
 
 
@@ -985,6 +994,21 @@ def thread_budget():
     cdef bnfast_budget budget
     find_budget(&budget)
     return budget.n, budget.why, bool(budget.chosen)
+
+
+def set_spin_count(long turns):
+    """How many turns an idle worker waits before it sleeps; 0: not known, waking is taken to cost nothing."""
+    bnfast_waking_init(turns)
+
+
+def pretend_last_call(double seconds_ago, long long elements=0):
+    """As if this thread's last large call had ended so long ago, and so many elements were the burst's. For tests."""
+    bnfast_waking_pretend(<long long>(seconds_ago * 1e9), elements)
+
+
+def seconds_awake():
+    """How long a worker waits before it sleeps, 0 if that is not known."""
+    return bnfast_waking_awake() * 1e-9
 
 
 def age_cpus(double seconds):

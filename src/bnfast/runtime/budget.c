@@ -13,16 +13,17 @@ static bnfast_moment cpus_read;
 
 static bnfast_budget limited(long n, bnfast_why why, int chosen, long limit)
 {
+    const int in_code = why == BNFAST_WHY_CONTEXT || why == BNFAST_WHY_PROCESS;
     if (n > limit)
-        return (bnfast_budget){limit, BNFAST_WHY_LIMIT, chosen};
-    return (bnfast_budget){n > 1 ? n : 1, why, chosen};
+        return (bnfast_budget){limit, BNFAST_WHY_LIMIT, chosen, in_code};
+    return (bnfast_budget){n > 1 ? n : 1, why, chosen, in_code};
 }
 
 bnfast_budget bnfast_decide(const bnfast_facts *facts)
 {
     const long limit = facts->limit > 1 ? facts->limit : 1;
     if (facts->forked_serial)
-        return (bnfast_budget){1, BNFAST_WHY_FORKED, 0};
+        return (bnfast_budget){1, BNFAST_WHY_FORKED, 0, 0};
     if (facts->context)
         return limited(facts->context, BNFAST_WHY_CONTEXT, 1, limit);
     if (facts->process)

@@ -29,7 +29,8 @@ typedef struct {
 typedef struct {
     long n; /* at least 1 */
     bnfast_why why;
-    int chosen; /* by the user, who then gets that many, whoever else uses the CPUs */
+    int chosen;  /* by the user, who then gets that many, whoever else uses the CPUs */
+    int in_code; /* by a line of the program, not by its environment: also where they have to be woken */
 } bnfast_budget;
 
 bnfast_budget bnfast_decide(const bnfast_facts *facts);

@@ -49,6 +49,7 @@ def _load_core() -> str:
         return "as the OpenMP runtime decides"
     if os.path.realpath(_core.openmp_library()) in before:
         return "as this libgomp was told when another package loaded it"
+    _core.set_spin_count(int(_SPIN_COUNT))
     return "sleep"
 
 

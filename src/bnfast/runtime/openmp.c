@@ -11,6 +11,7 @@
 
 #include "clock.h"
 #include "counter.h"
+#include "waking.h"
 
 #include <stddef.h>
 #include <stdint.h>
@@ -240,6 +241,7 @@ void bnfast_openmp_leave(int budget, int team)
         bnfast_add(&busy, 1 - team);
     keep_or_give_back(budget);
     bnfast_add(&callers, -1);
+    bnfast_waking_call_ended();
 }
 
 int bnfast_openmp_take_shortage(void) { return bnfast_exchange(&shortage, 0) != 0; }
