@@ -15,7 +15,6 @@ from .gradients.check import check_gradient, check_layer
 from .gradients.differences import directional_derivative
 from .gradients.verdict import GradientCheck
 from .layer import BatchNorm
-from .runtime.blas import share_blas_threads
 from .runtime.config import __version__, config, show_config
 from .runtime.threads import get_num_threads, num_threads, set_num_threads
 from .scaling.scaler import StandardScaler
@@ -47,6 +46,5 @@ __all__ = [
     "num_threads",
     "save",
     "set_num_threads",
-    "share_blas_threads",
     "show_config",
 ]

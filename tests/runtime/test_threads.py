@@ -5,7 +5,7 @@ import os
 import re
 import sys
 import threading
-import types
+import time
 import warnings
 from pathlib import Path
 
@@ -14,6 +14,7 @@ import pytest
 from scripts import completed, needs_libgomp, needs_openmp, needs_proc
 
 import bnfast
+from bnfast import _core
 from bnfast.runtime import loading, threads
 
 HAS_OPENMP = bnfast.config()["openmp"] is not None
@@ -40,16 +41,16 @@ def run_python(script, *arguments, head=HEAD, error_ok=False, **environment):
 
 @pytest.fixture
 def free(monkeypatch):
-    """No setting of this process or its environment is in force, and there are 8 CPUs."""
+    """No setting of this process is in force, and the environment says 8, which an OMP_THREAD_LIMIT may lessen."""
     monkeypatch.setattr(threads, "_context", contextvars.ContextVar("test", default=None))
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr(threads, "_environment", None)
-    monkeypatch.setattr(threads, "_process", None)
-    monkeypatch.setattr(threads, "_cpus", None)
-    monkeypatch.setattr(threads, "_available_cpus", lambda: (8, "CPUs of the test"))
-    monkeypatch.setattr(threads, "_core", types.SimpleNamespace(forked_serial=lambda: False,
-        openmp_max_threads=lambda: 8, openmp_thread_limit=lambda: 2**31 - 1, openmp_version=lambda: 201511,
-    ))  # fmt: skip
+    _core.set_thread_sources(threads._context, threads._available_cpus)
+    _core.set_environment_threads(8, False)
+    _core.set_process_threads(0)
+    yield
+    _core.set_process_threads(0)
+    _core.set_environment_threads(threads._from_environment(), threads._omp_num_threads_is_set())
+    monkeypatch.undo()
+    _core.set_thread_sources(threads._context, threads._available_cpus)
 
 
 def in_thread(function):
@@ -64,25 +65,59 @@ def in_thread(function):
 # --- set, get, with ------------------------------------------------------------------------------------------
 
 
-def test_each_setting_comes_before_the_next(free, monkeypatch):
-    decided = lambda: threads.thread_budget()  # noqa: E731
-    assert decided() == (8, "CPUs of the test")
-    monkeypatch.setattr(threads._core, "openmp_max_threads", lambda: 7)
-    assert decided()[0] == 7
-    assert "OMP_NUM_THREADS" in decided()[1]
-    monkeypatch.setattr(threads, "_environment", 6)
-    assert decided() == (6, "BNFAST_NUM_THREADS")
+FACTS = {  # all that has a say, each with a number of its own
+    "context": 4, "process": 5, "environment": 6, "omp_num_threads_is_set": 1, "openmp": 7, "limit": 2**31 - 1,
+    "has_openmp": 1, "forked_serial": 0, "cpus": 3,
+}  # fmt: skip
+
+
+def decided(*silent, **changed):
+    """(n, words, whether the user chose it), where some have nothing to say."""
+    n, why, chosen = _core.decide_threads(**{**FACTS, **dict.fromkeys(silent, 0), **changed})
+    return n, threads._WHY[why] or "CPUs", chosen
+
+
+def test_each_setting_comes_before_the_next():
+    silent = []
+    for setting, n, words in (
+        ("context", 4, "bnfast.num_threads"),
+        ("process", 5, "bnfast.set_num_threads"),
+        ("environment", 6, "BNFAST_NUM_THREADS"),
+        ("omp_num_threads_is_set", 7, "OMP_NUM_THREADS"),
+    ):
+        found = decided(*silent)
+        assert found[0] == n
+        assert words in found[1]
+        assert found[2]
+        limited = decided(*silent, limit=n - 1)
+        assert limited[:2] == (n - 1, "OMP_THREAD_LIMIT")
+        assert decided(*silent, limit=n)[0] == n
+        silent.append(setting)
+    assert decided(*silent) == (3, "CPUs", False)
+    n, words, chosen = decided(*silent, openmp=2)  # threadpoolctl
+    assert (n, chosen) == (2, False)
+    assert "threadpoolctl" in words
+    assert decided(*silent, openmp=3)[1] == "CPUs"
+    assert decided(*silent, limit=2)[:2] == (2, "OMP_THREAD_LIMIT")
+
+
+def test_a_forked_child_without_a_pool_stays_on_one_thread_whatever_is_set():
+    assert decided(forked_serial=1)[0] == 1
+    assert "forked" in decided(forked_serial=1)[1]
+
+
+def test_the_settings_are_asked_in_their_order(free):
+    assert threads.thread_budget() == (8, "BNFAST_NUM_THREADS")
     bnfast.set_num_threads(5)
-    assert decided() == (5, "bnfast.set_num_threads")
+    assert threads.thread_budget() == (5, "bnfast.set_num_threads")
     with bnfast.num_threads(4):
-        assert decided() == (4, "bnfast.num_threads")
+        assert threads.thread_budget() == (4, "bnfast.num_threads")
         assert bnfast.get_num_threads() == bnfast.config()["threads"] == 4
-        monkeypatch.setattr(threads._core, "openmp_thread_limit", lambda: 3)
-        assert decided() == (3, "OMP_THREAD_LIMIT")
-    monkeypatch.setattr(threads._core, "openmp_thread_limit", lambda: 2**31 - 1)
-    assert decided() == (5, "bnfast.set_num_threads")
+    assert threads.thread_budget() == (5, "bnfast.set_num_threads")
     bnfast.set_num_threads(None)
-    assert decided() == (6, "BNFAST_NUM_THREADS")
+    assert threads.thread_budget() == (8, "BNFAST_NUM_THREADS")
+    _core.set_environment_threads(0, False)
+    assert "BNFAST_NUM_THREADS" not in threads.thread_budget()[1]
 
 
 def test_a_setting_of_ours_may_exceed_the_cpus(free):
@@ -92,13 +127,11 @@ def test_a_setting_of_ours_may_exceed_the_cpus(free):
     assert bnfast.get_num_threads() == 50
 
 
-def test_without_openmp_there_is_one_thread(free, monkeypatch):
-    monkeypatch.setattr(threads._core, "openmp_max_threads", lambda: 1)
-    monkeypatch.setattr(threads._core, "openmp_thread_limit", lambda: 1)
-    monkeypatch.setattr(threads._core, "openmp_version", lambda: 0)
-    assert threads.thread_budget() == (1, "built without OpenMP")
-    with bnfast.num_threads(4):
-        assert bnfast.get_num_threads() == 1
+def test_without_openmp_there_is_one_thread():
+    built_without = {"has_openmp": 0, "openmp": 1, "limit": 1}
+    settings = ("context", "process", "environment", "omp_num_threads_is_set")
+    assert decided(*settings, **built_without)[:2] == (1, "built without OpenMP")
+    assert decided(**built_without)[0] == 1
 
 
 def test_num_threads_nests_and_ends_with_an_exception(free):
@@ -391,22 +424,59 @@ def test_without_affinity_calls_the_machines_cpus_count(cgroup, tmp_path, monkey
     assert threads._read_available_cpus(tmp_path)[0] == 1
 
 
-def test_the_system_is_asked_once_a_second_at_most(monkeypatch):
-    now, asked = [1000.0], []
-    monkeypatch.setattr(threads, "time", types.SimpleNamespace(monotonic=lambda: now[0]))
-    monkeypatch.setattr(threads, "_cpus", None)
+@pytest.fixture
+def asked(monkeypatch):
+    """Who asks for the CPUs is told how often that was, and it is noted here; the environment says nothing."""
+    asked = []
     monkeypatch.setattr(threads, "_read_available_cpus", lambda root: asked.append(root) or (len(asked), "asked"))
-    for at, answer in ((1000.0, 1), (1000.9, 1), (1001.0, 1), (1001.1, 2), (1002.0, 2), (1002.2, 3)):
-        now[0] = at
-        assert threads._available_cpus() == (answer, "asked")
-    assert asked == [Path("/")] * 3
+    _core.set_environment_threads(0, False)
+    _core.set_thread_sources(threads._context, threads._available_cpus)
+    yield asked
+    monkeypatch.undo()
+    _core.set_environment_threads(threads._from_environment(), threads._omp_num_threads_is_set())
+    _core.set_thread_sources(threads._context, threads._available_cpus)
 
 
-def test_a_cpu_limit_counts_unless_omp_num_threads_is_set(free, monkeypatch):
-    monkeypatch.setattr(threads, "_available_cpus", lambda: (2, "cgroup quota of 1.5 CPUs"))
-    assert threads.thread_budget() == (2, "cgroup quota of 1.5 CPUs")
-    monkeypatch.setenv("OMP_NUM_THREADS", "8")
-    assert threads.thread_budget()[0] == 8
+def test_the_system_is_asked_once_a_second_at_most(asked):
+    begun = time.monotonic()
+    for _ in range(1000):
+        n, why = threads.thread_budget()
+    assert asked == [Path("/")] * len(asked)
+    assert 1 <= len(asked) <= 1 + (time.monotonic() - begun)
+    if n == len(asked):  # else OpenMP grants less
+        assert why == "asked"
+    before = len(asked)
+    _core.age_cpus(1.0)
+    threads.thread_budget()
+    assert len(asked) == before + 1
+
+
+def test_large_calls_ask_the_system_and_small_ones_do_not(asked):
+    small, large = (np.ones((n, 64), np.float32) for n in (100, 2000))
+    bnfast.moments(small)
+    assert not asked
+    bnfast.moments(large)
+    assert len(asked) == 1
+
+
+def test_an_interrupt_while_the_system_is_asked_ends_the_call_and_it_is_asked_again(monkeypatch, asked):
+    def interrupted(root):
+        raise KeyboardInterrupt
+
+    x = np.ones((2000, 64), np.float32)
+    with monkeypatch.context() as patch:
+        patch.setattr(threads, "_read_available_cpus", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            bnfast.moments(x)
+    assert bnfast.moments(x).count == 2000
+    assert len(asked) == 1
+
+
+@needs_openmp
+def test_a_cpu_limit_counts_unless_omp_num_threads_is_set():
+    settings = ("context", "process", "environment")
+    assert decided(*settings, cpus=2)[0] == 7
+    assert decided(*settings, "omp_num_threads_is_set", cpus=2) == (2, "CPUs", False)
 
 
 # --- what the import does to the process ---------------------------------------------------------------------
@@ -546,12 +616,109 @@ def test_what_the_user_says_about_waiting_stays_in_the_environment(name, value):
     assert run_python(script, **{name: value})[0] == str({name: value})
 
 
+# --- waking them ---------------------------------------------------------------------------------------------
+
+LITTLE, MUCH = 100_000, 1_000_000  # elements: the first do not pay for waking a thread, the second do
+
+
+@pytest.fixture
+def two_that_sleep(free):
+    """Two threads by the environment, which stay awake for many seconds: no test depends on its own speed."""
+    _core.set_environment_threads(2, False)
+    awake = _core.seconds_awake()
+    _core.set_spin_count(1 << 30)
+    assert 1 < _core.seconds_awake() < 600
+    yield
+    _core.set_spin_count(int(loading._SPIN_COUNT) if awake else 0)
+    _core.pretend_last_call(3600)
+
+
+@needs_libgomp
+def test_a_call_after_a_pause_wakes_a_thread_if_it_is_large(two_that_sleep):
+    for elements, team in ((LITTLE, 1), (MUCH, 2)):
+        _core.pretend_last_call(3600, MUCH)
+        assert _core.team_for(elements) == team
+
+
+@needs_libgomp
+def test_a_call_after_a_large_one_finds_the_thread_awake(two_that_sleep):
+    _core.pretend_last_call(3600)
+    assert [_core.team_for(n) for n in (MUCH, LITTLE, LITTLE)] == [2, 2, 2]
+    _core.pretend_last_call(0, MUCH)
+    assert _core.team_for(LITTLE) == 2
+
+
+@needs_libgomp
+def test_small_calls_wake_a_thread_when_they_come_in_numbers(two_that_sleep):
+    _core.pretend_last_call(3600)
+    teams = [_core.team_for(LITTLE) for _ in range(20)]
+    assert teams == sorted(teams)  # 1 1 1 ... 2 2 2
+    assert 4 <= teams.count(1) <= 8
+    _core.pretend_last_call(3600, MUCH)
+    assert _core.team_for(LITTLE) == 1  # and from the beginning after a pause
+
+
+@needs_libgomp
+def test_each_thread_has_its_own_burst(two_that_sleep):
+    _core.pretend_last_call(0, MUCH)
+    assert _core.team_for(LITTLE) == 2
+    assert in_thread(lambda: _core.team_for(LITTLE)) == 1  # whose pool has not been started
+
+
+@needs_libgomp
+def test_a_call_that_ends_is_what_the_pause_is_counted_from(two_that_sleep):
+    x = np.ones((LITTLE // 64, 64), np.float32)
+    _core.pretend_last_call(0, MUCH)
+    bnfast.moments(x)
+    assert _core.team_for(LITTLE) == 2
+    _core.pretend_last_call(3600, MUCH)
+    bnfast.moments(x)
+    assert _core.team_for(LITTLE) == 1
+
+
+@needs_libgomp
+def test_a_number_set_in_code_is_used_as_it_is(two_that_sleep):
+    _core.pretend_last_call(3600)
+    with bnfast.num_threads(3):
+        assert _core.team_for(LITTLE) == 3
+    bnfast.set_num_threads(3)
+    assert _core.team_for(LITTLE) == 3
+
+
+@needs_libgomp
+def test_where_workers_do_as_the_user_says_waking_counts_as_free(two_that_sleep):
+    _core.set_spin_count(0)
+    _core.pretend_last_call(3600)
+    assert _core.team_for(LITTLE) == 2
+    script = "import bnfast; print(bnfast._core.seconds_awake())"
+    assert run_python(script, OMP_WAIT_POLICY="active")[0] == "0.0"
+    assert 0 < float(run_python(script)[0]) < 0.01
+
+
+@needs_libgomp
+@needs_proc
+def test_small_calls_between_pauses_start_no_thread():
+    script = """
+import bnfast
+from bnfast import _core
+x = np.ones((2000, 64), np.float32)
+before = tasks()
+for _ in range(20):
+    _core.pretend_last_call(3600)
+    bnfast.moments(x)
+small = tasks() - before
+bnfast.moments(np.ones((20_000, 64), np.float32))
+print(small, tasks() - before)
+"""
+    assert run_python(script, BNFAST_NUM_THREADS="2")[0] == "0 1"
+
+
 # --- config, show_config, python -m bnfast -------------------------------------------------------------------
 
 KEYS = {
     "version": str, "python": str, "numpy": str, "isa": str, "isa_compiled": list, "isa_supported": list,
     "openmp": int if HAS_OPENMP else type(None), "openmp_library": str, "threads": int, "threads_why": str,
-    "idle_threads": str, "fork": str, "forked_serial": bool, "blas": list, "l2_bytes": int, "last_level_bytes": int,
+    "idle_threads": str, "fork": str, "forked_serial": bool, "l2_bytes": int, "last_level_bytes": int,
 }  # fmt: skip
 
 

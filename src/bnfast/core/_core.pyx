@@ -22,6 +22,7 @@ from numpy.exceptions import AxisError, TooHardError
 
 cimport cython
 cimport numpy as cnp
+from cpython.contextvars cimport get_value
 from cpython.number cimport PyNumber_Index
 from cpython.mem cimport PyMem_RawFree, PyMem_RawMalloc
 from cython.parallel cimport prange

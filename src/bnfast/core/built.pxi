@@ -1,5 +1,52 @@
 # What was built, what this machine has, and what is running: for reports, tests and the modules of runtime/.
 
+def set_process_threads(long n):
+    """For the process; 0: nothing is said."""
+    bnfast_set_process_threads(n)
+
+
+def set_environment_threads(long n, bint omp_num_threads_is_set):
+    """BNFAST_NUM_THREADS, 0 without, and whether OMP_NUM_THREADS has a number."""
+    bnfast_set_environment_threads(n, omp_num_threads_is_set)
+
+
+def thread_budget():
+    """-> (n, why, chosen): as budget.h says, for a large call from here."""
+    cdef bnfast_budget budget
+    find_budget(&budget)
+    return budget.n, budget.why, bool(budget.chosen)
+
+
+def set_spin_count(long turns):
+    """How many turns an idle worker waits before it sleeps; 0: not known, waking is taken to cost nothing."""
+    bnfast_waking_init(turns)
+
+
+def pretend_last_call(double seconds_ago, long long elements=0):
+    """As if this thread's last large call had ended so long ago, and so many elements were the burst's. For tests."""
+    bnfast_waking_pretend(<long long>(seconds_ago * 1e9), elements)
+
+
+def seconds_awake():
+    """How long a worker waits before it sleeps, 0 if that is not known."""
+    return bnfast_waking_awake() * 1e-9
+
+
+def age_cpus(double seconds):
+    """As if the system had been asked for its CPUs so much earlier. For tests."""
+    bnfast_age_cpus(<long long>(seconds * 1e9))
+
+
+def decide_threads(**facts):
+    """-> (n, why, chosen): what the rules say where these facts (budget.h) are so, the others 0. For tests."""
+    cdef bnfast_facts given = {
+        name: facts.pop(name, 0)
+        for name in ("context", "process", "environment", "omp_num_threads_is_set", "openmp", "limit", "has_openmp",
+                     "forked_serial", "cpus")}
+    cdef bnfast_budget budget = bnfast_decide(&given)
+    return budget.n, budget.why, bool(budget.chosen)
+
+
 def isa():
     """Name of the active instruction set."""
     return bnfast_active(4).isa.decode()
@@ -74,44 +121,3 @@ def handle_fork(bint on):
 def forked_serial():
     """Whether this process is a child that has to stay on one thread."""
     return bool(bnfast_openmp_forked_serial())
-
-
-def blas_supported():
-    """Whether this build can run the jobs of OpenBLAS."""
-    return bool(bnfast_blas_supported())
-
-
-def blas_share(copies, list shared):
-    """Shares copies of OpenBLAS, each (set_callback, exec_blas, callback, num_threads, places), addresses and a number
-    (blas.h); appends to `shared` what blas_release needs. Returns whether there was room for all.
-    """
-    cdef int copy
-    for set_callback, exec_blas, callback, num_threads, places in copies:
-        copy = bnfast_blas_share(set_callback, exec_blas, callback, num_threads, places)
-        if copy < 0:
-            return False
-        shared.append(copy)
-    return True
-
-
-def blas_release(list shared):
-    """Ends what blas_share began, and empties the list. Nothing interrupts it."""
-    while shared:
-        bnfast_blas_release(shared.pop())
-
-
-def blas_state(set_callback):
-    """("off", "shared" or "given back", calls run on a team, calls run on threads of their own) of a copy."""
-    cdef int copy = bnfast_blas_find(set_callback)
-    cdef long on_team = 0, on_threads = 0
-    if copy < 0:
-        return "off", 0, 0
-    bnfast_blas_calls(copy, &on_team, &on_threads)
-    if bnfast_blas_was_given_back(copy):
-        return "given back", on_team, on_threads
-    return "shared" if bnfast_blas_is_shared(copy) else "off", on_team, on_threads
-
-
-def blas_break(int what):
-    """Spoils the running of jobs (blas.h), for the tests that show what the guards prevent."""
-    bnfast_blas_break(what)

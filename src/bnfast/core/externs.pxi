@@ -81,6 +81,36 @@ cdef extern from "runtime/openmp.h" nogil:
     unsigned long long bnfast_float_control() noexcept
     void bnfast_set_float_control(unsigned long long control) noexcept
 
+cdef extern from "runtime/budget.h" nogil:
+    ctypedef struct bnfast_facts:
+        long context, process, environment
+        int omp_num_threads_is_set
+        long openmp
+        long limit
+        int has_openmp, forked_serial
+        long cpus
+
+    ctypedef struct bnfast_budget:
+        long n
+        int why
+        int chosen
+        int in_code
+
+    bnfast_budget bnfast_decide(const bnfast_facts *facts) noexcept
+    bnfast_budget bnfast_budget_now(long context) noexcept
+    void bnfast_set_process_threads(long n) noexcept
+    void bnfast_set_environment_threads(long n, int omp_num_threads_is_set) noexcept
+    int bnfast_cpus_are_old() noexcept
+    void bnfast_set_cpus(long n) noexcept
+    void bnfast_age_cpus(long long nanoseconds) noexcept
+    void bnfast_forget_cpus() noexcept
+
+cdef extern from "runtime/waking.h" nogil:
+    void bnfast_waking_init(long spin_count) noexcept
+    int bnfast_waking_pays(long long elements) noexcept
+    void bnfast_waking_pretend(long long nanoseconds, long long elements) noexcept
+    long long bnfast_waking_awake() noexcept
+
 cdef extern from "runtime/shares.h" nogil:
     ctypedef struct bnfast_share:
         pass
@@ -92,14 +122,3 @@ cdef extern from "runtime/rivals.h" nogil:
     void bnfast_rivals_init() noexcept
     void bnfast_rivals_exclude_me() noexcept
     int bnfast_rivals_leave(int team, long long elements) noexcept
-
-cdef extern from "runtime/blas.h" nogil:
-    int bnfast_blas_supported() noexcept
-    int bnfast_blas_share(uintptr_t set_callback, uintptr_t exec_blas, uintptr_t callback, uintptr_t num_threads,
-                          int places) noexcept
-    void bnfast_blas_release(int copy) noexcept
-    int bnfast_blas_find(uintptr_t set_callback) noexcept
-    int bnfast_blas_is_shared(int copy) noexcept
-    int bnfast_blas_was_given_back(int copy) noexcept
-    void bnfast_blas_calls(int copy, long *on_team, long *on_threads) noexcept
-    void bnfast_blas_break(int what) noexcept

@@ -6,15 +6,17 @@ cdef Py_ssize_t SMALL = 1 << 16
 # What a thread of a team should at least have to do, in elements.
 cdef Py_ssize_t SHARE = 1 << 15
 
-# () -> (int, bool): how many threads a call may use, and whether the user has said so; set by threads.py, asked only
-# for work that is not small.
-cdef object thread_budget = None
+# Of threads.py: the ContextVar of `with num_threads` (to a pair whose first is a number, or None), and () -> int, the
+# CPUs that the system grants. Asked only for work that is not small.
+cdef object threads_in_context = None
+cdef object available_cpus = None
 
 
-def set_thread_budget(function):
-    """Installs the function that says how many threads a call may use."""
-    global thread_budget
-    thread_budget = function
+def set_thread_sources(context, cpus):
+    """Installs what says how many threads a call may use: see `threads_in_context` and `available_cpus`."""
+    global threads_in_context, available_cpus
+    threads_in_context, available_cpus = context, cpus
+    bnfast_forget_cpus()
 
 
 cdef bnfast_job new_job(bnfast_operation operation) noexcept:
@@ -74,13 +76,24 @@ cdef void run_shares(bnfast_job *job, bnfast_phase *phase, bnfast_share *shares,
             phase.task(job, task, thread)
 
 
+cdef int find_budget(bnfast_budget *found) except -1:
+    """What the calling thread may use."""
+    cdef object in_context = get_value(threads_in_context)
+    cdef long n = 0 if in_context is None else (<tuple>in_context)[0]
+    if bnfast_cpus_are_old():
+        bnfast_set_cpus(available_cpus())
+    found[0] = bnfast_budget_now(n)
+    return 0
+
+
 cpdef int team_for(Py_ssize_t elements) except -1:
     """How many threads the calling thread may use for work that is not small."""
-    cdef int budget
-    cdef bint chosen_by_user
-    budget, chosen_by_user = thread_budget()
-    budget = min(budget, max(1, elements // SHARE))
-    return budget if chosen_by_user else bnfast_rivals_leave(budget, elements)
+    cdef bnfast_budget budget
+    find_budget(&budget)
+    cdef int team = min(budget.n, max(1, elements // SHARE))
+    if team > 1 and not budget.in_code and not bnfast_waking_pays(elements):
+        return 1
+    return team if budget.chosen else bnfast_rivals_leave(team, elements)
 
 
 cdef char *kept(bnfast_parameter *parameter, Py_ssize_t channels, char *at) noexcept:

@@ -7,7 +7,6 @@ import numpy as np
 
 from .. import _core
 from . import loading
-from .blas import blas_copies
 from .threads import thread_budget
 
 __all__ = ["config", "show_config"]
@@ -39,8 +38,6 @@ def config() -> dict[str, Any]:
             What a forked child may do.
         forked_serial : bool
             Whether this is a forked child that has to stay on one thread.
-        blas : list of dict
-            Of each copy of OpenBLAS: path, version, and what its threads are ("threads", in words).
         l2_bytes, last_level_bytes : int
             Data caches.
     """
@@ -61,7 +58,6 @@ def config() -> dict[str, Any]:
         "idle_threads": loading.IDLE_THREADS,
         "fork": "a child may use threads" if _core.fork_handled() else "a child stays on one thread",
         "forked_serial": _core.forked_serial(),
-        "blas": [{"path": c.path, "version": c.version, "threads": c.threads()} for c in blas_copies()],
         "l2_bytes": l2_bytes,
         "last_level_bytes": last_level_bytes,
     }
@@ -80,7 +76,6 @@ def show_config() -> None:
         "threads": f"{c['threads']} ({c['threads_why']})",
         "idle threads": c["idle_threads"],
         "after a fork": "this child stays on one thread" if c["forked_serial"] else c["fork"],
-        "BLAS": "\n".join(f"{b['version']}, {b['threads']}\n({b['path']})" for b in c["blas"]) or "none that is known",
         "caches": f"L2 {c['l2_bytes'] >> 10} KiB, last level {c['last_level_bytes'] >> 10} KiB",
     }
     for name, value in lines.items():

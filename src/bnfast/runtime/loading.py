@@ -12,9 +12,7 @@ __all__ = ["IDLE_THREADS"]
 
 # Iterations (tenths of a millisecond in all) that a libgomp worker waits before it sleeps. None at all is worse: the
 # phases of one call are closer together than it takes to wake a sleeping core. Measured in bursts of calls on 2
-# threads, training forward of (32, 256, 14, 14): 1.2 ms with 0, 0.5 to 0.7 ms with 1000, 5000 and 20000. With OpenBLAS
-# on the same threads (share_blas_threads): eigh of 400x400 30 ms with 0, 12 with 5000, 11 with 20000; solve, part of
-# which OpenBLAS keeps to itself, 10, 14 and 27 ms.
+# threads, training forward of (32, 256, 14, 14): 1.2 ms with 0, 0.5 to 0.7 ms with 1000, 5000 and 20000.
 _SPIN_COUNT = "5000"
 
 
@@ -51,6 +49,7 @@ def _load_core() -> str:
         return "as the OpenMP runtime decides"
     if os.path.realpath(_core.openmp_library()) in before:
         return "as this libgomp was told when another package loaded it"
+    _core.set_spin_count(int(_SPIN_COUNT))
     return "sleep"
 
 

@@ -9,13 +9,14 @@
 
 #include "openmp.h"
 
+#include "clock.h"
 #include "counter.h"
+#include "waking.h"
 
 #include <stddef.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
-#include <time.h>
 
 #if defined(_OPENMP)
 #include <omp.h>
@@ -163,13 +164,6 @@ static int startable(int n)
     return count;
 }
 
-static int64_t now(void)
-{
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (int64_t)t.tv_sec * 1000000000 + t.tv_nsec;
-}
-
 /* libgomp ends the process when it cannot start a thread. So before the pool of the calling thread grows, as many
  * threads are started for a try; a team that cannot be had is made smaller, and for a second no pool grows. Between the
  * try and the region others may still take the room. */
@@ -180,12 +174,12 @@ static int possible_team(int team)
     if (!has_pool_key || team - 1 <= workers)
         return team;
     const int64_t refused = __atomic_load_n(&last, __ATOMIC_RELAXED);
-    if (refused != 0 && now() - refused < 1000000000)
+    if (refused != 0 && bnfast_now() - refused < 1000000000)
         return 1 + workers;
     const int possible = 1 + workers + startable(team - 1 - workers);
     if (possible < team && refused == 0)
         bnfast_exchange(&shortage, 1);
-    __atomic_store_n(&last, possible < team ? now() : 0, __ATOMIC_RELAXED);
+    __atomic_store_n(&last, possible < team ? bnfast_now() : 0, __ATOMIC_RELAXED);
     return possible;
 }
 
@@ -197,12 +191,12 @@ enum { MAX_ASLEEP = 64 };
 static void keep_or_give_back(int budget)
 {
     static bnfast_counter largest_budget;
-    if (budget > bnfast_add(&largest_budget, 0))
+    if (budget > bnfast_value(&largest_budget))
         bnfast_exchange(&largest_budget, budget);
     if (!gives_pools_back || pool_size() == 0)
         return;
-    const long asleep = bnfast_add(&started, 0) - bnfast_add(&busy, 0);
-    if (asleep > MAX_ASLEEP && asleep > 2 * (bnfast_add(&largest_budget, 0) - 1) && pause_pool())
+    const long asleep = bnfast_value(&started) - bnfast_value(&busy);
+    if (asleep > MAX_ASLEEP && asleep > 2 * (bnfast_value(&largest_budget) - 1) && pause_pool())
         set_pool_size(0);
 }
 
@@ -247,28 +241,10 @@ void bnfast_openmp_leave(int budget, int team)
         bnfast_add(&busy, 1 - team);
     keep_or_give_back(budget);
     bnfast_add(&callers, -1);
+    bnfast_waking_call_ended();
 }
 
 int bnfast_openmp_take_shortage(void) { return bnfast_exchange(&shortage, 0) != 0; }
-
-int bnfast_openmp_run_together(int n, void (*job)(int i, void *context), void *context)
-{
-    int together = 0;
-    if (forked_serial || omp_in_parallel() || possible_team(n) < n)
-        return 0;
-    bnfast_add(&callers, 1);
-    bnfast_add(&busy, n - 1);
-    set_pool_size(n - 1);
-#pragma omp parallel num_threads(n)
-    if (omp_get_num_threads() == n) { /* less: OMP_THREAD_LIMIT, OMP_DYNAMIC; the same for all that are here */
-        if (omp_get_thread_num() == 0)
-            together = 1;
-        job(omp_get_thread_num(), context);
-    }
-    bnfast_add(&busy, 1 - n);
-    bnfast_add(&callers, -1);
-    return together;
-}
 
 #else /* no OpenMP */
 
@@ -282,10 +258,6 @@ void bnfast_openmp_handle_fork(int on) { (void)on; }
 int bnfast_openmp_enter(int budget) { return (void)budget, 1; }
 void bnfast_openmp_leave(int budget, int team) { (void)budget, (void)team; }
 int bnfast_openmp_take_shortage(void) { return 0; }
-int bnfast_openmp_run_together(int n, void (*job)(int i, void *context), void *context)
-{
-    return (void)n, (void)job, (void)context, 0;
-}
 
 #endif
 

@@ -23,10 +23,6 @@ int bnfast_openmp_enter(int budget);
 void bnfast_openmp_leave(int budget, int team);
 int bnfast_openmp_take_shortage(void); /* whether, since the last time this was asked, threads were refused anew */
 
-/* Runs job(i, context) for i = 0 .. n - 1, each on a thread of its own and all at the same time. Returns whether it
- * did; if a team of n cannot be had it returns 0 and has run nothing. */
-int bnfast_openmp_run_together(int n, void (*job)(int i, void *context), void *context);
-
 /* Control bits of the float environment (rounding, flush to zero). Workers have their own, so each task takes the
  * caller's and puts the worker's back: another library may use the same threads. */
 unsigned long long bnfast_float_control(void);

@@ -5,19 +5,20 @@ The first of these that says something counts:
 1. `with num_threads(n)`, for the code inside it
 2. `set_num_threads(n)`, for the process
 3. the environment variable BNFAST_NUM_THREADS, read at import
-4. OMP_NUM_THREADS
+4. OMP_NUM_THREADS, read at import
 5. the CPUs this process may use: its affinity and its cgroup's quota, read again at most once a second
 
 Below 3, what OpenMP itself would use in the calling thread is a limit too, so that threadpoolctl's limits hold.
-OMP_THREAD_LIMIT always is. A call on little data uses one thread whatever is said here, and when several Python
-threads call at once they share the number. Where the user has said nothing (5), CPUs that other threads of the process
-are using are left to them. No result depends on it: the bits are the same for every number of
-threads.
+OMP_THREAD_LIMIT always is. A call on little data uses one thread whatever is said here. So does, from 3 on, one that is
+not large enough to wake sleeping threads for it (waking.c). When several Python threads call at once they share the
+number. Where the user has said nothing (5), CPUs that other threads of the process are using are left to them. No
+result depends on it: the bits are the same for every number of threads.
+
+Every large call decides anew, in C (budget.c); here are the settings, and what the system grants.
 """
 
 import math
 import os
-import time
 import warnings
 from contextvars import ContextVar
 from pathlib import Path
@@ -33,30 +34,43 @@ __all__ = ["get_num_threads", "num_threads", "set_num_threads", "thread_budget"]
 # which may be entered in several threads at once.
 _Nested = tuple[int, "_Nested | None"]
 _context: ContextVar[_Nested | None] = ContextVar("bnfast_num_threads", default=None)
-_process: int | None = None
+
+_LARGEST = 2**31 - 1  # OpenMP counts no further
+
+_WHY = (  # as the enum of budget.h
+    "a forked child whose OpenMP threads could not be paused",
+    "bnfast.num_threads",
+    "bnfast.set_num_threads",
+    "BNFAST_NUM_THREADS",
+    "OpenMP's own limit (OMP_NUM_THREADS, threadpoolctl)",
+    None,  # what the system grants: _cpus_why
+    "built without OpenMP",
+    "OMP_THREAD_LIMIT",
+)
 
 
 def _checked(n: SupportsIndex) -> int:
     count = integer(n, "n")
     if count < 1:
         raise ValueError(f"n: expected at least 1, got {count}")
-    return count
+    return min(count, _LARGEST)
 
 
-def _from_environment() -> int | None:
+def _from_environment() -> int:
     text = os.environ.get("BNFAST_NUM_THREADS", "").strip()
     if not text:
-        return None
+        return 0
     try:
         return _checked(int(text))
     except ValueError:
         warnings.warn(
             f"BNFAST_NUM_THREADS: expected a positive integer, got {text!r}; ignored", RuntimeWarning, stacklevel=2
         )
-        return None
+        return 0
 
 
-_environment = _from_environment()
+def _omp_num_threads_is_set() -> bool:
+    return os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip().isdigit()
 
 
 def set_num_threads(n: SupportsIndex | None) -> None:
@@ -72,8 +86,7 @@ def set_num_threads(n: SupportsIndex | None) -> None:
     TypeError, ValueError
         If `n` is not an int, or less than 1.
     """
-    global _process
-    _process = None if n is None else _checked(n)
+    _core.set_process_threads(0 if n is None else _checked(n))
 
 
 def get_num_threads() -> int:
@@ -84,7 +97,7 @@ def get_num_threads() -> int:
     int
         At least 1.
     """
-    return thread_budget()[0]
+    return _core.thread_budget()[0]
 
 
 class num_threads:
@@ -126,52 +139,20 @@ class num_threads:
 
 def thread_budget() -> tuple[int, str]:
     """The number of threads for a large call from here, and why."""
-    if _core.forked_serial():
-        return 1, "a forked child whose OpenMP threads could not be paused"
-    limit = max(1, _core.openmp_thread_limit())
-    innermost = _context.get()
-    for n, why in (
-        (None if innermost is None else innermost[0], "bnfast.num_threads"),
-        (_process, "bnfast.set_num_threads"),
-        (_environment, "BNFAST_NUM_THREADS"),
-    ):
-        if n is not None:
-            return (n, why) if n <= limit else (limit, "OMP_THREAD_LIMIT")
-    n, why = _core.openmp_max_threads(), "OpenMP's own limit (OMP_NUM_THREADS, threadpoolctl)"
-    if not _core.openmp_version():
-        why = "built without OpenMP"
-    if not _omp_num_threads_is_set():
-        cpus, cpus_why = _available_cpus()
-        if cpus <= n:
-            n, why = cpus, cpus_why
-    return (max(1, n), why) if n <= limit else (limit, "OMP_THREAD_LIMIT")
-
-
-def _omp_num_threads_is_set() -> bool:
-    return os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip().isdigit()
-
-
-def _number_and_whether_chosen() -> tuple[int, bool]:
-    n, _ = thread_budget()
-    chosen = _context.get() is not None or _process is not None or _environment is not None
-    return n, chosen or _omp_num_threads_is_set()
-
-
-_core.set_thread_budget(_number_and_whether_chosen)
+    n, why, _ = _core.thread_budget()
+    return n, _WHY[why] or _cpus_why
 
 
 # --- what the operating system grants ---------------------------------------------------------------------
 
-_CPUS_LAST_SECONDS = 1.0
-_cpus: tuple[float, int, str] | None = None  # when read, how many, why
+_cpus_why = ""
 
 
-def _available_cpus() -> tuple[int, str]:
-    global _cpus
-    now = time.monotonic()
-    if _cpus is None or now - _cpus[0] > _CPUS_LAST_SECONDS:
-        _cpus = (now, *_read_available_cpus(Path("/")))
-    return _cpus[1:]
+def _available_cpus() -> int:
+    """Called by a large call, or by who asks for the budget, when it has been a second since the last time."""
+    global _cpus_why
+    cpus, _cpus_why = _read_available_cpus(Path("/"))
+    return cpus
 
 
 def _read_available_cpus(root: Path) -> tuple[int, str]:
@@ -231,3 +212,7 @@ def _ratio(quota: str, period: str) -> float | None:
     except (ValueError, ZeroDivisionError):  # "max", or something unknown
         return None
     return ratio if ratio > 0 else None  # -1: no limit
+
+
+_core.set_environment_threads(_from_environment(), _omp_num_threads_is_set())
+_core.set_thread_sources(_context, _available_cpus)

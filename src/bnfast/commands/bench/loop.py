@@ -43,14 +43,6 @@ class Pair:
 
     about = "a @ b and batch_norm"
 
-    def __init__(self, share: bool) -> None:
-        self._sharing = contextlib.ExitStack()
-        if share:
-            try:
-                self._sharing.enter_context(bnfast.share_blas_threads())
-            except RuntimeError as error:
-                raise Unavailable(str(error)) from None
-
     def tasks(self) -> dict[str, Operation]:
         """What to time."""
         rng = np.random.default_rng(0)
@@ -217,10 +209,9 @@ def configurations(threads: int | None) -> tuple[list[Configuration], list[Confi
     given: dict[str, str | None] = dict.fromkeys(variables, str(threads)) if threads else {}
     several = f"bnfast, {threads} threads" if threads else "bnfast, default threads"
     pairs = [
-        Configuration("bnfast, 1 thread", "loop:Pair", {"share": False}, {**given, "BNFAST_NUM_THREADS": "1"}),
-        Configuration(several, "loop:Pair", {"share": False}, given),
+        Configuration("bnfast, 1 thread", "loop:Pair", {}, {**given, "BNFAST_NUM_THREADS": "1"}),
+        Configuration(several, "loop:Pair", {}, given),
     ]
-    pairs.append(Configuration(f"{several}, shared with BLAS", "loop:Pair", {"share": True}, given))
     steps = [
         Configuration("NumPy with bnfast", "loop:Training", {"kind": "bnfast"}, given),
         Configuration("NumPy alone", "loop:Training", {"kind": "numpy"}, given),
