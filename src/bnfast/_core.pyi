@@ -4,7 +4,7 @@
 from collections.abc import Callable
 from contextvars import ContextVar
 from types import TracebackType
-from typing import Any, Generic, Literal, Self, TypeVar, final, overload
+from typing import Any, Generic, Self, TypeVar, final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,16 +17,10 @@ _Entered = TypeVar("_Entered")
 def shares_memory(a: object, x: Array) -> bool: ...
 def as_data(value: object, name: str) -> Array: ...
 def as_eps(eps: object) -> float: ...
-def as_input(value: object, axis: int, channels: int) -> Array: ...
 def moments(x: object, axis: object) -> tuple[int, Statistics, Statistics]: ...
-@overload
 def batch_norm(
-    x: object, gamma: object, beta: object, axis: object, eps: object, out: object, with_m2: Literal[False] = False
+    x: object, gamma: object, beta: object, axis: object, eps: object, out: object
 ) -> tuple[Array, Statistics, Statistics]: ...
-@overload
-def batch_norm(
-    x: object, gamma: object, beta: object, axis: object, eps: object, out: object, with_m2: Literal[True]
-) -> tuple[Array, Statistics, Statistics, Statistics]: ...
 def batch_norm_eval(
     x: object,
     mean: object,
@@ -36,7 +30,6 @@ def batch_norm_eval(
     axis: object,
     eps: object,
     out: object,
-    prefix: str = ...,
 ) -> Array: ...
 def affine(
     x: object, center: object, scale: object, shift: object, out: object, search: bool
@@ -51,7 +44,6 @@ def batch_norm_backward(
     axis: object,
     training: object,
     out: object,
-    dtype: np.dtype[Any] | None = None,
 ) -> tuple[Array, Array, Array]: ...
 def batch_norm_jvp(
     v: object,
@@ -86,33 +78,29 @@ class AtomicReference(Generic[_T]):
 @final
 class Forward:
     x: Array
-    mean: Statistics
-    inv_std: Statistics | None
-    m2: Statistics
-    var: Statistics | None
-    gamma: Array | None
-    beta: Array | None
-    axis: int
-    eps: float
+    count: int
     training: bool
     gone: str | None
-    count: int
+    @property
+    def moments(self) -> tuple[Statistics, Statistics] | None: ...
 
 @final
 class Running:
-    mean: Statistics
-    var: Statistics
     batches: int
     averaged: NDArray[np.int64] | None
     skipped: NDArray[np.int64] | None
-    def __new__(
-        cls,
+    @property
+    def mean(self) -> Statistics: ...
+    @property
+    def var(self) -> Statistics: ...
+    def __init__(
+        self,
         mean: Statistics,
         var: Statistics,
         batches: int = 0,
         averaged: NDArray[np.int64] | None = None,
         skipped: NDArray[np.int64] | None = None,
-    ) -> Self: ...
+    ) -> None: ...
 
 @final
 class Contents:
@@ -123,12 +111,11 @@ class Contents:
     forward: Forward | None
     absent: str | None
     replaced: bool
-    batch_mean: Statistics | None
-    batch_m2: Statistics | None
-    batch_count: int
     gradients: tuple[Array | None, Array | None]
     sums: tuple[Array | None, Array | None]
     def __new__(cls, running: Running | None = None) -> Self: ...
+    @property
+    def batch_moments(self) -> tuple[int, Statistics, Statistics] | None: ...
     def replace(self, **changes: object) -> Contents: ...
 
 @final

@@ -34,7 +34,7 @@ def as_data(value, str name):
     return as_floating(value, name)
 
 
-cpdef cnp.ndarray as_input(value, axis, Py_ssize_t channels):
+cdef cnp.ndarray as_input(value, axis, Py_ssize_t channels):
     """`value` as `as_data` gives it for "x", with so many channels along `axis` (nothing else is checked)."""
     cdef cnp.ndarray array = as_floating(value, "x")
     cdef int ndim = cnp.PyArray_NDIM(array)
@@ -64,6 +64,13 @@ cdef cnp.ndarray new_statistics(Py_ssize_t channels):
     cdef cnp.npy_intp shape[1]
     shape[0] = channels
     return cnp.PyArray_EMPTY(1, shape, cnp.NPY_FLOAT64, 0)
+
+
+cdef cnp.ndarray new_block(Py_ssize_t rows, Py_ssize_t channels, bint zero):
+    """(rows, channels) float64."""
+    cdef cnp.npy_intp shape[2]
+    shape[0], shape[1] = rows, channels
+    return cnp.PyArray_ZEROS(2, shape, cnp.NPY_FLOAT64, 0) if zero else cnp.PyArray_EMPTY(2, shape, cnp.NPY_FLOAT64, 0)
 
 
 cdef bint same_shape(cnp.ndarray a, cnp.ndarray b) noexcept:

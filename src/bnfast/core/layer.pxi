@@ -34,6 +34,12 @@ cdef void take_sample(cnp.ndarray x, unsigned long long *sample) noexcept:
         memcpy(&sample[i], <const char *>cnp.PyArray_DATA(x) + offset, itemsize)
 
 
+# The rows of a forward's block, in float64: its own copies of the parameters; of a batch also its statistics.
+cdef enum:
+    GAMMA, BETA, PARAMETERS
+    MEAN = PARAMETERS, INV_STD, M2, ROWS
+
+
 @cython.auto_pickle(False)
 @cython.final
 @cython.freelist(8)
@@ -44,39 +50,42 @@ cdef class Forward:
     """
 
     cdef readonly cnp.ndarray x
-    cdef readonly object mean     # (C,) float64: what was subtracted
-    cdef readonly object inv_std  # (C,) float64 of the batch; None: the statistics were constants, with `var`
-    cdef readonly object m2       # (C,) float64 of the batch, or None
-    cdef readonly object var
-    cdef readonly object gamma
-    cdef readonly object beta
-    cdef readonly object axis
-    cdef readonly double eps
+    cdef cnp.ndarray block
+    cdef bint has_gamma, has_beta
+    cdef Running running          # the statistics it took as constants; None: those of the batch
+    cdef int axis
+    cdef double eps
+    cdef Py_ssize_t channels
+    cdef readonly Py_ssize_t count  # values a channel
     cdef readonly bint training   # the layer's mode
     cdef readonly str gone
     cdef bint used                # by `backward`
     cdef unsigned long long sample[SAMPLES]
     cdef object __weakref__
 
-    cdef readonly Py_ssize_t count  # values a channel
+    cdef double *row(self, int i) noexcept:
+        return values(self.block) + i * self.channels
+
+    @property
+    def moments(self):
+        """(mean, m2) of the batch, (C,) float64 each, read-only; None if it took running statistics."""
+        return None if self.running is not None else (self.block[MEAN], self.block[M2])
 
     cdef Py_ssize_t nonfinite(self) noexcept:
         """The first channel whose batch mean or m2 is not finite, or -1."""
         cdef Py_ssize_t i
-        cdef double *mean = values(self.mean)
-        cdef double *m2 = values(self.m2)
-        for i in range(cnp.PyArray_DIM(<cnp.ndarray>self.mean, 0)):
-            if not is_finite(mean[i], m2[i]):
+        for i in range(self.channels):
+            if not is_finite(self.row(MEAN)[i], self.row(M2)[i]):
                 return i
         return -1
 
     cdef int check_finite(self) except -1:
         """FloatingPointError if the statistics of the batch are not finite."""
-        cdef Py_ssize_t channel = self.nonfinite()
-        if channel >= 0:
+        cdef Py_ssize_t i = self.nonfinite()
+        if i >= 0:
             raise FloatingPointError(
-                f"x: expected a batch with finite statistics (nonfinite='raise'), got mean {self.mean[channel]} and "
-                f"variance {self.m2[channel] / self.count} in channel {channel}"
+                f"x: expected a batch with finite statistics (nonfinite='raise'), got mean {self.row(MEAN)[i]} and "
+                f"variance {self.row(M2)[i] / self.count} in channel {i}"
             )
         return 0
 
@@ -91,44 +100,26 @@ cdef class Forward:
                                "or give forward a copy")
         return 0
 
+    cdef void set_parameters(self, bnfast_job *job) noexcept:
+        if self.has_gamma:
+            job.gamma.wide = self.row(GAMMA)
+        if self.has_beta:
+            job.beta.wide = self.row(BETA)
+
 
 cdef bint is_finite(double mean, double m2) noexcept:
     return mean - mean == 0.0 and m2 - m2 == 0.0
 
 
-cdef Forward new_forward(cnp.ndarray x, mean, gamma, beta, axis, double eps, bint training):
-    cdef Forward forward = Forward.__new__(Forward)
-    forward.x, forward.mean, forward.gamma, forward.beta = x, mean, gamma, beta
-    forward.axis, forward.eps, forward.training = axis, eps, training
-    forward.count = cnp.PyArray_SIZE(x) // cnp.PyArray_DIM(<cnp.ndarray>mean, 0)
-    take_sample(x, forward.sample)
-    return forward
-
-
-cdef cnp.ndarray new_copy(cnp.ndarray array, copy_order *order):
-    """An array to copy into, and the order to do so."""
-    cdef cnp.ndarray copy
-    if not cnp.PyArray_ISCARRAY_RO(array):  # as it was when it was set
-        raise ValueError("gamma, beta: expected contiguous arrays")
-    copy = cnp.PyArray_EMPTY(cnp.PyArray_NDIM(array), cnp.PyArray_DIMS(array), cnp.PyArray_TYPE(array), 0)
-    order.target, order.source, order.n_bytes = cnp.PyArray_DATA(copy), cnp.PyArray_DATA(array), cnp.PyArray_NBYTES(copy)
-    return copy
-
-
-cdef tuple copies_of(AtomicReference contents, gamma, beta):
-    """Copies of gamma and beta of one moment."""
-    cdef copy_order orders[2]
-    cdef int n = 0
-    cdef object g = None, b = None
-    if gamma is not None:
-        g = new_copy(gamma, &orders[n])
-        n += 1
-    if beta is not None:
-        b = new_copy(beta, &orders[n])
-        n += 1
-    with cython.critical_section(contents):
-        copy_all(orders, n)
-    return g, b
+cdef void widen(cnp.ndarray array, double *to) noexcept:
+    """(C,) float32 or float64, contiguous, to float64."""
+    cdef Py_ssize_t i
+    cdef const float *narrow = <const float *>cnp.PyArray_DATA(array)
+    if cnp.PyArray_TYPE(array) == cnp.NPY_FLOAT64:
+        memcpy(to, cnp.PyArray_DATA(array), cnp.PyArray_NBYTES(array))
+    else:
+        for i in range(cnp.PyArray_SIZE(array)):
+            to[i] = narrow[i]
 
 
 cdef int note_overwritten(object out, tuple living, str what) except -1:
@@ -138,11 +129,6 @@ cdef int note_overwritten(object out, tuple living, str what) except -1:
         if shares_memory(out, forward.x):
             forward.gone = what
     return 0
-
-
-cdef object read_only(cnp.ndarray array):
-    cnp.PyArray_CLEARFLAGS(array, cnp.NPY_ARRAY_WRITEABLE)
-    return array
 
 
 # --- running statistics ---------------------------------------------------------------------------------------
@@ -157,25 +143,41 @@ cdef enum:
 cdef class Running:
     """Mean and variance of each channel as eval mode uses them, (C,) float64, read-only, and what they are made of."""
 
-    cdef readonly object mean
-    cdef readonly object var
+    cdef cnp.ndarray block         # (2, C)
+    cdef object views              # (mean, var), once asked for
     cdef readonly long long batches  # that came by
     cdef readonly object averaged    # (C,) int64: those of them that were averaged in a channel; None: all
     cdef readonly object skipped     # (C,) int64: those that were left out as they were not finite; None: none
 
-    def __init__(self, cnp.ndarray mean, cnp.ndarray var, long long batches=0, averaged=None, skipped=None):
-        self.mean, self.var, self.batches = read_only(mean), read_only(var), batches
-        self.averaged, self.skipped = averaged, skipped
+    def __init__(self, mean, var, long long batches=0, averaged=None, skipped=None):
+        self.block = np.array([mean, var], np.float64)
+        cnp.PyArray_CLEARFLAGS(self.block, cnp.NPY_ARRAY_WRITEABLE)
+        self.batches, self.averaged, self.skipped = batches, averaged, skipped
 
-    def __eq__(self, other):
-        return (isinstance(other, Running) and self.batches == other.batches
-                and all([np.array_equal(a, b, equal_nan=True) for a, b in zip(self.arrays(), other.arrays())]))
+    cdef double *row(self, int i) noexcept:
+        return values(self.block) + i * cnp.PyArray_DIM(self.block, 1)
 
-    def arrays(self):
-        """mean, var, averaged and skipped, in full."""
-        zeros = np.zeros(len(self.mean), np.int64)
-        averaged = zeros + self.batches if self.averaged is None else self.averaged
-        return self.mean, self.var, averaged, zeros if self.skipped is None else self.skipped
+    @property
+    def mean(self):
+        return self.view(0)
+
+    @property
+    def var(self):
+        return self.view(1)
+
+    cdef object view(self, int i):
+        """The same array every time."""
+        with cython.critical_section(self):
+            if self.views is None:
+                self.views = self.block[0], self.block[1]
+            found = self.views[i]
+        return found
+
+    cdef tuple counts_in_full(self):
+        """`averaged` and `skipped` as arrays of their own."""
+        zeros = np.zeros(cnp.PyArray_DIM(self.block, 1), np.int64)
+        averaged = zeros + self.batches if self.averaged is None else self.averaged.copy()
+        return averaged, zeros if self.skipped is None else self.skipped.copy()
 
     cdef Running after(self, Forward forward, object momentum, bint unbiased, bint skip):
         """With one batch more: (1 - weight) * old + weight * batch in each channel.
@@ -183,33 +185,29 @@ cdef class Running:
         A weight of 0 or 1 takes the one and leaves the other, whatever it is. momentum None: the average of all batches
         that were averaged in the channel, equally weighted. skip: channels that are not finite stay as they are.
         """
-        cdef Py_ssize_t channels = cnp.PyArray_DIM(<cnp.ndarray>self.mean, 0), i
-        cdef double *batch_mean = values(forward.mean)
-        cdef double *batch_m2 = values(forward.m2)
-        cdef double *old_mean = values(self.mean)
-        cdef double *old_var = values(self.var)
+        cdef Py_ssize_t channels = forward.channels, i
+        cdef double *batch_mean = forward.row(MEAN)
+        cdef double *batch_m2 = forward.row(M2)
+        cdef double *old_mean = self.row(0)
+        cdef double *old_var = self.row(1)
         cdef double divisor = forward.count - 1 if unbiased else forward.count
         cdef double weight = 0.0 if momentum is None else momentum
-        cdef bint cumulative = momentum is None, some_skipped = False
-        cdef long long batches = self.batches if self.batches == MOST_BATCHES else self.batches + 1
-        cdef cnp.ndarray mean, var
-        cdef Running new
+        cdef bint cumulative = momentum is None, some_skipped = skip and forward.nonfinite() >= 0
+        cdef Running new = Running.__new__(Running)
         cdef double *new_mean
         cdef double *new_var
-        averaged, skipped = self.averaged, self.skipped
         cdef long long *counts = NULL
         cdef long long *skips = NULL
-        if skip:
-            some_skipped = forward.nonfinite() >= 0
-        if some_skipped or averaged is not None or (weight == 0.0 and not cumulative):
-            _, _, averaged, skipped_in_full = self.arrays()
-            averaged = averaged.copy()
-            counts = <long long *>cnp.PyArray_DATA(<cnp.ndarray>averaged)
+        new.batches = self.batches if self.batches == MOST_BATCHES else self.batches + 1
+        new.averaged, new.skipped = self.averaged, self.skipped
+        if some_skipped or self.averaged is not None or (weight == 0.0 and not cumulative):
+            new.averaged, skipped = self.counts_in_full()
+            counts = <long long *>cnp.PyArray_DATA(<cnp.ndarray>new.averaged)
             if some_skipped:
-                skipped = skipped_in_full.copy()
+                new.skipped = skipped
                 skips = <long long *>cnp.PyArray_DATA(<cnp.ndarray>skipped)
-        mean, var = new_statistics(channels), new_statistics(channels)
-        new_mean, new_var = values(mean), values(var)
+        new.block = new_block(2, channels, False)
+        new_mean, new_var = new.row(0), new.row(1)
         for i in range(channels):
             if some_skipped and not is_finite(batch_mean[i], batch_m2[i]):
                 new_mean[i], new_var[i] = old_mean[i], old_var[i]
@@ -227,9 +225,7 @@ cdef class Running:
                 new_var[i] = (1.0 - weight) * old_var[i] + weight * (batch_m2[i] / divisor)
             if counts != NULL and counts[i] < MOST_BATCHES:
                 counts[i] += 1
-        new = Running.__new__(Running)
-        new.mean, new.var, new.batches = read_only(mean), read_only(var), batches
-        new.averaged, new.skipped = averaged, skipped
+        cnp.PyArray_CLEARFLAGS(new.block, cnp.NPY_ARRAY_WRITEABLE)
         return new
 
 
@@ -248,15 +244,19 @@ cdef class Contents:
     cdef public Forward forward        # the last one, until its backward
     cdef public str absent             # why there is none
     cdef public bint replaced          # `forward`, of eval mode, took the place of one in training that waited for its backward
-    cdef public object batch_mean      # of the last forward that took statistics, (C,) float64, or None
-    cdef public object batch_m2
-    cdef public Py_ssize_t batch_count
+    cdef cnp.ndarray batch             # the block of the last forward that took statistics, or None
+    cdef Py_ssize_t batch_count
     cdef public tuple gradients        # of gamma and beta, as they are seen: arrays or None
     cdef public tuple sums             # the same, as `accumulate` adds to them
 
     def __cinit__(self, Running running=None):
         self.running, self.absent = running, "no forward"
         self.gradients = self.sums = (None, None)
+
+    @property
+    def batch_moments(self):
+        """(count, mean, m2) of the last batch that a forward normalised with, or None."""
+        return None if self.batch is None else (self.batch_count, self.batch[MEAN], self.batch[M2])
 
     def replace(self, **changes):
         """These, with some fields changed."""
@@ -269,15 +269,15 @@ cdef class Contents:
         cdef Contents new = Contents.__new__(Contents)
         new.running, new.averages, new.exact, new.gathered = self.running, self.averages, self.exact, self.gathered
         new.forward, new.absent, new.replaced = self.forward, self.absent, self.replaced
-        new.batch_mean, new.batch_m2, new.batch_count = self.batch_mean, self.batch_m2, self.batch_count
+        new.batch, new.batch_count = self.batch, self.batch_count
         new.gradients, new.sums = self.gradients, self.sums
         return new
 
     cdef Contents after_forward(self, Forward forward, int keep):
         """After a forward that changed no statistics."""
         cdef Contents new = self.copy()
-        if forward.inv_std is not None:
-            new.batch_mean, new.batch_m2, new.batch_count = forward.mean, forward.m2, forward.count
+        if forward.running is None:
+            new.batch, new.batch_count = forward.block, forward.count
         if keep == KEEP_LAST:
             new.forward, new.absent = forward, None
             if forward.training:
@@ -317,34 +317,66 @@ cdef class Options:
         self.skips, self.raises = nonfinite == "skip", nonfinite == "raise"
 
 
-cdef tuple forward_with_batch(AtomicReference contents, Options options, x, gamma, beta, eps, bint training, out,
-                              tuple living):
-    """-> (y, Forward): normalises with the statistics of the batch. living: forwards whose x `out` may overwrite."""
-    cdef Forward forward
-    cdef cnp.ndarray data = as_input(x, options.axis, options.channels)
-    gamma, beta = copies_of(contents, gamma, beta)
-    y, mean, inv_std, m2 = batch_norm(data, gamma, beta, options.axis, eps, out, True)
-    forward = new_forward(data, read_only(mean), gamma, beta, options.axis, eps, training)
-    forward.inv_std, forward.m2 = inv_std, read_only(m2)
+cdef Forward new_forward(AtomicReference contents, Options options, x, gamma, beta, double eps, bint training,
+                         int rows):
+    """One that has not been computed, of checked data; gamma and beta of one moment."""
+    cdef Forward forward = Forward.__new__(Forward)
+    cdef cnp.ndarray g, b
+    forward.x = as_samples(as_input(x, options.axis, options.channels), "x")
+    forward.axis, forward.eps, forward.training = as_axis(options.axis, forward.x), eps, training
+    forward.channels = options.channels
+    forward.count = cnp.PyArray_SIZE(forward.x) // options.channels
+    g = as_parameter(gamma, "gamma", options.channels, None)
+    b = as_parameter(beta, "beta", options.channels, None)
+    forward.has_gamma, forward.has_beta = g is not None, b is not None
+    forward.block = new_block(rows, options.channels, False)
+    with cython.critical_section(contents):
+        if g is not None:
+            widen(g, forward.row(GAMMA))
+        if b is not None:
+            widen(b, forward.row(BETA))
+    return forward
+
+
+cdef int done(Forward forward, out, tuple living) except -1:
+    """Once y is there."""
+    cnp.PyArray_CLEARFLAGS(forward.block, cnp.NPY_ARRAY_WRITEABLE)
+    take_sample(forward.x, forward.sample)
     if out is not None:
         note_overwritten(out, (*living, forward), "the forward's out")
+    return 0
+
+
+cdef tuple forward_with_batch(AtomicReference contents, Options options, x, gamma, beta, double eps, bint training, out,
+                              tuple living):
+    """-> (y, Forward): normalises with the statistics of the batch. living: forwards whose x `out` may overwrite."""
+    cdef bnfast_job job = new_job(BNFAST_FORWARD)
+    cdef Forward forward = new_forward(contents, options, x, gamma, beta, eps, training, ROWS)
+    cdef cnp.ndarray y, given_out = as_out(out, forward.x)
+    check_count(forward.x, forward.axis)
+    job.eps = as_positive_eps(eps)
+    forward.set_parameters(&job)
+    job.mean, job.inv_std, job.m2 = forward.row(MEAN), forward.row(INV_STD), forward.row(M2)
+    y = mapped(&job, forward.x, None, forward.axis, given_out)
+    done(forward, out, living)
     if options.raises and training:
         forward.check_finite()
     return y, forward
 
 
-cdef tuple forward_with_running(AtomicReference contents, Options options, x, gamma, beta, eps, bint training, out,
-                                tuple living):
+cdef tuple forward_with_running(AtomicReference contents, Options options, x, gamma, beta, double eps, bint training,
+                                out, tuple living):
     """-> (y, Forward): normalises with the running statistics, as constants."""
-    cdef Forward forward
-    cdef Running running = (<Contents>contents.value).running
-    cdef cnp.ndarray data = as_input(x, options.axis, options.channels)
-    gamma, beta = copies_of(contents, gamma, beta)
-    y = batch_norm_eval(data, running.mean, running.var, gamma, beta, options.axis, eps, out, "running_")
-    forward = new_forward(data, running.mean, gamma, beta, options.axis, eps, training)
-    forward.var = running.var
-    if out is not None:
-        note_overwritten(out, (*living, forward), "the forward's out")
+    cdef bnfast_job job = new_job(BNFAST_EVAL)
+    cdef Forward forward = new_forward(contents, options, x, gamma, beta, eps, training, PARAMETERS)
+    cdef cnp.ndarray y, given_out = as_out(out, forward.x)
+    forward.running = (<Contents>contents.value).running
+    check_variance(forward.running.row(1), options.channels, eps, "running_")
+    job.eps = eps
+    forward.set_parameters(&job)
+    job.mean, job.var = forward.running.row(0), forward.running.row(1)
+    y = mapped(&job, forward.x, None, forward.axis, given_out)
+    done(forward, out, living)
     return y, forward
 
 
@@ -384,15 +416,26 @@ def forward_in_calibration(AtomicReference contents, Options options, x, gamma, 
 
 
 def backward_of(Forward forward, dy, out, tuple living, dtype):
-    """-> (dx, dgamma, dbeta), the last two in `dtype`, rounded once from float64."""
+    """-> (dx, dgamma, dbeta), the last two in `dtype`, float32 or float64, rounded once from float64."""
+    cdef bnfast_job job = new_job(BNFAST_BACKWARD if forward.running is None else BNFAST_BACKWARD_EVAL)
+    cdef cnp.ndarray dx, u, given_out, sums = new_block(3, forward.channels, True)
+    cdef int type_number = cnp.NPY_FLOAT32 if dtype.itemsize == 4 else cnp.NPY_FLOAT64
+    cdef Py_ssize_t i
     forward.check()
-    inv_std = 1 / np.sqrt(forward.var + forward.eps) if forward.inv_std is None else forward.inv_std
-    dx, dgamma, dbeta = batch_norm_backward(
-        dy, forward.x, forward.mean, inv_std, forward.gamma, forward.axis, forward.inv_std is not None, out, dtype
-    )
+    u = as_companion(dy, "dy", forward.x)
+    given_out = as_out(out, forward.x)
+    job.dgamma, job.dbeta = values(sums), values(sums) + forward.channels
+    forward.set_parameters(&job)
+    if forward.running is None:
+        job.mean, job.inv_std = forward.row(MEAN), forward.row(INV_STD)
+    else:
+        job.mean, job.inv_std = forward.running.row(0), values(sums) + 2 * forward.channels
+        for i in range(forward.channels):
+            job.inv_std[i] = 1.0 / sqrt(forward.running.row(1)[i] + forward.eps)
+    dx = mapped(&job, forward.x, u, forward.axis, given_out)
     if out is not None:
         note_overwritten(out, (*living, forward), "the backward's out")
-    return dx, dgamma, dbeta
+    return dx, rounded(job.dgamma, forward.channels, type_number), rounded(job.dbeta, forward.channels, type_number)
 
 
 cdef int commit_training(AtomicReference contents, Options options, Forward forward, int keep, momentum) except -1:

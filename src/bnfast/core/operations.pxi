@@ -1,5 +1,29 @@
 # The operations. Each reads check, allocate, compute, return: an error leaves nothing half done.
 
+cdef cnp.ndarray mapped(bnfast_job *job, cnp.ndarray x, cnp.ndarray u, int axis, cnp.ndarray out):
+    """The result like x of a job whose statistics and parameters are set: in `out`, which is checked, or a new array."""
+    cdef cnp.ndarray data = packed(x, axis, job), result
+    if u is not None:
+        u = packed_like(u, data)
+    result = target_of(out, data, u)
+    if cnp.PyArray_SIZE(data) > 0:
+        job.x, job.out = cnp.PyArray_DATA(data), cnp.PyArray_DATA(result)
+        if u is not None:
+            job.u = cnp.PyArray_DATA(u)
+        compute(job, data)
+    return delivered(result, out)
+
+
+cdef int check_variance(const double *var, Py_ssize_t channels, double eps, str prefix) except -1:
+    """That it can be divided by."""
+    cdef Py_ssize_t i
+    for i in range(channels):
+        if not (var[i] + eps > 0.0 and var[i] - var[i] == 0.0):
+            raise ValueError(f"{prefix}var: expected finite values with var + eps above 0, got {var[i]} "
+                             f"for channel {i} (eps {eps:g})")
+    return 0
+
+
 def moments(x, axis):
     """-> (count, mean, m2): values a channel, and two (C,) float64 arrays."""
     cdef bnfast_job job = new_job(BNFAST_MOMENTS)
@@ -17,59 +41,43 @@ def moments(x, axis):
     return job.outer * job.inner, mean, m2
 
 
-cpdef tuple batch_norm(x, gamma, beta, axis, eps, out, bint with_m2=False):
-    """-> (y, mean, inv_std), with_m2: and m2; y like x, the others (C,) float64 arrays."""
+def batch_norm(x, gamma, beta, axis, eps, out):
+    """-> (y, mean, inv_std); y like x, the others (C,) float64 arrays."""
     cdef bnfast_job job = new_job(BNFAST_FORWARD)
     cdef cnp.ndarray data = as_samples(x, "x")
     cdef int channel_axis = as_axis(axis, data)
     cdef Py_ssize_t channels = cnp.PyArray_DIM(data, channel_axis)
-    cdef cnp.ndarray given_out, g, b, y, mean, inv_std, m2 = None
+    cdef cnp.ndarray given_out, g, b, mean, inv_std
     job.eps = as_positive_eps(eps)
     given_out = as_out(out, data)
     g = as_parameter(gamma, "gamma", channels, given_out)
     b = as_parameter(beta, "beta", channels, given_out)
     check_count(data, channel_axis)
 
-    data = packed(data, channel_axis, &job)
-    y = target_of(given_out, data, None)
     mean, inv_std = new_statistics(channels), new_statistics(channels)
-    if with_m2:
-        m2 = new_statistics(channels)
-    if cnp.PyArray_SIZE(data) > 0:
-        job.x, job.out = cnp.PyArray_DATA(data), cnp.PyArray_DATA(y)
-        job.gamma, job.beta = parameter(g), parameter(b)
-        job.mean, job.inv_std, job.m2 = values(mean), values(inv_std), values(m2)
-        compute(&job, data)
-    y = delivered(y, given_out)
-    return (y, mean, inv_std, m2) if with_m2 else (y, mean, inv_std)
+    job.gamma, job.beta = parameter(g), parameter(b)
+    job.mean, job.inv_std = values(mean), values(inv_std)
+    return mapped(&job, data, None, channel_axis, given_out), mean, inv_std
 
 
-cpdef cnp.ndarray batch_norm_eval(x, mean, var, gamma, beta, axis, eps, out, str prefix=""):
-    """-> y like x. prefix: what the caller's names for mean and var begin with, for messages."""
+def batch_norm_eval(x, mean, var, gamma, beta, axis, eps, out):
+    """-> y like x."""
     cdef bnfast_job job = new_job(BNFAST_EVAL)
     cdef cnp.ndarray data = as_samples(x, "x")
     cdef int channel_axis = as_axis(axis, data)
-    cdef Py_ssize_t channels = cnp.PyArray_DIM(data, channel_axis), i
-    cdef cnp.ndarray given_out, g, b, m, v, y
+    cdef Py_ssize_t channels = cnp.PyArray_DIM(data, channel_axis)
+    cdef cnp.ndarray given_out, g, b, m, v
     job.eps = as_eps(eps)
     given_out = as_out(out, data)
-    m = as_statistics(mean, prefix + "mean", channels, given_out)
-    v = as_statistics(var, prefix + "var", channels, given_out)
-    for i in range(channels):
-        if not (values(v)[i] + job.eps > 0.0 and values(v)[i] - values(v)[i] == 0.0):
-            raise ValueError(f"{prefix}var: expected finite values with var + eps above 0, got {values(v)[i]} "
-                             f"for channel {i} (eps {job.eps:g})")
+    m = as_statistics(mean, "mean", channels, given_out)
+    v = as_statistics(var, "var", channels, given_out)
+    check_variance(values(v), channels, job.eps, "")
     g = as_parameter(gamma, "gamma", channels, given_out)
     b = as_parameter(beta, "beta", channels, given_out)
 
-    data = packed(data, channel_axis, &job)
-    y = target_of(given_out, data, None)
-    if cnp.PyArray_SIZE(data) > 0:
-        job.x, job.out = cnp.PyArray_DATA(data), cnp.PyArray_DATA(y)
-        job.gamma, job.beta = parameter(g), parameter(b)
-        job.mean, job.var = values(m), values(v)
-        compute(&job, data)
-    return delivered(y, given_out)
+    job.gamma, job.beta = parameter(g), parameter(b)
+    job.mean, job.var = values(m), values(v)
+    return mapped(&job, data, None, channel_axis, given_out)
 
 
 def affine(x, center, scale, shift, out, bint search):
@@ -100,26 +108,24 @@ def affine(x, center, scale, shift, out, bint search):
     return delivered(y, given_out), False
 
 
-cdef cnp.ndarray rounded_to(cnp.ndarray statistics, bint narrow):
-    """(C,) float64 as float32 if `narrow`."""
-    cdef cnp.npy_intp channels = cnp.PyArray_DIM(statistics, 0)
-    cdef cnp.ndarray result
-    if not narrow:
-        return statistics
-    result = cnp.PyArray_EMPTY(1, &channels, cnp.NPY_FLOAT32, 0)
-    bnfast_active(4).round_values(channels, values(statistics), cnp.PyArray_DATA(result))
+cdef cnp.ndarray rounded(const double *statistics, cnp.npy_intp channels, int dtype):
+    """(C,) float64 as a new array of dtype NPY_FLOAT32 or NPY_FLOAT64."""
+    cdef cnp.ndarray result = cnp.PyArray_EMPTY(1, &channels, dtype, 0)
+    if dtype == cnp.NPY_FLOAT64:
+        memcpy(cnp.PyArray_DATA(result), statistics, channels * sizeof(double))
+    else:
+        bnfast_active(4).round_values(channels, statistics, cnp.PyArray_DATA(result))
     return result
 
 
-cpdef tuple batch_norm_backward(dy, x, mean, inv_std, gamma, axis, training, out, dtype=None):
-    """-> (dx, dgamma, dbeta): dx like x, two (C,) arrays of `dtype`, float32 or float64 (None: x's)."""
+def batch_norm_backward(dy, x, mean, inv_std, gamma, axis, training, out):
+    """-> (dx, dgamma, dbeta): dx like x, two (C,) arrays of x's dtype."""
     cdef bnfast_job job = new_job(BNFAST_BACKWARD if training else BNFAST_BACKWARD_EVAL)
     cdef cnp.ndarray data = as_samples(x, "x")
     cdef int channel_axis = as_axis(axis, data)
     cdef Py_ssize_t channels = cnp.PyArray_DIM(data, channel_axis)
     cdef cnp.ndarray u = as_companion(dy, "dy", data)
-    cdef cnp.ndarray given_out, g, m, s, dx, dgamma, dbeta
-    cdef bint narrow
+    cdef cnp.ndarray given_out, g, m, s, dx, sums = new_block(2, channels, True)
     given_out = as_out(out, data)
     m = as_statistics(mean, "mean", channels, given_out)
     s = as_statistics(inv_std, "inv_std", channels, given_out)
@@ -127,19 +133,11 @@ cpdef tuple batch_norm_backward(dy, x, mean, inv_std, gamma, axis, training, out
     if training:
         check_count(data, channel_axis)
 
-    data = packed(data, channel_axis, &job)
-    u = packed_like(u, data)
-    dx = target_of(given_out, data, u)
-    if cnp.PyArray_SIZE(data) == 0:
-        dgamma, dbeta = np.zeros(channels), np.zeros(channels)
-    else:
-        dgamma, dbeta = new_statistics(channels), new_statistics(channels)
-        job.x, job.u, job.out = cnp.PyArray_DATA(data), cnp.PyArray_DATA(u), cnp.PyArray_DATA(dx)
-        job.gamma, job.mean, job.inv_std = parameter(g), values(m), values(s)
-        job.dbeta, job.dgamma = values(dbeta), values(dgamma)
-        compute(&job, data)
-    narrow = cnp.PyArray_TYPE(data) == cnp.NPY_FLOAT32 if dtype is None else dtype.itemsize == 4
-    return delivered(dx, given_out), rounded_to(dgamma, narrow), rounded_to(dbeta, narrow)
+    job.gamma, job.mean, job.inv_std = parameter(g), values(m), values(s)
+    job.dgamma, job.dbeta = values(sums), values(sums) + channels
+    dx = mapped(&job, data, u, channel_axis, given_out)
+    return (dx, rounded(job.dgamma, channels, cnp.PyArray_TYPE(data)),
+            rounded(job.dbeta, channels, cnp.PyArray_TYPE(data)))
 
 
 def batch_norm_jvp(v, x, mean, inv_std, gamma, axis, vgamma, vbeta, out):
@@ -149,7 +147,7 @@ def batch_norm_jvp(v, x, mean, inv_std, gamma, axis, vgamma, vbeta, out):
     cdef int channel_axis = as_axis(axis, data)
     cdef Py_ssize_t channels = cnp.PyArray_DIM(data, channel_axis)
     cdef cnp.ndarray u = as_companion(v, "v", data)
-    cdef cnp.ndarray given_out, g, m, s, vg, vb, dy
+    cdef cnp.ndarray given_out, g, m, s, vg, vb
     given_out = as_out(out, data)
     m = as_statistics(mean, "mean", channels, given_out)
     s = as_statistics(inv_std, "inv_std", channels, given_out)
@@ -158,15 +156,9 @@ def batch_norm_jvp(v, x, mean, inv_std, gamma, axis, vgamma, vbeta, out):
     vb = as_parameter(vbeta, "vbeta", channels, given_out)
     check_count(data, channel_axis)
 
-    data = packed(data, channel_axis, &job)
-    u = packed_like(u, data)
-    dy = target_of(given_out, data, u)
-    if cnp.PyArray_SIZE(data) > 0:
-        job.x, job.u, job.out = cnp.PyArray_DATA(data), cnp.PyArray_DATA(u), cnp.PyArray_DATA(dy)
-        job.gamma, job.vgamma, job.vbeta = parameter(g), parameter(vg), parameter(vb)
-        job.mean, job.inv_std = values(m), values(s)
-        compute(&job, data)
-    return delivered(dy, given_out)
+    job.gamma, job.vgamma, job.vbeta = parameter(g), parameter(vg), parameter(vb)
+    job.mean, job.inv_std = values(m), values(s)
+    return mapped(&job, data, u, channel_axis, given_out)
 
 
 def memory_floor(cnp.ndarray x, cnp.ndarray u, cnp.ndarray out):

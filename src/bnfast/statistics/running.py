@@ -101,15 +101,17 @@ class RunningStatistics:
     @property
     def batch_mean(self) -> Statistics | None:
         """(C,) float64, read-only: mean of the last batch that a forward normalised with; None before."""
-        return self._contents.value.batch_mean
+        moments = self._contents.value.batch_moments
+        return None if moments is None else moments[1]
 
     @property
     def batch_var(self) -> Statistics | None:
         """(C,) float64, read-only: population variance of the last batch that a forward normalised with."""
-        contents = self._contents.value
-        if contents.batch_m2 is None:
+        moments = self._contents.value.batch_moments
+        if moments is None:
             return None
-        var: Statistics = contents.batch_m2 / contents.batch_count
+        count, _, m2 = moments
+        var: Statistics = m2 / count
         var.flags.writeable = False
         return var
 
@@ -351,10 +353,10 @@ def calibrate(
 
 def gather(calibration: object, axis: int, skip: bool, found: _core.Contents, forward: _core.Forward) -> _core.Contents:
     """The contents once a batch is gathered. skip: leave one that is not finite out, and count it."""
-    if forward.inv_std is None:  # of one value a channel, or none
+    if forward.moments is None:  # of one value a channel, or none
         batch = Moments(*_core.moments(forward.x, axis))
     else:
-        batch = Moments(forward.count, forward.mean, forward.m2)
+        batch = Moments(forward.count, *forward.moments)
     finite = np.isfinite(batch.mean) & np.isfinite(batch.m2)
     if skip and not finite.all():
         old = found.running
