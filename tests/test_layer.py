@@ -539,6 +539,18 @@ def test_x_that_was_changed_meanwhile_is_noticed(give):
         bn.backward(dy)  # it was x alone
 
 
+@pytest.mark.filterwarnings("ignore:Setting the shape:DeprecationWarning")
+@pytest.mark.parametrize("shape", [(CHANNELS, 8), (24, 1), (2, 12), (24,), (2, 4, CHANNELS)])
+def test_x_that_was_reshaped_in_place_is_noticed(shape):
+    bn, x = BatchNorm(CHANNELS), batch()
+    _, pullback = bn.vjp(x)
+    bn(x)
+    x.shape = shape
+    for backward in (bn.backward, pullback):
+        with pytest.raises(RuntimeError, match="x has another shape"):
+            backward(np.ones_like(x))
+
+
 @pytest.mark.parametrize("place", [0, -1, "all"])
 def test_the_ends_of_x_are_watched(place):
     for size in (1, 2, 15, 16, 17, 1000):

@@ -94,6 +94,9 @@ cdef class Forward:
         cdef unsigned long long now[SAMPLES]
         if self.gone is not None:
             raise RuntimeError(f"backward: x is gone: {self.gone} was written into its memory")
+        if (cnp.PyArray_NDIM(self.x) <= self.axis or cnp.PyArray_DIM(self.x, self.axis) != self.channels
+                or cnp.PyArray_SIZE(self.x) != self.count * self.channels):  # in place: it is the user's own array
+            raise RuntimeError(f"backward: x has another shape, {shape_of(self.x)}, than in its forward")
         take_sample(self.x, now)
         if memcmp(now, self.sample, sizeof(now)) != 0:
             raise RuntimeError("backward: x has changed since its forward; keep it as it is until the backward, "
