@@ -40,11 +40,16 @@ KINDS = {"layer": "BatchNorm.save", "model": "bnfast.save"}
 DESCRIPTION = "__bnfast__"
 LAYER_DTYPES = {np.dtype(name) for name in ("<f4", "<f8", "<i8", "u1")}
 MODEL_DTYPES = LAYER_DTYPES | {np.dtype(name) for name in ("?", "i1", "<i2", "<i4", "<u2", "<u4", "<u8", "<f2")}
-ENTRY = b"PK\x01\x02"  # of the archive's directory: a member; or, once in 4 GiB, any four bytes
+# Of the archive's directory: a member; what comes after the last one; that of large archives, and what leads to it.
+ENTRY, END, END_64, LOCATOR_64 = b"PK\x01\x02", b"PK\x05\x06", b"PK\x06\x06", b"PK\x06\x07"
 LAYER_MEMBERS = 20
 MEMBER_BYTES = 256  # that a member of a model takes at least, all told
 TRIES = 100  # other processes may take our temporary file for a dead one's before it is locked
-MAX_DESCRIPTION = 4096  # bytes, of a layer; ours have about 400. Of a model: and a quarter of the file
+MAX_DESCRIPTION = 4096  # bytes, of a layer; ours have about 400
+# Parts of the JSON of a model: Python's objects take up to 100 bytes each. Ours have 3 for a number, whose member takes
+# 250 bytes, and 20 for a layer, in 400 bytes.
+MAX_PARTS, BYTES_OF_A_PART = 256, 16
+STRING = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"')
 MAX_HEADER = 1024  # characters; those of ours have less than 128
 MARK = b"bnfast sha256 "
 SEAL = len(MARK) + 64
@@ -98,11 +103,7 @@ def decode(data: bytes, kind: str) -> tuple[dict[str, Any], dict[str, NDArray[An
     model = kind == "model"
     try:
         arrays = _members(data, model)
-        text = arrays.pop(DESCRIPTION).tobytes()
-        limit = MAX_DESCRIPTION + (len(data) // 4 if model else 0)
-        if len(text) > limit:
-            raise StateError(f"expected a description of at most {limit} bytes, got {len(text)}")
-        description = json.loads(text)
+        description = json.loads(_checked(arrays.pop(DESCRIPTION).tobytes().decode("ascii"), len(data), model))
         made_by, found = description.pop("format"), description.pop("kind", "layer")  # format 1 knew layers only
     except (StateError, MemoryError):
         raise
@@ -120,10 +121,21 @@ def decode(data: bytes, kind: str) -> tuple[dict[str, Any], dict[str, NDArray[An
     return description, arrays
 
 
+def _checked(text: str, size: int, model: bool) -> str:
+    """A description that json may read: it takes no more memory than a few times the size of the file."""
+    if not model and len(text) > MAX_DESCRIPTION:
+        raise StateError(f"expected a description of at most {MAX_DESCRIPTION} bytes, got {len(text)}")
+    rest = STRING.sub("", text)
+    parts, most = sum(map(rest.count, "[{,")), MAX_PARTS + size // BYTES_OF_A_PART
+    if parts > most:
+        raise StateError(f"expected a description of at most {most} parts, got {parts}")
+    return text
+
+
 def _members(data: bytes, model: bool) -> dict[str, NDArray[Any]]:
     most = LAYER_MEMBERS + (len(data) // MEMBER_BYTES if model else 0)
-    if data.count(ENTRY) > most:  # zipfile makes an object of each at once
-        raise StateError(f"expected at most {most} members, got {data.count(ENTRY)}")
+    if (count := _count_members(data)) > most:  # zipfile makes an object of each at once
+        raise StateError(f"expected at most {most} members, got {count}")
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         infos = archive.infolist()
         if len({info.filename for info in infos}) < len(infos):
@@ -133,6 +145,15 @@ def _members(data: bytes, model: bool) -> dict[str, NDArray[Any]]:
         if sum(info.file_size for info in infos) > len(data):
             raise StateError("expected members that are together not larger than the file")
         return {_name(info.filename): _array(info.filename, archive.read(info), model) for info in infos}
+
+
+def _count_members(data: bytes) -> int:
+    """How many there are at most in the archive's directory, found as zipfile finds it."""
+    end = data.rfind(END)
+    stop, size = end, int.from_bytes(data[end + 12 : end + 16], "little")
+    if data[end - 20 : end - 16] == LOCATOR_64 and data[end - 76 : end - 72] == END_64:
+        stop, size = end - 76, int.from_bytes(data[end - 36 : end - 28], "little")
+    return data.count(ENTRY, max(stop - size, 0), max(end, 0))
 
 
 def _name(filename: str) -> str:
@@ -153,10 +174,14 @@ def _array(filename: str, member: bytes, model: bool) -> NDArray[Any]:
         raise StateError(f"{filename}: expected at most one dimension, got {len(shape)}")
     if fortran_order and len(shape) > 1:
         raise StateError(f"{filename}: expected C order")
+    if any(type(n) is not int for n in shape):
+        raise StateError(f"{filename}: expected a shape of integers, got {shape!r:.80}")
     count, start = math.prod(shape), stream.tell()
     if any(n < 0 for n in shape) or count * dtype.itemsize != len(member) - start:
         raise StateError(f"{filename}: expected as many bytes as its shape says")
     array: NDArray[Any] = np.frombuffer(member, dtype, count, start) if count else np.empty(0, dtype)
+    if dtype == np.bool_ and (array.view(np.uint8) > 1).any():
+        raise StateError(f"{filename}: expected bools, got other bytes than 0 and 1")
     return array.reshape(shape).astype(dtype.newbyteorder("="))  # a copy
 
 
