@@ -452,13 +452,13 @@ def test_a_bomb_is_refused_before_it_is_unpacked():
 
 def test_a_crowd_of_members_is_refused_before_they_are_listed():
     data = archive([(str(n), b"") for n in range(5000)])
-    peak = tracemalloc_peak(lambda: refused(data, match="at most 20 members"))
+    peak = tracemalloc_peak(lambda: refused(data, match=r"at most \d+ members, got 5000"))
     assert peak < len(data) + 100_000
 
 
 def test_a_long_description_is_refused_before_it_is_parsed():
     data = resealed(held("__bnfast__", np.frombuffer(b"[" + b"[]," * 100_000 + b"0]", np.uint8)))
-    peak = tracemalloc_peak(lambda: refused(data, match="at most 4096 bytes"))
+    peak = tracemalloc_peak(lambda: refused(data, match=r"at most \d+ parts"))
     assert peak < 5 * len(data)
 
 

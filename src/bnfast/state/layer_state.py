@@ -165,7 +165,7 @@ class LayerState(RunningStatistics):
         ----------
         path : str or os.PathLike
         max_bytes : int
-            A larger file is refused before it is read. Loading takes up to five times the size of the file.
+            A larger file is refused before it is read. Loading takes up to ten times the size of a file.
 
         Returns
         -------

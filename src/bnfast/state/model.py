@@ -84,7 +84,7 @@ def load_model(
         other options; an array must have the same dtype and shape. Without it layers are new `BatchNorm`: a subclass
         comes back only through `into`.
     max_bytes : int
-        A larger file is refused before it is read.
+        A larger file is refused before it is read. Loading takes up to ten times the size of a file.
 
     Returns
     -------
