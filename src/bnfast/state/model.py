@@ -217,8 +217,8 @@ def _put_together(entry: dict[str, Any], arrays: dict[str, Array]) -> Any:
     kind, more = entry["kind"], entry.keys() - {"name", "kind"}
     if kind == "layer" and more == {"layer"}:
         return BatchNorm._made_of(kept_from(entry["layer"], arrays), strict=True)
-    if kind == "array" and more == {"dtype"} and entry["dtype"] == BFLOAT16 and arrays.keys() == MEMBERS["array"]:
-        return _as_bfloat16(arrays["array"])
+    if kind == "array" and more == {"dtype"} and entry["dtype"] == BFLOAT16:
+        return _as_bfloat16(**arrays)
     if more or kind not in MEMBERS or arrays.keys() != MEMBERS[kind]:
         raise StateError(f"expected an entry of a known kind, got {kind!r:.80} with {sorted(arrays)!r:.80}")
     if kind == "array":
@@ -235,6 +235,8 @@ def _put_together(entry: dict[str, Any], arrays: dict[str, Array]) -> Any:
 
 
 def _as_bfloat16(array: Array) -> Array:
+    if array.dtype != np.uint16:
+        raise StateError(f"expected the bits of bfloat16 as uint16, got {array.dtype}")
     try:
         import ml_dtypes
     except ImportError:
