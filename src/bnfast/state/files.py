@@ -176,8 +176,6 @@ def _array(name: str, member: bytes, model: bool) -> NDArray[Any]:
         raise StateError(f"{name}: expected at most one dimension, got {len(shape)}")
     if fortran_order and len(shape) > 1:
         raise StateError(f"{name}: expected C order")
-    if any(type(n) is not int for n in shape):
-        raise StateError(f"{name}: expected a shape of integers, got {shape!r:.80}")
     count, start = math.prod(shape), stream.tell()
     if any(n < 0 for n in shape) or count * dtype.itemsize != len(member) - start:
         raise StateError(f"{name}: expected as many bytes as its shape says")
