@@ -143,6 +143,10 @@ def test_the_fixture_of_the_first_version_loads_for_ever():
     assert bn.statistics_in_use == expected["statistics_in_use"]
     assert bn.num_batches_tracked == expected["num_batches_tracked"]
     assert digests(bn) == expected["sha256"]
+    assert bn.nonfinite == "propagate"
+    assert bn.num_batches_skipped.tolist() == [0] * 5
+    again = BatchNorm._decoded(bn._encoded())  # of format 2
+    assert raw(again) == raw(bn)
 
 
 def digests(bn):
