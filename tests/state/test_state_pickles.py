@@ -302,3 +302,69 @@ def test_a_tampered_pickle_of_moments_is_refused():
     for arguments in ((-1, mean, m2), (count, mean, -m2), (count, mean, [1.0, 2.0]), (2.5, mean, m2)):
         with pytest.raises((TypeError, ValueError)):
             make(*arguments)
+
+
+class Awkward:
+    """Fits nowhere."""
+
+    def __array__(self, dtype=None, copy=None):
+        raise LookupError("no array today")
+
+    def __iter__(self):
+        raise OSError("no items either")
+
+
+JUNK = [
+    None, True, -1, 2**70, 1.5, float("nan"), "text", b"bytes", (), (1, 2), [1], [[1], [2, 3]], {}, {"a": 1}, {1: 2},
+    np.ones(2), np.ones((2, 2)), np.ones(3), np.array("x"), np.array([None, None]), np.float32(1), np.ones(2, np.int64),
+    Moments(3, [1.0, 2.0], [1.0, 2.0]), Moments(1, [1.0], [0.0]), 1j, Awkward(), Awkward, object(), len,
+]  # fmt: skip
+
+
+def places(value, path=()):
+    """Where something may be replaced in nested dicts and tuples."""
+    yield path
+    parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, tuple) else ()
+    for key, part in parts:
+        yield from places(part, (*path, key))
+
+
+def replaced(value, path, junk):
+    if not path:
+        return junk
+    if isinstance(value, dict):
+        return {**value, path[0]: replaced(value[path[0]], path[1:], junk)}
+    return (*value[: path[0]], replaced(value[path[0]], path[1:], junk), *value[path[0] + 1 :])
+
+
+@pytest.mark.parametrize("kind", C)
+def test_anything_anywhere_in_a_pickle_gives_a_layer_or_stateerror(kind):
+    kept, refusals = states()[kind], 0
+    for path in places(kept):
+        for junk in JUNK:
+            bn = layers()[0]
+            before = raw(bn)
+            try:
+                bn.__setstate__(replaced(kept, path, junk))
+            except StateError:
+                refusals += 1
+                assert raw(bn) == before
+            else:
+                bn.state_dict()
+                pickle.dumps(bn._kept())
+    assert refusals > 300
+
+
+@pytest.mark.parametrize("kind", range(len(KINDS_OF_LAYERS)), ids=KINDS_OF_LAYERS)
+def test_anything_anywhere_in_a_dictionary_is_taken_whole_or_refused_whole(kind):
+    state = layers()[kind].state_dict()
+    for path in places(state):
+        for junk in JUNK:
+            bn = layers()[kind]
+            before = raw(bn)
+            try:
+                bn.load_state_dict(replaced(state, path, junk))
+            except StateError:
+                assert raw(bn) == before
+            else:
+                bn._encoded()

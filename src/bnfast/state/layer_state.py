@@ -36,8 +36,6 @@ OPTIONS = {  # of the constructor, and the types that a file's description may g
 ADDED = {"nonfinite": "propagate"}  # since format 1, and what layers of before do
 COUNTS = ("averaged", "skipped")  # of `Running`: None, or an array
 NOT_PICKLED = ("_contents", "_calibration", "_living", "_gamma", "_beta", "_eps", "_momentum", "_training")
-# What checks raise that were not made for states.
-UNFIT = (TypeError, KeyError, ValueError, AttributeError, RuntimeError, IndexError, OverflowError)
 
 
 class Kept(NamedTuple):
@@ -112,7 +110,9 @@ class LayerState(RunningStatistics):
     def __setstate__(self, pickled: dict[str, Any]) -> None:
         try:
             attributes, kept = _unpickled(dict(pickled))
-        except UNFIT as error:
+        except MemoryError:
+            raise
+        except Exception as error:  # whatever checks raise that were not made for states
             raise StateError(f"pickle: {error}") from error
         fresh = self._made_of(kept, strict=False)
         self.__dict__.update({**attributes, **fresh.__dict__})
@@ -230,9 +230,9 @@ class LayerState(RunningStatistics):
             layer._begin(**options)
             layer.training = flag(kept.training, "training")
             update = layer._restoring(kept, strict)
-        except StateError:
+        except (StateError, MemoryError):
             raise
-        except UNFIT as error:
+        except Exception as error:
             raise StateError(str(error)) from error
         _core.update_all([update])
         return layer
