@@ -719,6 +719,39 @@ def test_a_forged_file_with_a_right_checksum_is_refused(change):
     assert CANARY == []
 
 
+JSON_JUNK = [None, True, -1, 0, 3, 2**63, 10**400, 1.5, float("nan"), "", "text", "float32", [], [1], {}, {"a": 1}]
+
+
+def json_places(value, path=()):
+    """Where something may be replaced in a description."""
+    yield path
+    for key, part in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+        yield from json_places(part, (*path, key))
+
+
+def test_anything_anywhere_in_a_description_gives_a_model_or_stateerror():
+    found = members(model._encoded(ENTRIES))
+    description, counts = json.loads(np.load(io.BytesIO(found[0][1])).tobytes()), {True: 0, False: 0}
+    for path in json_places(description):
+        for junk in JSON_JUNK:
+            changed = json.loads(json.dumps({"top": description}))
+            part, *keys = "top", *path
+            holder = changed
+            for key in keys:
+                holder, part = holder[part], key
+            holder[part] = junk
+            data = archive([(DESCRIPTION, npy(text(json.dumps(changed["top"]).encode()))), *found[1:]])
+            try:
+                again = model._decoded(data)
+            except StateError:
+                counts[False] += 1
+            else:
+                assert raw(model._decoded(model._encoded(again))) == raw(again)
+                counts[True] += 1
+    assert counts[False] > 300
+    assert counts[True] > 30
+
+
 def test_an_unforged_file_is_accepted():
     for change in (lambda f: None, described(lambda d: None)):
         assert raw(model._decoded(resealed(change))) == raw(ENTRIES)
