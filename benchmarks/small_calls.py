@@ -71,9 +71,7 @@ def main() -> None:
     layered = t["layer"] - t["lambda"]
     print(f"BatchNorm.__call__ in training                   {layered:6.0f} ns")
     print(f"    {'the function in it':64} {t['core'] - t['lambda']:6.0f}")
-    print(
-        f"    {'its record, running statistics, one exchange, Python':64} {layered - t['core'] + t['lambda']:6.0f}"
-    )
+    print(f"    {'its record, running statistics, one exchange, Python':64} {layered - t['core'] + t['lambda']:6.0f}")
     print(f"functional.batch_norm_backward                   {t['backward'] - t['lambda']:6.0f} ns")
     print(f"BatchNorm.__call__ and backward, a pair          {t['pair'] - t['lambda']:6.0f} ns")
 

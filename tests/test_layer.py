@@ -285,6 +285,62 @@ def test_one_parameter_without_the_other(affine):
     assert getattr(bn, affine).tolist() == ([1.0] * CHANNELS if affine == "gamma" else [0.0] * CHANNELS)
 
 
+@pytest.mark.parametrize("name", ["gamma", "beta"])
+def test_an_array_set_as_a_parameter_is_kept_itself(name):
+    """An optimiser may hold all parameters in one array, with views of it in the layers."""
+    flat, bn, twin = np.linspace(1, 2, 2 * CHANNELS, dtype=np.float32), BatchNorm(CHANNELS), BatchNorm(CHANNELS)
+    view = flat[1 : 1 + CHANNELS]
+    setattr(bn, name, view)
+    flat *= 3
+    getattr(twin, name)[...] = view
+    assert getattr(bn, name) is view
+    x = np.arange(4.0 * CHANNELS, dtype=np.float32).reshape(4, CHANNELS)
+    np.testing.assert_array_equal(bn(x), twin(x))
+
+
+@pytest.mark.parametrize("name", ["gamma", "beta"])
+@pytest.mark.parametrize(
+    ("value", "error", "words"),
+    [
+        (np.ones(CHANNELS + 1, np.float32), ValueError, r"shape \(3,\), got \(4,\)"),
+        (np.ones((CHANNELS, 1), np.float32), ValueError, r"shape \(3,\), got \(3, 1\)"),
+        (np.ones(CHANNELS), TypeError, "float32, got dtype float64"),
+        (np.ones(CHANNELS, ">f4"), TypeError, "float32, got dtype >f4"),
+        (np.array([None, 1, 2]), TypeError, "float32, got dtype object"),
+        ([1.0] * CHANNELS, TypeError, "float32, got list"),
+        (None, TypeError, "float32, got NoneType"),
+        (np.ma.masked_array(np.ones(CHANNELS, np.float32), [0, 1, 0]), TypeError, "without a mask"),
+        (np.ones(2 * CHANNELS, np.float32)[::2], ValueError, "contiguous"),
+        (np.broadcast_to(np.float32(1), CHANNELS), ValueError, "writeable"),
+        (np.frombuffer(bytes(4 * CHANNELS), np.float32), ValueError, "writeable"),
+    ],
+)
+def test_what_is_no_parameter_is_refused_when_it_is_set(name, value, error, words):
+    bn = trained()
+    before = everything(bn)
+    with pytest.raises(error, match=f"{name}: .*{words}"):
+        setattr(bn, name, value)
+    assert everything(bn) == before
+
+
+@pytest.mark.parametrize("value", ["no", 0, None])
+def test_the_mode_is_a_bool(value):
+    bn = trained()
+    with pytest.raises(TypeError, match="training: expected a bool"):
+        bn.training = value
+    assert bn.training is True
+    bn.training = False
+    assert bn.train().training is True
+
+
+@pytest.mark.parametrize("name", ["gamma", "beta"])
+def test_a_layer_without_parameters_gets_none_later(name):
+    bn = BatchNorm(CHANNELS, affine=False)
+    with pytest.raises(AttributeError, match=f"{name}: .*affine=False"):
+        setattr(bn, name, np.ones(CHANNELS, np.float32))
+    assert getattr(bn, name) is None
+
+
 # --- x, its memory, and backward -----------------------------------------------------------------------------
 
 

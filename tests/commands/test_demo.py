@@ -1,6 +1,7 @@
 """The demo: its layers are right, its comparison is fair, its command behaves."""
 
 import errno
+import json
 import sys
 import warnings
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import bnfast
 from bnfast import BatchNorm, check_gradient, check_layer
 from bnfast.commands import demo, network
 
@@ -157,6 +159,61 @@ def test_batch_norm_learns_faster(one_blas_thread):
     without, with_bn = accuracies(False), accuracies(True)
     assert with_bn[:, -1].min() >= 0.9
     assert with_bn.mean() >= without.mean() + 0.05
+
+
+# --- Saving and going on ---
+
+
+def of_a_network(layers):
+    """Its BatchNorm layers, and the parameters of the others, by name: to be saved, or to be filled."""
+    found = {}
+    for place, layer in enumerate(layers):
+        if isinstance(layer, BatchNorm):
+            found[f"{place}"] = layer
+        else:
+            found |= {f"{place}.{name}": parameter for name, parameter in layer.parameters().items()}
+    return found
+
+
+def bits(layers):
+    """Of everything that training changes."""
+    found = {}
+    for name, value in of_a_network(layers).items():
+        arrays = value.state_dict() if isinstance(value, BatchNorm) else {"": value}
+        found |= {f"{name} {key}": array.tobytes() for key, array in arrays.items()}
+    return found
+
+
+@pytest.mark.parametrize("name", demo.NETWORKS)
+def test_a_network_that_is_saved_and_loaded_goes_on_to_the_bit(name, one_blas_thread, tmp_path):
+    """5 epochs, a file, another network filled from it, 5 more: as 10 in one go."""
+    (images, labels), test = demo.load_digits(0)
+    some = slice(None, None, 4)
+    build, rate = demo.NETWORKS[name]
+
+    def train(layers, rng, epochs):
+        return [network.learn(layers, images[some], labels[some], rate, rng) for _ in range(epochs)]
+
+    rng = np.random.default_rng(0)
+    straight = build(rng, True)
+    losses = train(straight, rng, 10)
+
+    rng = np.random.default_rng(0)
+    first = build(rng, True)
+    assert train(first, rng, 5) == losses[:5]
+    state = json.dumps(rng.bit_generator.state)
+    bnfast.save(tmp_path / "network", {**of_a_network(first), "rng": state, "epoch": 5, "rate": rate})
+
+    rng = np.random.default_rng(99)
+    resumed = build(rng, True)
+    assert bits(resumed) != bits(first)
+    found = bnfast.load(tmp_path / "network", into=of_a_network(resumed))
+    assert bits(resumed) == bits(first)
+    assert (found["epoch"], found["rate"]) == (5, rate)
+    rng.bit_generator.state = json.loads(found["rng"])
+    assert train(resumed, rng, 5) == losses[5:]
+    assert bits(resumed) == bits(straight)
+    assert network.accuracy(resumed, *test) == network.accuracy(straight, *test)
 
 
 # --- The command ---

@@ -1,8 +1,9 @@
-"""Fuzzing of what reads files: any bytes give a layer or `StateError`.
+"""Fuzzing of what reads files: any bytes give a layer (or a model) or `StateError`.
 
 `python fuzz_state.py CORPUS [libFuzzer's options]` fuzzes with atheris, guided by coverage, until a finding or
 the limit (`-max_total_time=600`). Inputs are not only files: a checksum would end nearly all of them. The first byte
-says what the rest is, and the parts that a fuzzer cannot guess (checksum, CRCs) are made right.
+says what the rest is and which of the two should come out, and the parts that a fuzzer cannot guess (checksum, CRCs)
+are made right.
 """
 
 import sys
@@ -13,7 +14,15 @@ if __name__ == "__main__":
     for name in ("zipfile", "json", "json.decoder", "json.scanner", "ast"):  # to be imported again, instrumented
         sys.modules.pop(name, None)
     with atheris.instrument_imports(
-        include=["bnfast.state", "bnfast.layer", "bnfast.moments", "zipfile", "json", "ast", "numpy.lib._format_impl"]
+        include=[
+            "bnfast.state",
+            "bnfast.layer",
+            "bnfast.statistics",
+            "zipfile",
+            "json",
+            "ast",
+            "numpy.lib._format_impl",
+        ]
     ):
         import ast  # noqa: F401
         import json  # noqa: F401
@@ -30,14 +39,19 @@ import zipfile
 
 import numpy as np
 
-from bnfast import BatchNorm, StateError, state
+from bnfast import BatchNorm, StateError
+from bnfast.state import files, model
 
 NAMES = [
     "__bnfast__.npy", "weight.npy", "bias.npy", "running_mean.npy", "running_var.npy", "num_batches_tracked.npy",
-    "exact_mean.npy", "exact_m2.npy", "averaged_mean.npy", "averaged_var.npy", "other.npy", "", "../weight.npy",
-    "weight", "weight.npy/", "\N{SNOWMAN}.npy",
+    "exact_mean.npy", "exact_m2.npy", "averages_mean.npy", "averages_var.npy", "other.npy", "", "../weight.npy",
+    "weight", "weight.npy/", "\N{SNOWMAN}.npy", "num_batches_averaged.npy", "num_batches_skipped.npy",
+    "averages_num_batches_averaged.npy", "averages_num_batches_skipped.npy", "averaged_mean.npy", "averaged_var.npy",
+    *(f"{place}.{name}.npy" for place in range(12) for name in ("array", "text", "value", "weight", "bias",
+      "running_mean", "running_var", "num_batches_tracked", "exact_mean", "exact_m2", "averages_mean", "averages_var",
+      "num_batches_averaged", "num_batches_skipped", "averages_num_batches_averaged", "averages_num_batches_skipped")),
 ]  # fmt: skip
-RAW, SEALED, MEMBERS, DESCRIBED = range(4)
+RAW, SEALED, MEMBERS, DESCRIBED, KINDS = range(5)
 
 
 def layers():
@@ -48,18 +62,50 @@ def layers():
     exact(x)
     with exact.calibrate():
         exact(x)
-    return [plain, exact.eval(), BatchNorm(2, affine=False), BatchNorm(1, affine=False, track_running_stats=False)]
+    skipping, infinite = BatchNorm(2, momentum=None, affine="gamma", nonfinite="skip"), x.copy()
+    infinite[0, 1] = np.inf
+    for batch in (x, infinite):
+        skipping(batch)
+    with skipping.calibrate():
+        skipping(x)
+    beta, nothing = (
+        BatchNorm(2, affine="beta", nonfinite="raise"),
+        BatchNorm(1, affine=False, track_running_stats=False),
+    )
+    return [plain, exact.eval(), BatchNorm(2, affine=False), nothing, skipping, beta]
+
+
+KINDS_OF_LAYERS = ["usual", "exact", "no_parameters", "nothing", "skipping", "beta"]
+
+
+def models():
+    """What has every kind of entry, and what has none."""
+    plain, exact, *_, nothing, skipping, _ = layers()
+    arrays = {name: np.arange(4).astype(name) for name in ("bool", "u1", "i2", "<i4", ">i8", "f2", "f4", "f8")}
+    arrays |= {
+        "zero": np.array(1.5),
+        "empty": np.empty((0, 3), np.int8),
+        "table": np.ones((2, 3), np.float32, order="F"),
+    }
+    plain_values = {"on": True, "epoch": -3, "rate": 0.1, "": "", "../x": "\N{SNOWMAN}"}
+    return [
+        {"bn": plain, "w": np.array([[1.0, 2.0]]), **plain_values},
+        {"a": exact, "b": skipping, "c": nothing},
+        arrays,
+        {},
+    ]
 
 
 def archive(members):
     """The bytes of a file with these members, (name, bytes) each, and a right checksum."""
     buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w") as file:
-        file.comment = bytes(state.SEAL)
+    with warnings.catch_warnings(), zipfile.ZipFile(buffer, "w") as file:
+        warnings.simplefilter("ignore")  # about names that are there twice
+        file.comment = bytes(files.SEAL)
         for name, content in members:
             info = zipfile.ZipInfo(name)
             file.writestr(info, content)
-    return state.sealed(buffer.getvalue()[: -state.SEAL])
+    return files.sealed(buffer.getvalue()[: -files.SEAL])
 
 
 def members(data):
@@ -74,28 +120,32 @@ def npy(array):
     return buffer.getvalue()
 
 
+def encoded():
+    """(number of the loader, the file) of all these: layers, then models."""
+    return [(0, layer._encoded()) for layer in layers()] + [(1, model._encoded(entries)) for entries in models()]
+
+
 def seeds():
     """Inputs of which each describes a good file, in every one of the ways."""
-    for number, layer in enumerate(layers()):
-        data = layer._encoded()
-        yield bytes([RAW]) + data
-        yield bytes([SEALED]) + data[: -state.SEAL]
-        yield bytes([MEMBERS]) + b"".join(
+    for number, (loader, data) in enumerate(encoded()):
+        first = [bytes([loader * KINDS + kind]) for kind in range(KINDS)]
+        yield first[RAW] + data
+        yield first[SEALED] + data[: -files.SEAL]
+        yield first[MEMBERS] + b"".join(
             struct.pack("<BH", NAMES.index(name), len(content)) + content for name, content in members(data)
         )
-        yield bytes([DESCRIBED, number]) + dict(members(data))["__bnfast__.npy"].partition(b"\n")[2]
+        yield first[DESCRIBED] + bytes([number]) + dict(members(data))["__bnfast__.npy"].partition(b"\n")[2]
 
 
-def file_of(given):
+def file_of(kind, rest):
     """The bytes of the file that an input describes."""
-    kind, rest = (given[0] % 4, given[1:]) if given else (RAW, b"")
     if kind == RAW:
         return rest
     if kind == SEALED:
-        return state.sealed(rest)
+        return files.sealed(rest)
     if kind == MEMBERS:
         found = []
-        while len(rest) >= 3 and len(found) < 20:
+        while len(rest) >= 3 and len(found) < 40:
             name, length = struct.unpack_from("<BH", rest)
             found.append((NAMES[name % len(NAMES)], rest[3 : 3 + length]))
             rest = rest[3 + length :]
@@ -104,26 +154,29 @@ def file_of(given):
     return archive([("__bnfast__.npy", npy(np.frombuffer(text, np.uint8))), *FILES[number][1:]])
 
 
-FILES = [members(layer._encoded()) for layer in layers()]
+FILES = [members(data) for _, data in encoded()]
+LOADERS = [
+    (BatchNorm._decoded, BatchNorm._encoded),
+    (model._decoded, model._encoded),
+]
 
 
 def check(given):
-    """Whether an input gives a layer; False for `StateError`. Anything else is a finding."""
-    data = file_of(given)
+    """Whether an input gives a layer, or a model; False for `StateError`. Anything else is a finding."""
+    loader, kind = divmod(given[0], KINDS) if given else (0, RAW)
+    data = file_of(kind, given[1:])
+    decode, encode = LOADERS[loader % len(LOADERS)]
     try:
-        layer = BatchNorm._decoded(data)
+        found = decode(data)
     except StateError as error:
         assert "pickle" not in str(error)  # noqa: PT017  (NumPy's advice)
         return False
-    again = layer._encoded()
-    assert BatchNorm._decoded(again)._encoded() == again
+    except ImportError as error:
+        assert "ml_dtypes" in str(error)  # noqa: PT017
+        return False
+    again = encode(found)
+    assert encode(decode(again)) == again
     return True
-
-
-def fuzz(given):
-    with warnings.catch_warnings():  # zipfile's about names that are there twice, made by archive()
-        warnings.simplefilter("ignore")
-        check(given)
 
 
 if __name__ == "__main__":
@@ -133,5 +186,5 @@ if __name__ == "__main__":
     folder.mkdir(exist_ok=True)
     for number, seed in enumerate(seeds()):
         (folder / f"seed{number:02}").write_bytes(seed)
-    atheris.Setup([sys.argv[0], str(folder), *sys.argv[2:]], fuzz)
+    atheris.Setup([sys.argv[0], str(folder), *sys.argv[2:]], check)
     atheris.Fuzz()

@@ -1,7 +1,7 @@
-"""Layers that say which one they are, and processes that save them until they are killed; for test_state_saving.py.
+"""Layers and models that say which one they are, and processes that save them until they are killed.
 
-`python saving.py WHAT FOLDER NUMBER` does in a process of one thread what forks many children, and prints counts as
-JSON: no child may be forked where a test runner has threads.
+For test_state_saving.py. `python saving.py KIND WHAT FOLDER NUMBER` does in a process of one thread what forks many
+children, and prints counts as JSON: no child may be forked where a test runner has threads.
 """
 
 import atexit
@@ -12,9 +12,11 @@ import signal
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
+import bnfast
 from bnfast import BatchNorm
 
 HOOKS = ("fstat", "chmod", "fsync", "replace", "listdir")
@@ -36,6 +38,52 @@ def mark_of(bn):
     return int(values.pop())
 
 
+class Layer(NamedTuple):
+    """A file of a layer, all of whose values are its number."""
+
+    number: int
+    channels: int = 20_000
+
+    def thing(self):
+        return marked(self.number, self.channels)
+
+    def save(self, path):
+        self.thing().save(path)
+
+    @staticmethod
+    def load(path):
+        """The number of the file, and how many channels there are."""
+        bn = BatchNorm.load(path)
+        return mark_of(bn), bn.num_features
+
+
+class Model(NamedTuple):
+    """A file of a model with a layer, arrays and numbers."""
+
+    number: int
+    channels: int = 20_000
+
+    def thing(self):
+        array = np.full((self.channels, 2), self.number, np.float32)
+        bn = marked(self.number, self.channels)
+        return {"bn": bn, "w": array, "epoch": self.number, "rate": float(self.number), "name": str(self.number)}
+
+    def save(self, path):
+        bnfast.save(path, self.thing())
+
+    @staticmethod
+    def load(path):
+        model = bnfast.load(path)
+        bn, numbers = model.pop("bn"), {float(value) for value in np.unique(model.pop("w"))}
+        numbers |= {float(mark_of(bn)), *(float(value) for value in model.values())}
+        assert len(model) == 3
+        assert len(numbers) == 1
+        return int(numbers.pop()), bn.num_features
+
+
+KINDS = {"layer": Layer, "model": Model}
+
+
 def temporaries(folder):
     return [name for name in os.listdir(folder) if name.startswith(".tmp-")]
 
@@ -55,42 +103,42 @@ def child(function, *arguments):
     os._exit(0)
 
 
-def save_for_ever(path, begun):
-    bns = [marked(number) for number in range(1, 4)]
-    bns[0].save(path)
+def save_for_ever(kind, path, begun):
+    files = [kind(number) for number in range(1, 4)]
+    files[0].save(path)
     os.write(begun, b".")
     while True:
-        for bn in bns:
-            bn.save(path)
+        for file in files:
+            file.save(path)
 
 
-def kills(folder, number):
+def kills(kind, folder, number):
     """Kills at random moments, up to 50 ms after the first save; a save of this process's after every other."""
     path, rng = folder / "bn", random.Random(number)
     found = {"loaded": 0, "left_a_temporary": 0, "cleaned": 0}
-    marked(0).save(path)
+    kind(0).save(path)
     for n in range(number):
         reading, begun = os.pipe()
-        pid = child(save_for_ever, path, begun)
+        pid = child(save_for_ever, kind, path, begun)
         os.close(begun)
         assert os.read(reading, 1) == b"."
         os.close(reading)
         time.sleep(rng.uniform(0, 0.05))
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
-        assert mark_of(BatchNorm.load(path)) in range(1, 4)
+        assert kind.load(path)[0] in range(1, 4)
         found["loaded"] += 1
         left = temporaries(folder)
         assert len(left) <= 1, left
         found["left_a_temporary"] += len(left)
         if n % 2:
-            marked(0).save(path)
+            kind(0).save(path)
             assert temporaries(folder) == []
             found["cleaned"] += len(left)
     return found
 
 
-def save_and_die(path, name, count):
+def save_and_die(kind, path, name, count):
     """Dies before the count-th call of os.name in a save; or, with a negative one, after it."""
     real, calls = getattr(os, name), 0
 
@@ -105,63 +153,63 @@ def save_and_die(path, name, count):
         return result
 
     setattr(os, name, hooked)
-    marked(1).save(path)
+    kind(1).save(path)
 
 
-def stages(folder, _):
+def stages(kind, folder, _):
     """[killed, number that is there, temporaries left, and after the next save] for death at every stage of a save."""
     path, found = folder / "bn", {}
     for name in HOOKS:
         for count in (1, -1, 2, -2):
-            marked(0).save(path)
-            pid = child(save_and_die, path, name, count)
+            kind(0).save(path)
+            pid = child(save_and_die, kind, path, name, count)
             _, status = os.waitpid(pid, 0)
-            there, left = mark_of(BatchNorm.load(path)), len(temporaries(folder))
-            marked(2).save(path)
+            there, left = kind.load(path)[0], len(temporaries(folder))
+            kind(2).save(path)
             found[f"{name}{count:+}"] = [os.WIFSIGNALED(status), there, left, len(temporaries(folder))]
     return found
 
 
-def write_until(path, number, end):
-    bn = marked(number, channels=1000 * number)
-    bn.save(path)
+def write_until(kind, path, number, end):
+    file = kind(number, channels=1000 * number)
+    file.save(path)
     while time.monotonic() < end:
-        bn.save(path)
+        file.save(path)
 
 
-def read_until(path, counts, end):
+def read_until(kind, path, counts, end):
     count = 0
     while count == 0 or time.monotonic() < end:
-        bn = BatchNorm.load(path)
-        assert bn.num_features == 1000 * mark_of(bn)
+        number, channels = kind.load(path)
+        assert channels == 1000 * number
         count += 1
     os.write(counts, f"{count}\n".encode())
 
 
-def writers(folder, seconds):
+def writers(kind, folder, seconds):
     """Eight writers and two readers of one path."""
     path, end = folder / "bn", time.monotonic() + seconds
-    marked(1, channels=1000).save(path)
+    kind(1, channels=1000).save(path)
     reading, writing = os.pipe()
-    pids = [child(write_until, path, number, end) for number in range(1, 9)]
-    pids += [child(read_until, path, writing, end) for _ in range(2)]
+    pids = [child(write_until, kind, path, number, end) for number in range(1, 9)]
+    pids += [child(read_until, kind, path, writing, end) for _ in range(2)]
     failed = sum(os.waitpid(pid, 0)[1] != 0 for pid in pids)
     os.close(writing)
     with open(reading) as file:
         reads = [int(line) for line in file]
-    mark_of(BatchNorm.load(path))
+    kind.load(path)[0]
     return {"failed": failed, "reads": sum(reads), "readers": len(reads), "temporaries": len(temporaries(folder))}
 
 
-def terms(folder, number):
+def terms(kind, folder, number):
     """SIGTERM in training, with a save at exit; in every third case SIGKILL soon after it."""
     path, rng, loaded = folder / "bn", random.Random(number), []
-    marked(0).save(path)
+    kind(0).save(path)
     reading, writing = os.pipe()
     for n in range(number):
         pid = os.fork()
         if not pid:
-            atexit.register(lambda: marked(1).save(path))
+            atexit.register(lambda: kind(1).save(path))
             signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
             bn, x = BatchNorm(50), np.ones((100, 50))
             os.write(writing, b"x")
@@ -174,13 +222,13 @@ def terms(folder, number):
             time.sleep(rng.uniform(0, 0.02))
             os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
-        loaded.append(mark_of(BatchNorm.load(path)))
+        loaded.append(kind.load(path)[0])
         assert n % 3 == 2 or loaded[-1] == 1
-        marked(0).save(path)
+        kind(0).save(path)
         assert temporaries(folder) == []
     return {"old": loaded.count(0), "new": loaded.count(1)}
 
 
 if __name__ == "__main__":
-    what = {function.__name__: function for function in (kills, stages, writers, terms)}[sys.argv[1]]
-    print(json.dumps(what(Path(sys.argv[2]), int(sys.argv[3]))))
+    what = {function.__name__: function for function in (kills, stages, writers, terms)}[sys.argv[2]]
+    print(json.dumps(what(KINDS[sys.argv[1]], Path(sys.argv[3]), int(sys.argv[4]))))

@@ -17,13 +17,16 @@ fcntl = pytest.importorskip("fcntl", reason="this system has no locks of files: 
 resource = pytest.importorskip("resource", reason="this system has no limits of processes")
 import saving  # noqa: E402 (behind the skips)
 from campaign import short_and_long  # noqa: E402
-from saving import mark_of, marked, temporaries  # noqa: E402
+from saving import KINDS, mark_of, marked, temporaries  # noqa: E402
 
-from bnfast import BatchNorm, state  # noqa: E402
+from bnfast import BatchNorm  # noqa: E402
+from bnfast.state import files, model  # noqa: E402
+
+of_each_kind = pytest.mark.parametrize("kind", KINDS)
 
 
-def in_a_process(what, folder, number, limit):
-    command = [sys.executable, saving.__file__, what, str(folder), str(number)]
+def in_a_process(kind, what, folder, number, limit):
+    command = [sys.executable, saving.__file__, kind, what, str(folder), str(number)]
     run = subprocess.run(command, capture_output=True, text=True, timeout=limit, check=False)
     assert run.returncode == 0, run.stderr
     assert run.stderr == ""
@@ -34,15 +37,17 @@ def in_a_process(what, folder, number, limit):
 # --- kills ---------------------------------------------------------------------------------------------------
 
 
+@of_each_kind
 @pytest.mark.parametrize("number", short_and_long(40, 500))
-def test_a_kill_at_any_moment_leaves_the_old_or_the_new_file(number, tmp_path):
-    found = in_a_process("kills", tmp_path, number, limit=300 + number)
+def test_a_kill_at_any_moment_leaves_the_old_or_the_new_file(kind, number, tmp_path):
+    found = in_a_process(kind, "kills", tmp_path, number, limit=300 + number)
     assert found["loaded"] == number
     assert found["left_a_temporary"] > 0  # else no kill met a save
 
 
-def test_a_kill_between_the_steps_leaves_the_old_or_the_new_file(tmp_path):
-    found = in_a_process("stages", tmp_path, 0, limit=300)
+@of_each_kind
+def test_a_kill_between_the_steps_leaves_the_old_or_the_new_file(kind, tmp_path):
+    found = in_a_process(kind, "stages", tmp_path, 0, limit=300)
     old, new = [True, 0, 1, 0], [True, 1, 0, 0]
     # the target's mode is taken first, and the folder listed: nothing is there yet
     assert found["fstat+1"] == found["listdir+1"] == found["listdir-1"] == [True, 0, 0, 0]
@@ -54,9 +59,10 @@ def test_a_kill_between_the_steps_leaves_the_old_or_the_new_file(tmp_path):
     assert found["fsync+2"] == found["fsync-2"] == new  # of the folder
 
 
+@of_each_kind
 @pytest.mark.parametrize("number", short_and_long(6, 100))
-def test_sigterm_with_a_save_at_exit(number, tmp_path):
-    found = in_a_process("terms", tmp_path, number, limit=300 + number)
+def test_sigterm_with_a_save_at_exit(kind, number, tmp_path):
+    found = in_a_process(kind, "terms", tmp_path, number, limit=300 + number)
     assert found["old"] + found["new"] == number
     assert found["new"] >= number * 2 // 3
 
@@ -64,9 +70,10 @@ def test_sigterm_with_a_save_at_exit(number, tmp_path):
 # --- others --------------------------------------------------------------------------------------------------
 
 
+@of_each_kind
 @pytest.mark.parametrize("seconds", short_and_long(2, 30))
-def test_eight_writers_and_two_readers_of_one_path(seconds, tmp_path):
-    found = in_a_process("writers", tmp_path, seconds, limit=seconds + 300)
+def test_eight_writers_and_two_readers_of_one_path(kind, seconds, tmp_path):
+    found = in_a_process(kind, "writers", tmp_path, seconds, limit=seconds + 300)
     assert found == {"failed": 0, "reads": found["reads"], "readers": 2, "temporaries": 0}
     assert found["reads"] > 0
     assert os.listdir(tmp_path) == ["bn"]
@@ -110,16 +117,16 @@ def test_the_next_save_removes_what_a_dead_one_left_and_nothing_else(tmp_path):
 
 
 def test_a_temporary_file_that_is_removed_before_it_is_locked_is_made_again(tmp_path, monkeypatch):
-    removed, lock = [], state._lock
+    removed, lock = [], files._lock
 
     def late(descriptor, wait):
         if wait and len(removed) < 3:
             (name,) = temporaries(tmp_path)
-            state._remove_stale(str(tmp_path))  # by another process
+            files._remove_stale(str(tmp_path))  # by another process
             removed.append(name)
         return lock(descriptor, wait)
 
-    monkeypatch.setattr(state, "_lock", late)
+    monkeypatch.setattr(files, "_lock", late)
     marked(1, 10).save(tmp_path / "bn")
     assert len(set(removed)) == 3
     assert mark_of(BatchNorm.load(tmp_path / "bn")) == 1
@@ -129,12 +136,14 @@ def test_a_temporary_file_that_is_removed_before_it_is_locked_is_made_again(tmp_
 # --- the order of things ---------------------------------------------------------------------------------------
 
 
+@of_each_kind
 @pytest.mark.parametrize("channels", [3, 20_000])  # less and more than a buffer
-def test_everything_is_written_then_synced_then_renamed_then_the_folder_synced(channels, tmp_path, monkeypatch):
+def test_everything_is_written_then_synced_then_renamed_then_the_folder_synced(kind, channels, tmp_path, monkeypatch):
     """The order that a loss of power asks for. At fsync the kernel has all bytes, and the old file is still there."""
-    path, steps = tmp_path / "bn", []
-    marked(0, channels).save(path)
-    expected, fsync, replace = marked(1, channels)._encoded(), os.fsync, os.replace
+    path, steps, kind = tmp_path / "bn", [], KINDS[kind]
+    kind(0, channels).save(path)
+    new, fsync, replace = kind(1, channels), os.fsync, os.replace
+    expected = new.thing()._encoded() if kind is KINDS["layer"] else model._encoded(new.thing())
 
     def recorded_fsync(descriptor):
         found = os.fstat(descriptor)
@@ -146,7 +155,7 @@ def test_everything_is_written_then_synced_then_renamed_then_the_folder_synced(c
             (name,) = temporaries(tmp_path)
             assert os.path.samestat(found, os.stat(tmp_path / name))
             assert (tmp_path / name).read_bytes() == expected
-            assert mark_of(BatchNorm.load(path)) == 0
+            assert kind.load(path) == (0, channels)
             steps.append("fsync file")
         fsync(descriptor)
 
@@ -158,24 +167,25 @@ def test_everything_is_written_then_synced_then_renamed_then_the_folder_synced(c
 
     monkeypatch.setattr(os, "fsync", recorded_fsync)
     monkeypatch.setattr(os, "replace", recorded_replace)
-    marked(1, channels).save(path)
+    new.save(path)
     assert steps == ["fsync file", "rename", "fsync folder"]
 
 
+@of_each_kind
 @pytest.mark.parametrize("name", ["chmod", "fsync", "replace"])
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, MemoryError, OSError(errno.EIO, "lost")], ids=repr)
-def test_any_exception_removes_the_temporary_file(name, error, tmp_path, monkeypatch):
-    path = tmp_path / "bn"
-    marked(0, 10).save(path)
+def test_any_exception_removes_the_temporary_file(kind, name, error, tmp_path, monkeypatch):
+    path, kind = tmp_path / "bn", KINDS[kind]
+    kind(0, 10).save(path)
 
     def fail(*_, **__):
         raise error
 
     monkeypatch.setattr(os, name, fail)
     with pytest.raises(error if isinstance(error, type) else type(error)):
-        marked(1, 10).save(path)
+        kind(1, 10).save(path)
     monkeypatch.undo()
-    assert mark_of(BatchNorm.load(path)) == 0
+    assert kind.load(path)[0] == 0
     assert os.listdir(tmp_path) == ["bn"]
 
 
@@ -192,31 +202,33 @@ def file_size_limit(size):
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
+@of_each_kind
 @pytest.mark.parametrize("size", [0, 1, 4096, 100_000])
-def test_a_limit_of_file_sizes_leaves_the_old_file(size, tmp_path):
-    path = tmp_path / "bn"
-    marked(0).save(path)
+def test_a_limit_of_file_sizes_leaves_the_old_file(kind, size, tmp_path):
+    path, kind = tmp_path / "bn", KINDS[kind]
+    kind(0).save(path)
     with file_size_limit(size), pytest.raises(OSError, match="too large"):
-        marked(1).save(path)
-    assert mark_of(BatchNorm.load(path)) == 0
+        kind(1).save(path)
+    assert kind.load(path)[0] == 0
     assert os.listdir(tmp_path) == ["bn"]
 
 
-def test_a_full_disk_leaves_the_old_file(tmp_path):
+@of_each_kind
+def test_a_full_disk_leaves_the_old_file(kind, tmp_path):
     mounted = subprocess.run(
         ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", tmp_path], capture_output=True, check=False
     )
     if mounted.returncode:
         pytest.skip(f"a file system cannot be mounted here: {mounted.stderr.decode()}")
     try:
-        path = tmp_path / "bn"
-        marked(0).save(path)
+        path, kind = tmp_path / "bn", KINDS[kind]
+        kind(0).save(path)
         with pytest.raises(OSError, match="No space"):
-            marked(1).save(path)  # 2 x 640 KB
-        assert mark_of(BatchNorm.load(path)) == 0
+            kind(1).save(path)  # 2 x 640 KB or more
+        assert kind.load(path)[0] == 0
         assert os.listdir(tmp_path) == ["bn"]
-        marked(1, 100).save(path)
-        assert mark_of(BatchNorm.load(path)) == 1
+        kind(1, 100).save(path)
+        assert kind.load(path)[0] == 1
     finally:
         subprocess.run(["umount", tmp_path], check=True)
 

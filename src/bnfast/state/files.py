@@ -15,6 +15,7 @@ import contextlib
 import errno
 import hashlib
 import io
+import itertools
 import json
 import math
 import os
@@ -40,11 +41,14 @@ KINDS = {"layer": "BatchNorm.save", "model": "bnfast.save"}
 DESCRIPTION = "__bnfast__"
 LAYER_DTYPES = {np.dtype(name) for name in ("<f4", "<f8", "<i8", "u1")}
 MODEL_DTYPES = LAYER_DTYPES | {np.dtype(name) for name in ("?", "i1", "<i2", "<i4", "<u2", "<u4", "<u8", "<f2")}
-ENTRY = b"PK\x01\x02"  # of the archive's directory: a member; or, once in 4 GiB, any four bytes
-LAYER_MEMBERS = 20
-MEMBER_BYTES = 256  # that a member of a model takes at least, all told
+# Of the archive's directory: a member; what comes after the last one; that of large archives, and what leads to it.
+ENTRY, END, END_64, LOCATOR_64 = b"PK\x01\x02", b"PK\x05\x06", b"PK\x06\x06", b"PK\x06\x07"
+# What a file may consist of, so that looking at it takes no more memory than a few times its size: zipfile takes 1 KB
+# for a member, json up to 100 bytes for a part (what is after a bracket or a comma).
+MEMBERS, BYTES_OF_A_MEMBER = 20, 256  # 20, and one in 256 bytes: ours have more, all told
+PARTS, BYTES_OF_A_PART = 256, 16  # ours have 3 for a number, in 250 bytes, and 17 for a layer, in 350
+PART = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"|([\[{,])')  # or a string, whose brackets and commas do not count
 TRIES = 100  # other processes may take our temporary file for a dead one's before it is locked
-MAX_DESCRIPTION = 4096  # bytes, of a layer; ours have about 400. Of a model: and a quarter of the file
 MAX_HEADER = 1024  # characters; those of ours have less than 128
 MARK = b"bnfast sha256 "
 SEAL = len(MARK) + 64
@@ -95,19 +99,24 @@ def decode(data: bytes, kind: str) -> tuple[dict[str, Any], dict[str, NDArray[An
         )
     if _seal(memoryview(data)[:-SEAL]) != data[-SEAL:]:
         raise StateError("damaged: its checksum does not belong to its contents")
-    model = kind == "model"
     try:
-        arrays = _members(data, model)
-        text = arrays.pop(DESCRIPTION).tobytes()
-        limit = MAX_DESCRIPTION + (len(data) // 4 if model else 0)
-        if len(text) > limit:
-            raise StateError(f"expected a description of at most {limit} bytes, got {len(text)}")
-        description = json.loads(text)
-        made_by, found = description.pop("format"), description.pop("kind", "layer")  # format 1 knew layers only
+        most = MEMBERS + len(data) // BYTES_OF_A_MEMBER
+        if (count := _count_members(data)) > most:  # zipfile makes an object of each at once
+            raise StateError(f"expected at most {most} members, got {count}")
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            members = _members(archive, len(data))
+            description = _description(archive.read(members.pop(DESCRIPTION)), len(data))
+            _check_kind(description.pop("format"), description.pop("kind", "layer"), kind)  # format 1 knew layers only
+            arrays = {name: _array(name, archive.read(info), kind == "model") for name, info in members.items()}
     except (StateError, MemoryError):
         raise
     except Exception as error:  # zipfile, NumPy and json raise a dozen kinds
         raise StateError(f"not the archive of a {kind} ({type(error).__name__})") from error
+    return description, arrays
+
+
+def _check_kind(made_by: Any, found: Any, kind: str) -> None:
+    """That this loader reads this file: before anything else in it is looked at, which may be quite different."""
     if type(made_by) is not int or made_by < 1:
         raise StateError(f"format: expected an integer of at least 1, got {made_by!r:.80}")
     if made_by > FORMAT:
@@ -117,22 +126,36 @@ def decode(data: bytes, kind: str) -> tuple[dict[str, Any], dict[str, NDArray[An
             raise StateError(f"kind: expected {kind!r}, got {found!r:.80}")
         reader = KINDS[found].replace("save", "load")
         raise StateError(f"expected a file written by {KINDS[kind]}, got one of {KINDS[found]}: {reader} reads it")
-    return description, arrays
 
 
-def _members(data: bytes, model: bool) -> dict[str, NDArray[Any]]:
-    most = LAYER_MEMBERS + (len(data) // MEMBER_BYTES if model else 0)
-    if data.count(ENTRY) > most:  # zipfile makes an object of each at once
-        raise StateError(f"expected at most {most} members, got {data.count(ENTRY)}")
-    with zipfile.ZipFile(io.BytesIO(data)) as archive:
-        infos = archive.infolist()
-        if len({info.filename for info in infos}) < len(infos):
-            raise StateError("expected members of different names")
-        if any(info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size for info in infos):
-            raise StateError("expected members that are not compressed")
-        if sum(info.file_size for info in infos) > len(data):
-            raise StateError("expected members that are together not larger than the file")
-        return {_name(info.filename): _array(info.filename, archive.read(info), model) for info in infos}
+def _description(member: bytes, size: int) -> dict[str, Any]:
+    text = _array(DESCRIPTION, member, model=False).tobytes().decode("ascii")
+    most = PARTS + size // BYTES_OF_A_PART
+    if sum(1 for _ in itertools.islice(filter(None, (part[1] for part in PART.finditer(text))), most + 1)) > most:
+        raise StateError(f"expected a description of at most {most} parts, got more")
+    description: dict[str, Any] = json.loads(text)
+    return description
+
+
+def _count_members(data: bytes) -> int:
+    """How many there are at most in the archive's directory, found as zipfile finds it."""
+    end = data.rfind(END)
+    stop, size = end, int.from_bytes(data[end + 12 : end + 16], "little")
+    if data[end - 20 : end - 16] == LOCATOR_64 and data[end - 76 : end - 72] == END_64:
+        stop, size = end - 76, int.from_bytes(data[end - 36 : end - 28], "little")
+    return data.count(ENTRY, max(stop - size, 0), max(end, 0))
+
+
+def _members(archive: zipfile.ZipFile, size: int) -> dict[str, zipfile.ZipInfo]:
+    """The members by name. None takes more memory than the file has bytes, whatever it claims."""
+    infos = archive.infolist()
+    if len({info.filename for info in infos}) < len(infos):
+        raise StateError("expected members of different names")
+    if any(info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size for info in infos):
+        raise StateError("expected members that are not compressed")
+    if sum(info.file_size for info in infos) > size:
+        raise StateError("expected members that are together not larger than the file")
+    return {_name(info.filename): info for info in infos}
 
 
 def _name(filename: str) -> str:
@@ -141,22 +164,24 @@ def _name(filename: str) -> str:
     return filename.removesuffix(".npy")
 
 
-def _array(filename: str, member: bytes, model: bool) -> NDArray[Any]:
+def _array(name: str, member: bytes, model: bool) -> NDArray[Any]:
     """The array of an .npy file. No more memory than the file has bytes, whatever its header claims."""
     stream = io.BytesIO(member)
     if np.lib.format.read_magic(stream) != (1, 0):
-        raise StateError(f"{filename}: expected .npy version 1.0")
+        raise StateError(f"{name}: expected .npy version 1.0")
     shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(stream, max_header_size=MAX_HEADER)
     if dtype not in (MODEL_DTYPES if model else LAYER_DTYPES):
-        raise StateError(f"{filename}: expected one of the dtypes of such a file, got {dtype!r:.80}")
+        raise StateError(f"{name}: expected one of the dtypes of such a file, got {dtype!r:.80}")
     if not model and len(shape) > 1:
-        raise StateError(f"{filename}: expected at most one dimension, got {len(shape)}")
+        raise StateError(f"{name}: expected at most one dimension, got {len(shape)}")
     if fortran_order and len(shape) > 1:
-        raise StateError(f"{filename}: expected C order")
+        raise StateError(f"{name}: expected C order")
     count, start = math.prod(shape), stream.tell()
     if any(n < 0 for n in shape) or count * dtype.itemsize != len(member) - start:
-        raise StateError(f"{filename}: expected as many bytes as its shape says")
+        raise StateError(f"{name}: expected as many bytes as its shape says")
     array: NDArray[Any] = np.frombuffer(member, dtype, count, start) if count else np.empty(0, dtype)
+    if dtype == np.bool_ and (array.view(np.uint8) > 1).any():
+        raise StateError(f"{name}: expected bools, got other bytes than 0 and 1")
     return array.reshape(shape).astype(dtype.newbyteorder("="))  # a copy
 
 

@@ -36,8 +36,6 @@ OPTIONS = {  # of the constructor, and the types that a file's description may g
 ADDED = {"nonfinite": "propagate"}  # since format 1, and what layers of before do
 COUNTS = ("averaged", "skipped")  # of `Running`: None, or an array
 NOT_PICKLED = ("_contents", "_options", "_calibration", "_living", "_gamma", "_beta", "_eps", "_momentum", "_training")
-# What checks raise that were not made for states.
-UNFIT = (TypeError, KeyError, ValueError, AttributeError, RuntimeError, IndexError, OverflowError)
 
 
 class Kept(NamedTuple):
@@ -112,7 +110,9 @@ class LayerState(RunningStatistics):
     def __setstate__(self, pickled: dict[str, Any]) -> None:
         try:
             attributes, kept = _unpickled(dict(pickled))
-        except UNFIT as error:
+        except MemoryError:
+            raise
+        except Exception as error:  # whatever checks raise that were not made for states
             raise StateError(f"pickle: {error}") from error
         fresh = self._made_of(kept, strict=False)
         self.__dict__.update({**attributes, **fresh.__dict__})
@@ -165,7 +165,7 @@ class LayerState(RunningStatistics):
         ----------
         path : str or os.PathLike
         max_bytes : int
-            A larger file is refused before it is read. Loading takes up to five times the size of the file.
+            A larger file is refused before it is read. Loading takes up to ten times the size of a file.
 
         Returns
         -------
@@ -221,7 +221,8 @@ class LayerState(RunningStatistics):
             options = {**ADDED, **kept.options}
             if options.keys() != OPTIONS.keys():
                 raise StateError(f"options: expected {sorted(OPTIONS)}, got {sorted(map(str, options))}")
-            # the shapes first: a number of features that is not true must not make large arrays
+            # names and shapes first: a number of features that is not true must not make large arrays
+            _check_names(kept.values, options["affine"], options["track_running_stats"])
             for name, value in kept.values.items():
                 if name != "num_batches_tracked" and np.shape(value) != (options["num_features"],):
                     raise StateError(f"{name}: expected shape ({options['num_features']},), got {np.shape(value)}")
@@ -229,9 +230,9 @@ class LayerState(RunningStatistics):
             layer._begin(**options)
             layer.training = flag(kept.training, "training")
             update = layer._restoring(kept, strict)
-        except StateError:
+        except (StateError, MemoryError):
             raise
-        except UNFIT as error:
+        except Exception as error:
             raise StateError(str(error)) from error
         _core.update_all([update])
         return layer
@@ -239,14 +240,7 @@ class LayerState(RunningStatistics):
     def _restoring(self, kept: Kept, strict: bool) -> "_core.Update":
         """For `_core.update_all`: what makes this layer hold what is kept. strict: of statistics that can be used."""
         parameters = {"weight": self._gamma, "bias": self._beta}
-        expected = [name for name, array in parameters.items() if array is not None]
-        if self.track_running_stats:
-            expected += ["running_mean", "running_var", "num_batches_tracked"]
-        missing = sorted(set(expected) - kept.values.keys())
-        unknown = sorted(map(str, kept.values.keys() - set(expected)))
-        if missing or unknown:
-            raise StateError(f"state: expected the keys {expected}; missing {missing}, unknown {unknown}")
-
+        _check_names(kept.values, self.affine, self.track_running_stats)
         copies = []
         for name, array in parameters.items():
             if array is not None:
@@ -254,8 +248,8 @@ class LayerState(RunningStatistics):
                 self._check_parameter(array, "gamma" if name == "weight" else "beta")  # it may have changed since
                 copies.append((array, new))
         if not self.track_running_stats:
-            if kept.exact is not None or kept.averages is not None:
-                raise StateError("exact: expected none, as the layer has track_running_stats=False")
+            if any(part is not None for part in (*kept.counts, kept.exact, kept.averages)):
+                raise StateError("statistics: expected none, as the layer has track_running_stats=False")
             return self._contents, _without_gradients, copies
 
         mean, var = (kept.values[name] for name in ("running_mean", "running_var"))
@@ -300,6 +294,15 @@ class LayerState(RunningStatistics):
     _check_parameter: Callable[[Array, str], Array]
 
 
+def _check_names(values: Mapping[str, Any], affine: bool | str, tracked: bool) -> None:
+    """That there are the values of a layer with these options, and no others."""
+    expected = [name for name, ours in (("weight", "gamma"), ("bias", "beta")) if affine in (True, ours)]
+    expected += ["running_mean", "running_var", "num_batches_tracked"] if tracked else []
+    missing, unknown = sorted(set(expected) - values.keys()), sorted(map(str, values.keys() - set(expected)))
+    if missing or unknown:
+        raise StateError(f"state: expected the keys {expected}; missing {missing}, unknown {unknown}")
+
+
 def _part(state: Mapping[str, ArrayLike], prefix: str) -> dict[str, Any]:
     """What of a dictionary belongs to one layer, without the prefix of its keys."""
     if not isinstance(prefix, str):
@@ -307,11 +310,12 @@ def _part(state: Mapping[str, ArrayLike], prefix: str) -> dict[str, Any]:
     if not prefix:
         return dict(state)
     prefix = prefix.removesuffix(".") + "."
-    found = {name[len(prefix) :]: value for name, value in state.items() if str(name).startswith(prefix)}
-    if not found:
-        layers = sorted({str(name).rpartition(".")[0] for name in state if str(name).endswith(".running_mean")})
+    names = [name for name in state if isinstance(name, str)]
+    found = {name.removeprefix(prefix): state[name] for name in names if name.startswith(prefix)}
+    if all("." in name for name in found):  # none, or those of layers inside
+        layers = sorted(name.removesuffix(".running_mean") for name in names if name.endswith(".running_mean"))
         raise StateError(
-            f"state: expected keys that begin with {prefix!r}, got none"
+            f"state: expected keys of a layer that begin with {prefix!r}, got none"
             + (f"; there are {', '.join(map(repr, layers[:8]))}{', ...' if len(layers) > 8 else ''}" if layers else "")
         )
     return found
@@ -377,7 +381,7 @@ def described(kept: Kept) -> tuple[dict[str, Any], Values]:
 def kept_from(description: dict[str, Any], arrays: Values) -> Kept:
     """What is kept, of a description and arrays from a file; StateError for whatever is wrong with them."""
     description = {**ADDED, **description}
-    if "averaged" in description:  # format 1's name
+    if "averages" not in description and "averaged" in description:  # format 1's name
         description["averages"] = description.pop("averaged")
         arrays = {name.replace("averaged_", "averages_"): array for name, array in arrays.items()}
     try:
@@ -392,8 +396,8 @@ def kept_from(description: dict[str, Any], arrays: Values) -> Kept:
             dtype = parameters.get(name, "int64" if "num_batches" in name else "float64")
             if array.dtype != dtype:
                 raise StateError(f"{name}: expected dtype {dtype}, got {array.dtype}")
-            if not np.isfinite(array).all():
-                raise StateError(f"{name}: expected finite numbers, got {array[~np.isfinite(array)][0]}")
+            if (unfit := np.flatnonzero(~np.isfinite(array))).size:
+                raise StateError(f"{name}: expected finite values, got {array.flat[unfit[0]]} in channel {unfit[0]}")
         exact, averages = description.pop("exact"), description.pop("averages")
         averaged, skipped, *aside = (
             arrays.pop(f"{prefix}num_batches_{name}", None) for prefix in ("", "averages_") for name in COUNTS
