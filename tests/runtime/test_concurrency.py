@@ -220,8 +220,8 @@ def backward(bn, choose):
         dx = bn.backward(choose.choice(batches))
     except (RuntimeError, ValueError, TypeError): # no forward yet, or one of another dtype or shape
         return
-    gradients = bn.gradients()
-    assert set(gradients) == {"gamma", "beta"} and all(np.isfinite(g).all() for g in gradients.values())
+    gradients = bn.gradients() # none, if another thread has trained meanwhile
+    assert set(gradients) in (set(), {"gamma", "beta"}) and all(np.isfinite(g).all() for g in gradients.values())
 def look(bn, choose):
     check(bn.state_dict())
 def reset(bn, choose):
@@ -331,10 +331,7 @@ from bnfast._core import AtomicReference
 reference, rounds = AtomicReference((0,)), 20_000
 def count():
     for _ in range(rounds):
-        while True:
-            found = reference.value
-            if reference.compare_and_swap(found, (found[0] + 1,)):
-                break
+        reference.update(lambda found, more: (found[0] + more,), 1)
 threads, errors = at_once([count] * 4)
 for thread in threads:
     thread.join()

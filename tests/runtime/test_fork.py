@@ -266,15 +266,15 @@ print(child_is_fine(lambda: train(bn, 3) == expected), bn.num_batches_tracked)
 
 
 def test_a_layer_works_in_the_child_whatever_another_thread_was_doing_with_it(tmp_path):
-    """Another thread is in the middle of a forward, where the layer's lock is held, when this one forks."""
+    """Another thread is in the middle of a forward when this one forks."""
     body = """
 bn, x = bnfast.BatchNorm(16), batch()
 inside, leave = threading.Event(), threading.Event()
-right = bnfast.layer._core.updated_running
+right = bnfast.layer._core.forward_of
 class Slow:
     def __getattr__(self, name):
         return getattr(core, name)
-    def updated_running(self, *arguments):
+    def forward_of(self, *arguments):
         if threading.current_thread() is thread:
             inside.set()
             leave.wait(150)

@@ -52,6 +52,12 @@ def calibrate(bn, x):
     with bn.calibrate():
         bn(x)
 
+def calibrate_two(bn, x):
+    other = BatchNorm(bn.num_features)
+    with bnfast.calibrate([bn, other]):
+        bn(x)
+        other(x)
+
 def frozen(bn, x):
     bn.training = False
     bn(x)
@@ -63,6 +69,9 @@ ACTIONS = {
     "fortran": lambda bn, x: bn(np.asfortranarray(x)),
     "gaps": lambda bn, x: bn(np.repeat(x, 2, 0)[::2]),
     "backward": lambda bn, x: bn.backward(x),
+    "accumulate": lambda bn, x: bn.backward(x, accumulate=True),
+    "vjp": lambda bn, x: bn.vjp(x),
+    "calibrate_two": lambda bn, x: calibrate_two(bn, x),
     "calibrate": calibrate,
     "load_state_dict": lambda bn, x: bn.load_state_dict(
         {name: np.asarray(value) + 1 for name, value in bn.state_dict().items()}),
@@ -196,6 +205,7 @@ for channels, rows, dtype in ((700, 300, np.float32), (300, 700, np.float64), (7
                 n += 1
                 if look(bn) not in allowed:
                     torn.append((name, n))
+                bn(x)
                 action(bn, x) # it works on
 print(tries, refused, len(torn), torn[:5])
 """

@@ -234,6 +234,11 @@ cdef class Running:
 
 # --- contents -------------------------------------------------------------------------------------------------
 
+cdef object added(sum, gradient):
+    """Either may be None: the gradient then, which is None for what the layer has not."""
+    return gradient if sum is None or gradient is None else sum + gradient
+
+
 @cython.auto_pickle(False)
 @cython.final
 @cython.freelist(8)
@@ -297,7 +302,7 @@ cdef class Contents:
         if self.forward is forward:
             new.forward, new.absent, new.replaced = None, "a forward whose backward has been called", False
         if accumulate:
-            gradients = tuple([g if s is None or g is None else s + g for s, g in zip(self.sums, gradients)])
+            gradients = (added(self.sums[0], gradients[0]), added(self.sums[1], gradients[1]))
         new.sums = gradients
         if new.forward is None or not new.forward.training:  # else it is stale already: the next forward came between
             new.gradients = gradients

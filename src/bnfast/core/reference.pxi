@@ -115,16 +115,17 @@ def update_all(list updates, list arrays=[], list attributes=[]):
     cdef AtomicReference reference
     cdef _Orders orders
     cdef Py_ssize_t i, n = len(updates)
-    cdef list found, new
-    cdef list copies = [_Orders(copies) for _, _, copies in updates]
-    while True:
-        found = [(<AtomicReference?>reference).value for reference, _, _ in updates]
-        new = [function(old) for (_, function, _), old in zip(updates, found)]
+    cdef list found = [None] * n, new = [None] * n, copies = [None] * n
+    cdef bint changed = True
+    for i in range(n):
+        copies[i] = _Orders(updates[i][2])
+    while changed:
         for i in range(n):
-            if (<AtomicReference>updates[i][0]).referent is not found[i]:
-                break
-        else:
-            break
+            found[i] = (<AtomicReference?>updates[i][0]).value
+            new[i] = updates[i][1](found[i])
+        changed = False
+        for i in range(n):
+            changed = changed or (<AtomicReference>updates[i][0]).referent is not found[i]
     for i in range(n):
         reference, orders = updates[i][0], copies[i]
         while not reference.swap(found[i], new[i], orders.orders, orders.n):
