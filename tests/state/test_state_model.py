@@ -8,6 +8,7 @@ import random
 import re
 import sys
 import tracemalloc
+import warnings
 import zipfile
 
 import numpy as np
@@ -718,6 +719,25 @@ FORGED = {
 def test_a_forged_file_with_a_right_checksum_is_refused(change):
     refused(resealed(change))
     assert CANARY == []
+
+
+PARSED = b"'descr': '<f8', 'fortran_order': False, 'shape': (2,)"
+WARNED = {
+    "python_2": b"{" + PARSED.replace(b"2", b"2L") + b"}",
+    "indented": b" {" + PARSED + b"}",
+    "escape": b"{" + PARSED.replace(b"<f8", b"<f8\\q") + b"}",
+    "old_name": b"{" + PARSED.replace(b"<f8", b"|a8") + b"}",
+    "call": b"{" + PARSED.replace(b"(2,)", b"1(2,)") + b"}",
+}
+
+
+@pytest.mark.parametrize("fields", WARNED.values(), ids=WARNED)
+def test_a_header_at_which_numpy_or_python_would_warn_is_refused_without_a_warning(fields):
+    data = resealed(held(f"{W}.array", header(fields, bytes(16))))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        refused(data, match=r"1\.array: expected the header of a plain array")
+    assert caught == []
 
 
 JSON_JUNK = [None, True, -1, 0, 3, 2**63, 10**400, 1.5, float("nan"), "", "text", "float32", [], [1], {}, {"a": 1}]
