@@ -340,6 +340,11 @@ def test_into_fills_the_very_objects(path):
     assert (into["b"].eps, into["b"].momentum) == (1e-3, None)
     assert into["b"].statistics_in_use == "exact"
     assert into["b"].gradients() == {}
+    x = np.random.default_rng(5).normal(size=(4, 3))
+    for name in ("a", "b"):  # with the same numbers, in both modes
+        assert raw(into[name](x)) == raw(file[name](x))
+        assert raw(into[name].train()(x)) == raw(file[name].train()(x))
+        assert raw(into[name]) == raw(file[name])
 
 
 def test_into_may_name_some_of_the_entries(path):
