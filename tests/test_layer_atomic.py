@@ -1,8 +1,6 @@
 """What exceptions, interrupts, signal handlers and threads may leave of a layer: before or after, never between."""
 
 import copy
-import dis
-import gc
 import os
 import pickle
 import sys
@@ -11,6 +9,7 @@ import threading
 import numpy as np
 import pytest
 from campaign import short_and_long
+from interrupts import interrupted_at
 from layers import CHANNELS, assert_close, batch, everything, in_threads, raw, statistics, trained
 from scripts import run_script
 
@@ -101,44 +100,6 @@ def test_no_memory_leaves_the_layer_as_it_was():
         assert everything(bn) == before
 
 
-def interrupted_at(point, action):
-    """Runs `action` with a KeyboardInterrupt at the n-th point where CPython may run a signal handler.
-
-    Those are the start of a Python function, the end of a call, and a jump backward. Returns whether there was such
-    a point. Frames of this file do not count.
-    """
-    points, call_ended, code_bytes = 0, {}, {}
-
-    def trace(frame, event, argument):
-        nonlocal points
-        if frame.f_code.co_filename == __file__:
-            return None
-        frame.f_trace_opcodes = True
-        here = event == "call"
-        if event == "opcode":
-            here = call_ended.get(frame, False)
-            code = code_bytes.setdefault(frame.f_code, frame.f_code.co_code)
-            call_ended[frame] = dis.opname[code[frame.f_lasti]].startswith(("CALL", "JUMP_BACKWARD"))
-        if here:
-            points += 1
-            if points == point:
-                raise KeyboardInterrupt
-        return trace
-
-    previous = sys.gettrace()
-    gc.disable()  # other packages' collection callbacks would swallow the interrupt
-    sys.settrace(trace)
-    try:
-        action()
-    except KeyboardInterrupt:
-        return True
-    finally:
-        sys.settrace(previous)
-        gc.enable()
-        call_ended.clear()  # frames hold `trace`, and so themselves
-    return False
-
-
 INTERRUPTED = {
     "forward": lambda bn, x: bn(x),
     "forward_in_eval_mode": lambda bn, x: bn.eval()(x),
@@ -176,7 +137,7 @@ def test_an_interrupt_anywhere_leaves_the_layer_before_or_after(name):
     while interrupted:
         point += 1
         bn = made()
-        interrupted = interrupted_at(point, lambda bn=bn: action(bn, x))
+        interrupted = interrupted_at(point, lambda bn=bn: action(bn, x), __file__.__ne__)
         if bn._calibration.value is not None:
             faults.append(f"point {point}: the layer thinks it is being calibrated")
         elif (statistics(bn), gradients(bn)) not in allowed:
@@ -432,7 +393,7 @@ def test_an_interrupt_anywhere_calibrates_all_layers_or_none():
     while interrupted:
         point += 1
         layers = [trained() for _ in range(3)]
-        interrupted = interrupted_at(point, lambda layers=layers: calibrate(layers))
+        interrupted = interrupted_at(point, lambda layers=layers: calibrate(layers), __file__.__ne__)
         seen.add(allowed.index([statistics(bn) for bn in layers]))
         assert all(bn._calibration.value is None for bn in layers)
     assert seen == {0, 1}

@@ -162,12 +162,19 @@ LOADERS = [
 
 
 def check(given):
-    """Whether an input gives a layer, or a model; False for `StateError`. Anything else is a finding."""
+    """Whether an input gives a layer, or a model; False for `StateError`. Anything else is a finding, a warning too."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        good = _is_good(given)
+    assert not caught, caught[0]
+    return good
+
+
+def _is_good(given):
     loader, kind = divmod(given[0], KINDS) if given else (0, RAW)
-    data = file_of(kind, given[1:])
     decode, encode = LOADERS[loader % len(LOADERS)]
     try:
-        found = decode(data)
+        found = decode(file_of(kind, given[1:]))
     except StateError as error:
         assert "pickle" not in str(error)  # noqa: PT017  (NumPy's advice)
         return False

@@ -17,6 +17,7 @@ fcntl = pytest.importorskip("fcntl", reason="this system has no locks of files: 
 resource = pytest.importorskip("resource", reason="this system has no limits of processes")
 import saving  # noqa: E402 (behind the skips)
 from campaign import short_and_long  # noqa: E402
+from interrupts import interrupted_at  # noqa: E402
 from saving import KINDS, mark_of, marked, temporaries  # noqa: E402
 
 from bnfast import BatchNorm  # noqa: E402
@@ -187,6 +188,22 @@ def test_any_exception_removes_the_temporary_file(kind, name, error, tmp_path, m
     monkeypatch.undo()
     assert kind.load(path)[0] == 0
     assert os.listdir(tmp_path) == ["bn"]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # the file, between open and with
+@pytest.mark.skipif(sys.gettrace() is not None, reason="needs sys.settrace, which a debugger or coverage is using")
+def test_an_interrupt_anywhere_leaves_the_old_or_the_new_file_and_no_other(tmp_path):
+    """In what both kinds of file end with."""
+    path, seen, point, interrupted = tmp_path / "bn", [], 0, True
+    while interrupted:
+        point += 1
+        path.write_bytes(b"old")
+        interrupted = interrupted_at(point, lambda: files.replace(path, b"new"), files.__file__.__eq__)
+        assert os.listdir(tmp_path) == ["bn"]
+        seen.append(path.read_bytes())
+    assert seen == sorted(seen, reverse=True)
+    assert seen.count(b"old") > 20
+    assert seen.count(b"new") > 1  # once it was too late
 
 
 # --- no space ------------------------------------------------------------------------------------------------

@@ -50,6 +50,10 @@ PARTS, BYTES_OF_A_PART = 256, 16  # ours have 3 for a number, in 250 bytes, and 
 PART = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"|([\[{,])')  # or a string, whose brackets and commas do not count
 TRIES = 100  # other processes may take our temporary file for a dead one's before it is locked
 MAX_HEADER = 1024  # characters; those of ours have less than 128
+# What NumPy may parse: it would read more than this, and warn of some (Python 2, escapes, old names of dtypes).
+HEADER = re.compile(
+    rb"\{'descr': '[<|][bfiu][1248]', 'fortran_order': (?:True|False), 'shape': \([-0-9, ]*\)(?:, )?\} *\n?"
+)
 MARK = b"bnfast sha256 "
 SEAL = len(MARK) + 64
 TEMPORARY = re.compile(r"\.tmp-bnfast-[0-9a-f]{16}")
@@ -169,6 +173,8 @@ def _array(name: str, member: bytes, model: bool) -> NDArray[Any]:
     stream = io.BytesIO(member)
     if np.lib.format.read_magic(stream) != (1, 0):
         raise StateError(f"{name}: expected .npy version 1.0")
+    if not HEADER.fullmatch(member, 10, 10 + int.from_bytes(member[8:10], "little")):
+        raise StateError(f"{name}: expected the header of a plain array")
     shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(stream, max_header_size=MAX_HEADER)
     if dtype not in (MODEL_DTYPES if model else LAYER_DTYPES):
         raise StateError(f"{name}: expected one of the dtypes of such a file, got {dtype!r:.80}")
