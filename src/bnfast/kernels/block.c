@@ -1,8 +1,11 @@
-/* The scratch of a block of channels, laid out in memory that the caller owns. */
+/* A block of channels: its scratch, laid out in memory that the caller owns; the centres its reductions take; and the
+ * call of the leaf that makes its results a channel and its coefficients. */
 
 #include "block.h"
 
-enum { WORK_ARRAYS = 8, COEFFICIENT_ARRAYS = 6 };
+#include <string.h>
+
+enum { COEFFICIENT_ARRAYS = 6 };
 
 static ptrdiff_t whole_lines(ptrdiff_t bytes) { return round_up(bytes, 64); }
 
@@ -11,7 +14,6 @@ ptrdiff_t bnfast_block_bytes(const bnfast_job *job, ptrdiff_t n, ptrdiff_t colum
     const ptrdiff_t width = n * columns, size = job->kernels->itemsize;
     const ptrdiff_t rows = reduces(job) ? job->n_segments + 1 : 0;
     return whole_lines(2 * rows * width * (ptrdiff_t)sizeof(double)) +
-           whole_lines(WORK_ARRAYS * n * (ptrdiff_t)sizeof(double)) +
            COEFFICIENT_ARRAYS *
                (whole_lines((n + BNFAST_PAD) * size) + (columns > 1 ? whole_lines((width + BNFAST_PAD) * size) : 0));
 }
@@ -35,8 +37,6 @@ bnfast_block bnfast_block_in(const bnfast_job *job, char *scratch, ptrdiff_t fir
     block.a = (double *)scratch;
     block.b = block.a + rows * width;
     scratch += whole_lines(2 * rows * width * (ptrdiff_t)sizeof(double));
-    block.work = (double *)scratch;
-    scratch += whole_lines(WORK_ARRAYS * n * (ptrdiff_t)sizeof(double));
     scratch = coefficients_in(scratch, &block.channel, (n + BNFAST_PAD) * size);
     block.column = block.channel;
     if (columns > 1)
@@ -51,4 +51,54 @@ bnfast_coefficients bnfast_coefficients_at(const bnfast_job *job, const bnfast_c
                                     (char *)c->shift + bytes,   (char *)c->u_center + bytes,
                                     (char *)c->u_scale + bytes, (char *)c->hat_scale + bytes};
     return at;
+}
+
+void bnfast_choose_centers(const bnfast_job *job, const bnfast_block *block)
+{
+    if (sums_products(job))
+        job->kernels->round_values(block->n, job->mean + block->first, block->channel.center);
+    else if (!job->merges)
+        memset(block->channel.center, 0, (size_t)(block->n * job->kernels->itemsize));
+    else {
+        ptrdiff_t offsets[BNFAST_SAMPLES]; /* spread over the channel, its ends included */
+        for (int i = 0; i < BNFAST_SAMPLES; i++)
+            offsets[i] = (job->outer - 1) * i / (BNFAST_SAMPLES - 1) * job->channels * job->inner +
+                         (job->inner - 1) * i / (BNFAST_SAMPLES - 1);
+        job->kernels->typical_values(block->n, job->inner,
+                                     (const char *)job->x + block->first * job->inner * job->kernels->itemsize, offsets,
+                                     block->channel.center);
+    }
+}
+
+static bnfast_parameter parameter_from(const bnfast_parameter *parameter, ptrdiff_t i)
+{
+    const bnfast_parameter from = {parameter->wide ? parameter->wide + i : NULL,
+                                   parameter->narrow ? parameter->narrow + i : NULL};
+    return from;
+}
+
+static double *values_from(double *values, ptrdiff_t i) { return values ? values + i : NULL; }
+
+void bnfast_make_coefficients(const bnfast_job *job, const bnfast_block *block, ptrdiff_t i, ptrdiff_t n)
+{
+    const ptrdiff_t at = block->first + i;
+    const bnfast_channels channels = {
+        .operation = job->operation,
+        .count = (double)job->outer * (double)job->inner,
+        .eps = job->eps,
+        .gamma = parameter_from(&job->gamma, at),
+        .beta = parameter_from(&job->beta, at),
+        .vgamma = parameter_from(&job->vgamma, at),
+        .vbeta = parameter_from(&job->vbeta, at),
+        .a = block->a + i,
+        .b = block->b + i,
+        .var = job->var ? job->var + at : NULL,
+        .mean = values_from(job->mean, at),
+        .inv_std = values_from(job->inv_std, at),
+        .m2 = values_from(job->m2, at),
+        .dbeta = values_from(job->dbeta, at),
+        .dgamma = values_from(job->dgamma, at),
+        .c = bnfast_coefficients_at(job, &block->channel, i),
+    };
+    job->kernels->make_coefficients(n, &channels);
 }

@@ -14,7 +14,9 @@
 
 #include "backward.inc.h"
 
-#include "statistics.inc.h"
+#include "merge.inc.h"
+
+#include "coefficients.inc.h"
 
 static void FN(floor)(const void *data, const void *data_u, void *result, ptrdiff_t n)
 {
@@ -45,9 +47,8 @@ const bnfast_kernels FN(bnfast_table) = {
     .gradient_interleaved = FN(gradient_interleaved),
     .merge_moments = FN(merge_moments),
     .merge_sums = FN(merge_sums),
-    .round_centers = FN(round_centers),
+    .make_coefficients = FN(make_coefficients),
     .typical_values = FN(typical_values),
-    .inv_std_of_m2 = FN(inv_std_of_m2),
     .floor = FN(floor),
     .round_values = FN(round_values),
 };
@@ -71,4 +72,5 @@ const bnfast_kernels FN(bnfast_table) = {
 #undef PIVOT_CHANNELS
 #undef TAKE_STEPS
 #undef ROWS
+#undef GROUP
 #undef SMALLEST_MEAN_SQUARE

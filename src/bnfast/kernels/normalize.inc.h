@@ -285,35 +285,3 @@ static void FN(gradient_interleaved)(const void *x, const void *u, void *out, co
     else
         FN(map_columns)(x, u, out, columns, c, 1, 0);
 }
-
-static void FN(round_centers)(ptrdiff_t n, const double *restrict center, const double *restrict slope,
-                              double *restrict shift, void *center_out)
-{
-    T *restrict c = center_out;
-    for (ptrdiff_t i = 0; i < n; i++) {
-        c[i] = (T)center[i];
-        shift[i] -= (center[i] - (double)c[i]) * slope[i];
-    }
-}
-
-static void FN(round_values)(ptrdiff_t n, const double *values, void *out)
-{
-    for (ptrdiff_t i = 0; i < n; i++)
-        ((T *)out)[i] = (T)values[i];
-}
-
-static void FN(typical_values)(ptrdiff_t n, ptrdiff_t step, const void *x, const ptrdiff_t *offsets, void *out)
-{
-    for (ptrdiff_t c = 0; c < n; c++) {
-        T sorted[BNFAST_SAMPLES];
-        for (int i = 0; i < BNFAST_SAMPLES; i++) {
-            const T value = ((const T *)x)[c * step + offsets[i]];
-            int j = i;
-            for (; j > 0 && sorted[j - 1] > value; j--)
-                sorted[j] = sorted[j - 1];
-            sorted[j] = value;
-        }
-        const T middle = sorted[BNFAST_SAMPLES / 2];
-        ((T *)out)[c] = middle - middle == 0 ? middle : 0;
-    }
-}
