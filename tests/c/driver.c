@@ -256,14 +256,16 @@ static void reductions(ptrdiff_t n_rows, ptrdiff_t n, ptrdiff_t gap)
     double *a = new_buffer(n, 8), *b = new_buffer(n, 8);
     void *packed_x = new_buffer(n_rows * n, (size_t)k->itemsize),
          *packed_u = new_buffer(n_rows * n, (size_t)k->itemsize);
-    for (int pack = 0; pack < 2; pack++) {
-        k->moments_interleaved(x, n_rows, stride, n, center, a, b, pack ? packed_x : NULL);
+    for (int option = 0; option < 3; option++) {
+        const bnfast_rows rows = {n_rows, stride, n, option == 2};
+        const int pack = option == 1;
+        k->moments_interleaved(x, &rows, center, a, b, pack ? packed_x : NULL);
         for (ptrdiff_t j = 0; j < n; j++)
             expect_reduced(x, NULL, j, n_rows, stride, 1, get(center, j), a[j], b[j]);
         note(a, (size_t)n * 8), note(b, (size_t)n * 8);
         if (pack)
             expect_packed("packed x", packed_x, x, n_rows, stride, n);
-        k->sums_interleaved(x, u, n_rows, stride, n, center, a, b, pack ? packed_x : NULL, pack ? packed_u : NULL);
+        k->sums_interleaved(x, u, &rows, center, a, b, pack ? packed_x : NULL, pack ? packed_u : NULL);
         for (ptrdiff_t j = 0; j < n; j++)
             expect_reduced(x, u, j, n_rows, stride, 1, get(center, j), a[j], b[j]);
         note(a, (size_t)n * 8), note(b, (size_t)n * 8);

@@ -69,11 +69,12 @@ static void reduce_rows(const bnfast_job *job, const bnfast_block *block, ptrdif
         packed_x += row * block->width * job->kernels->itemsize;
     if (packed_u)
         packed_u += row * block->width * job->kernels->itemsize;
+    const bnfast_rows rows = {n_rows, stride, n, job->near};
     if (job->u)
-        job->kernels->sums_interleaved((const char *)job->x + offset, (const char *)job->u + offset, n_rows, stride, n,
-                                       center, a, b, packed_x, packed_u);
+        job->kernels->sums_interleaved((const char *)job->x + offset, (const char *)job->u + offset, &rows, center, a,
+                                       b, packed_x, packed_u);
     else
-        job->kernels->moments_interleaved((const char *)job->x + offset, n_rows, stride, n, center, a, b, packed_x);
+        job->kernels->moments_interleaved((const char *)job->x + offset, &rows, center, a, b, packed_x);
 }
 
 static void reduce(const bnfast_job *job, const bnfast_block *block, ptrdiff_t s, ptrdiff_t j, ptrdiff_t n)

@@ -69,6 +69,7 @@ struct bnfast_job {
     ptrdiff_t block_channels;
     ptrdiff_t task_channels; /* of the neighbouring blocks that a task does one after another */
     ptrdiff_t lead;          /* interleaved: columns before the first that begins a cache line of `out` */
+    int near;                /* interleaved: what a thread reduces lies in its L2 */
     int pack;                /* interleaved: copy a block's rows together while they are reduced */
     int written_later;       /* planar: a block is written while the next is reduced, in one loop */
     ptrdiff_t apply_rows;    /* rows a task of the apply phase takes */

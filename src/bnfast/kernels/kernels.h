@@ -74,6 +74,12 @@ typedef struct {
     ptrdiff_t row, channel, at, end;
 } bnfast_writer;
 
+/* n_rows rows, `stride` apart, of n_columns; near: they lie in L2, or soon will */
+typedef struct {
+    ptrdiff_t n_rows, stride, n_columns;
+    int near;
+} bnfast_rows;
+
 /* n_rows rows of n_columns: of x and u `stride` apart, of out `out_stride`. next_x, next_u: as many elements, rows
  * out_stride apart, to be brought into cache meanwhile; or NULL */
 typedef struct {
@@ -101,18 +107,18 @@ typedef struct {
      * planar: x: (n_rows, n_channels, length), rows `stride` apart IN; center: (n_channels,) IN; mean, m2: the same
      * OUT; next: elements from x to what is reduced next, to be brought into cache; writer: a normalize that may go on
      * meanwhile, or NULL
-     * interleaved: x: (n_rows, n_columns), rows `stride` apart IN; center: (n_columns,) IN; mean, m2: the same OUT;
+     * interleaved: x: (n_rows, n_columns) IN; center: (n_columns,) IN; mean, m2: the same OUT;
      * packed: the elements of x once more, dense OUT, or NULL */
     void (*moments_planar)(const void *x, const bnfast_runs *runs, ptrdiff_t next, const void *center, double *mean,
                            double *m2, bnfast_writer *writer);
-    void (*moments_interleaved)(const void *x, ptrdiff_t n_rows, ptrdiff_t stride, ptrdiff_t n_columns,
-                                const void *center, double *mean, double *m2, void *packed);
+    void (*moments_interleaved)(const void *x, const bnfast_rows *rows, const void *center, double *mean, double *m2,
+                                void *packed);
 
     /* Sum of u, and of u * d, d = x - center, over one segment; shapes as above, center: the mean, rounded */
     void (*sums_planar)(const void *x, const void *u, const bnfast_runs *runs, ptrdiff_t next, const void *center,
                         double *sum_u, double *sum_ud);
-    void (*sums_interleaved)(const void *x, const void *u, ptrdiff_t n_rows, ptrdiff_t stride, ptrdiff_t n_columns,
-                             const void *center, double *sum_u, double *sum_ud, void *packed_x, void *packed_u);
+    void (*sums_interleaved)(const void *x, const void *u, const bnfast_rows *rows, const void *center, double *sum_u,
+                             double *sum_ud, void *packed_x, void *packed_u);
 
     /* Writes what is left of a planar map. */
     void (*write_rest)(bnfast_writer *writer);

@@ -64,11 +64,12 @@ const bnfast_kernels FN(bnfast_table) = {
 #undef CHAIN
 #undef COLUMN_CHAIN
 #undef FEW_ROWS
-#undef COLUMN_VECTORS
 #undef AHEAD
 #undef COLUMNS
+#undef COLUMN_VECTORS
 #undef TILE_ROWS
-#undef PIVOT_COLUMNS
+#undef TRUSTED
+#undef IN_RANGE
 #undef PIVOT_CHANNELS
 #undef TAKE_STEPS
 #undef ROWS

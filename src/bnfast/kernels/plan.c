@@ -90,6 +90,7 @@ static void choose_interleaved(bnfast_job *job)
 {
     ptrdiff_t n = 0;
     job->block_channels = job->channels;
+    job->near = bytes_of_array(job) * arrays_read(job) <= bnfast_l2_bytes() / 2 * job->n_threads;
     if (!reduces(job))
         return;
     if (job->n_threads == 1 && bytes_of_array(job) * arrays_read(job) <= bnfast_l2_bytes() / 2)
