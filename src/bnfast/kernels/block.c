@@ -3,9 +3,10 @@
 
 #include "block.h"
 
+#include <stdint.h>
 #include <string.h>
 
-enum { COEFFICIENT_ARRAYS = 6 };
+enum { COEFFICIENT_ARRAYS = 6, LINE = 64 };
 
 static ptrdiff_t whole_lines(ptrdiff_t bytes) { return round_up(bytes, 64); }
 
@@ -14,17 +15,18 @@ ptrdiff_t bnfast_block_bytes(const bnfast_job *job, ptrdiff_t n, ptrdiff_t colum
     const ptrdiff_t width = n * columns, size = job->kernels->itemsize;
     const ptrdiff_t rows = reduces(job) ? job->n_segments + 1 : 0;
     return whole_lines(2 * rows * width * (ptrdiff_t)sizeof(double)) +
-           COEFFICIENT_ARRAYS *
-               (whole_lines((n + BNFAST_PAD) * size) + (columns > 1 ? whole_lines((width + BNFAST_PAD) * size) : 0));
+           COEFFICIENT_ARRAYS * (whole_lines((n + BNFAST_PAD) * size + LINE) +
+                                 (columns > 1 ? whole_lines((width + BNFAST_PAD) * size + LINE) : 0));
 }
 
-static char *coefficients_in(char *at, bnfast_coefficients *c, ptrdiff_t bytes)
+/* skew: bytes from a line of memory to where the arrays begin */
+static char *coefficients_in(char *at, bnfast_coefficients *c, ptrdiff_t bytes, ptrdiff_t skew)
 {
     void **const array[COEFFICIENT_ARRAYS] = {&c->center,   &c->scale,   &c->shift,
                                               &c->u_center, &c->u_scale, &c->hat_scale};
     for (int i = 0; i < COEFFICIENT_ARRAYS; i++) {
-        *array[i] = at;
-        at += whole_lines(bytes);
+        *array[i] = at + skew;
+        at += whole_lines(bytes + LINE);
     }
     return at;
 }
@@ -37,10 +39,12 @@ bnfast_block bnfast_block_in(const bnfast_job *job, char *scratch, ptrdiff_t fir
     block.a = (double *)scratch;
     block.b = block.a + rows * width;
     scratch += whole_lines(2 * rows * width * (ptrdiff_t)sizeof(double));
-    scratch = coefficients_in(scratch, &block.channel, (n + BNFAST_PAD) * size);
+    /* the coefficient of a column lies as its first result does, so that vectors of both begin lines together */
+    const ptrdiff_t skew = (ptrdiff_t)(((uintptr_t)job->out + (uintptr_t)(first * job->inner * size)) % LINE);
+    scratch = coefficients_in(scratch, &block.channel, (n + BNFAST_PAD) * size, skew);
     block.column = block.channel;
     if (columns > 1)
-        coefficients_in(scratch, &block.column, (width + BNFAST_PAD) * size);
+        coefficients_in(scratch, &block.column, (width + BNFAST_PAD) * size, skew);
     return block;
 }
 

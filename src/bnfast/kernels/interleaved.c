@@ -145,9 +145,11 @@ static void apply(const bnfast_job *job, const bnfast_block *block, ptrdiff_t ro
     bnfast_note_infinity(job, x, n_rows, columns.stride, n_columns);
     if (maps_u_only(job))
         x = u;
-    for (ptrdiff_t j = 0; j < n_columns; j += part) {
+    /* all parts but the first begin where a line of `out` does */
+    const ptrdiff_t odd = (ptrdiff_t)((uintptr_t)out % 64) / size;
+    for (ptrdiff_t j = 0; j < n_columns; j += columns.n_columns) {
         const bnfast_coefficients c = bnfast_coefficients_at(job, &block->column, j);
-        columns.n_columns = least(part, n_columns - j);
+        columns.n_columns = least(j == 0 ? part - odd : part, n_columns - j);
         columns.next_x = next > 0 ? next_x + j * size : NULL;
         columns.next_u = next > 0 && job->u ? next_u + j * size : NULL;
         if (gradient)

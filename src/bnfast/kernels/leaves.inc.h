@@ -73,5 +73,6 @@ const bnfast_kernels FN(bnfast_table) = {
 #undef PIVOT_CHANNELS
 #undef TAKE_STEPS
 #undef ROWS
+#undef MANY_COLUMNS
 #undef GROUP
 #undef SMALLEST_MEAN_SQUARE
