@@ -39,8 +39,10 @@ bnfast_block bnfast_block_in(const bnfast_job *job, char *scratch, ptrdiff_t fir
     block.a = (double *)scratch;
     block.b = block.a + rows * width;
     scratch += whole_lines(2 * rows * width * (ptrdiff_t)sizeof(double));
-    /* the coefficient of a column lies as its first result does, so that vectors of both begin lines together */
-    const ptrdiff_t skew = (ptrdiff_t)(((uintptr_t)job->out + (uintptr_t)(first * job->inner * size)) % LINE);
+    /* the coefficient of a column lies as its first result does, so that vectors of both begin lines together;
+     * where rows do not lie alike, at the line */
+    const uintptr_t result = (uintptr_t)job->out + (uintptr_t)(first * job->inner * size);
+    const ptrdiff_t skew = folded_stride(job) * size % LINE == 0 ? (ptrdiff_t)(result % LINE) : 0;
     scratch = coefficients_in(scratch, &block.channel, (n + BNFAST_PAD) * size, skew);
     block.column = block.channel;
     if (columns > 1)

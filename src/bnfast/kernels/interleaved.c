@@ -14,7 +14,6 @@
 #include <string.h>
 
 enum {
-    TASK_COLUMNS = 2048,
     FINISH_CHANNELS = 1024,
     REDUCE_BYTES = 1 << 19,
     APPLY_BYTES = 1 << 18,
@@ -214,7 +213,7 @@ static void centers_task(const bnfast_job *job, ptrdiff_t index, int thread)
 
 static ptrdiff_t column_parts(const bnfast_job *job)
 {
-    return quotient_up(job->channels * columns_of_channel(job), TASK_COLUMNS);
+    return quotient_up(job->channels * columns_of_channel(job), job->task_columns);
 }
 
 /* Neighbouring segments that make one task: long enough for the memory's prefetchers, and enough tasks for all
@@ -231,13 +230,13 @@ static void reduce_task(const bnfast_job *job, ptrdiff_t index, int thread)
     (void)thread;
     const bnfast_block block = whole(job);
     const ptrdiff_t parts = column_parts(job), n = segments_of_task(job), begin = index / parts * n;
-    const ptrdiff_t j = index % parts * TASK_COLUMNS;
+    const ptrdiff_t j = index % parts * job->task_columns;
     if (begin >= job->n_segments) {
         reduce_left(job, &block);
         return;
     }
     for (ptrdiff_t s = begin; s < least(begin + n, job->n_segments); s++)
-        reduce(job, &block, s, j, least(TASK_COLUMNS, block.width - j));
+        reduce(job, &block, s, j, least(job->task_columns, block.width - j));
 }
 
 static int made_by_range(const bnfast_job *job) { return columns_of_channel(job) == 1; }

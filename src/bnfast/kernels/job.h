@@ -68,6 +68,7 @@ struct bnfast_job {
     ptrdiff_t fold;           /* interleaved: rows seen as one, so that narrow rows fill vectors */
     ptrdiff_t block_channels;
     ptrdiff_t task_channels; /* of the neighbouring blocks that a task does one after another */
+    ptrdiff_t task_columns;  /* interleaved: of a segment that a task of the reduce phase takes */
     ptrdiff_t lead;          /* interleaved: columns before the first that begins a cache line of `out` */
     int near;                /* interleaved: what a thread reduces lies in its L2 */
     int pack;                /* interleaved: copy a block's rows together while they are reduced */
