@@ -354,7 +354,8 @@ static void map(ptrdiff_t n_rows, ptrdiff_t n_channels, ptrdiff_t length, ptrdif
     release_buffers();
 }
 
-/* Both reductions of n_channels runs of `length`; beside: a normalize of as many goes on during moments. */
+/* Both reductions of n_channels runs of `length`; beside: a map of as many goes on meanwhile, normalize during moments and
+ * gradient during sums. */
 static void planar_reductions(ptrdiff_t n_rows, ptrdiff_t n_channels, ptrdiff_t length, ptrdiff_t gap, int beside,
                               int stream)
 {
@@ -365,26 +366,27 @@ static void planar_reductions(ptrdiff_t n_rows, ptrdiff_t n_channels, ptrdiff_t 
     void *out = new_rows(n_rows, stride, n, 9);
     double *a = new_buffer(n_channels, 8), *b = new_buffer(n_channels, 8);
     const bnfast_coefficients c = new_coefficients(n_channels, 0);
-    bnfast_writer writer = {from, from, out, runs, c, 0, stream, 0, 0, 0, 0, 0};
-
-    k->moments_planar(x, &runs, n, center, a, b, beside ? &writer : NULL);
-    for (ptrdiff_t i = 0; i < n_channels; i++)
-        expect_reduced(x, NULL, i * length, n_rows, stride, length, get(center, i), a[i], b[i]);
-    note(a, (size_t)n_channels * 8), note(b, (size_t)n_channels * 8);
-    if (beside) {
+    for (int gradient = 0; gradient < 2; gradient++) {
+        bnfast_writer writer = {from, u, out, runs, c, gradient, stream, 0, 0, 0, 0, 0};
+        if (gradient)
+            k->sums_planar(x, u, &runs, n, center, a, b, beside ? &writer : NULL);
+        else
+            k->moments_planar(x, &runs, n, center, a, b, beside ? &writer : NULL);
+        for (ptrdiff_t i = 0; i < n_channels; i++)
+            expect_reduced(x, gradient ? u : NULL, i * length, n_rows, stride, length, get(center, i), a[i], b[i]);
+        note(a, (size_t)n_channels * 8), note(b, (size_t)n_channels * 8);
+        if (!beside)
+            continue;
         k->write_rest(&writer);
         bnfast_stream_fence();
         for (ptrdiff_t r = 0; r < n_rows; r++)
             for (ptrdiff_t j = 0; j < n; j++)
-                expect_mapped(&c, j / length, get(from, r * stride + j), 0, 0, get(out, r * stride + j));
+                expect_mapped(&c, j / length, get(from, r * stride + j), get(u, r * stride + j), gradient,
+                              get(out, r * stride + j));
         for (ptrdiff_t i = 0; i < (n_rows - 1) * stride + n; i++)
             if (i % stride >= n && !isnan(get(out, i)))
                 fail("written between rows", i, get(out, i), (double)NAN);
     }
-    k->sums_planar(x, u, &runs, n, center, a, b);
-    for (ptrdiff_t i = 0; i < n_channels; i++)
-        expect_reduced(x, u, i * length, n_rows, stride, length, get(center, i), a[i], b[i]);
-    note(a, (size_t)n_channels * 8), note(b, (size_t)n_channels * 8);
     release_buffers();
 }
 

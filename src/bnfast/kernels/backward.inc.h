@@ -26,10 +26,10 @@ static void FN(sums_wide)(const T *x, const T *u, ptrdiff_t n_rows, ptrdiff_t st
      (((sum_u) - (sum_u) == 0.0) & ((sum_ud) - (sum_ud) == 0.0) & (((sum_ud) >= (least)) | ((sum_ud) <= -(least)))))
 
 static void FN(sums_planar)(const void *data, const void *data_u, const bnfast_runs *runs, ptrdiff_t next,
-                            const void *center_in, double *sum_u, double *sum_ud)
+                            const void *center_in, double *sum_u, double *sum_ud, bnfast_writer *writer)
 {
     const T *x = data, *u = data_u, *centers = center_in;
-    FN(sums_of_runs)(x, u, runs, next, centers, 1, sum_u, sum_ud, NULL);
+    FN(sums_of_runs)(x, u, runs, next, centers, 1, sum_u, sum_ud, writer);
     for (ptrdiff_t i = 0; i < runs->n_channels; i++)
         if (!IN_RANGE((double)runs->n_rows * (double)runs->length * 1e-30, sum_u[i], sum_ud[i]))
             FN(sums_wide)(x + i * runs->length, u + i * runs->length, runs->n_rows, runs->stride, runs->length,

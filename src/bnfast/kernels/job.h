@@ -73,6 +73,7 @@ struct bnfast_job {
     int near;                /* interleaved: what a thread reduces lies in its L2 */
     int pack;                /* interleaved: copy a block's rows together while they are reduced */
     int written_later;       /* planar: a block is written while the next is reduced, in one loop */
+    int asked_for;           /* planar: else, the next block is brought into cache while one is written */
     ptrdiff_t apply_rows;    /* rows a task of the apply phase takes */
     int stream;              /* write around the caches */
     ptrdiff_t scratch_bytes;

@@ -105,8 +105,8 @@ typedef struct {
     /* Mean less center, and sum of squared deviations, of one segment of some channels. center: some value of the
      * channel, finite
      * planar: x: (n_rows, n_channels, length), rows `stride` apart IN; center: (n_channels,) IN; mean, m2: the same
-     * OUT; next: elements from x to what is reduced next, to be brought into cache; writer: a normalize that may go on
-     * meanwhile, or NULL
+     * OUT; next: elements from x to what is reduced next, to be brought into cache; writer: a map that may go on
+     * meanwhile, normalize beside moments and gradient beside sums, or NULL
      * interleaved: x: (n_rows, n_columns) IN; center: (n_columns,) IN; mean, m2: the same OUT;
      * packed: the elements of x once more, dense OUT, or NULL */
     void (*moments_planar)(const void *x, const bnfast_runs *runs, ptrdiff_t next, const void *center, double *mean,
@@ -116,7 +116,7 @@ typedef struct {
 
     /* Sum of u, and of u * d, d = x - center, over one segment; shapes as above, center: the mean, rounded */
     void (*sums_planar)(const void *x, const void *u, const bnfast_runs *runs, ptrdiff_t next, const void *center,
-                        double *sum_u, double *sum_ud);
+                        double *sum_u, double *sum_ud, bnfast_writer *writer);
     void (*sums_interleaved)(const void *x, const void *u, const bnfast_rows *rows, const void *center, double *sum_u,
                              double *sum_ud, void *packed_x, void *packed_u);
 

@@ -31,11 +31,12 @@ static void cut_planar_segments(bnfast_job *job)
 }
 
 /* Whether a block is written while the next is reduced, in one loop. The backward pass, two arrays to read for one to
- * write, and short rows, read best in the order of memory, are faster if the next block is asked for while this one is
- * written. */
+ * write, is faster if the next block is asked for while this one is written, as long as both stay in L2; where they do
+ * not, what is asked for displaces what is being mapped. Short rows are read best in the order of memory. */
 static int is_written_later(const bnfast_job *job)
 {
-    return applies(job) && job->u == NULL && job->inner * job->kernels->itemsize >= LONG_ROW;
+    return applies(job) && job->inner * job->kernels->itemsize >= LONG_ROW &&
+           (job->u == NULL || (maps_gradient(job) && !job->asked_for));
 }
 
 /* Blocks keep their channels in L2, and what comes next: a quarter each, as more displaces itself (measured: half
@@ -51,6 +52,7 @@ static void choose_planar(bnfast_job *job)
     job->kind = BNFAST_BLOCKS;
     job->block_channels = most(1, least(bnfast_l2_bytes() / 4 / channel_bytes, share));
     job->task_channels = share / job->block_channels * job->block_channels;
+    job->asked_for = job->block_channels * channel_bytes <= bnfast_l2_bytes() / 4;
     job->written_later = is_written_later(job);
 }
 

@@ -81,16 +81,22 @@ static ALWAYS_INLINE void FN(sums_of_rows)(const T *x, const T *u, ptrdiff_t n_r
             const ptrdiff_t ahead = left > reach ? reach : to_next;
             const ptrdiff_t together = w ? FN(vectors_left)(w) / (2 * VU) : 0;
             if (together > 0) {
-                const struct FN(map) map = FN(map_of_channel)(&w->coefficients, w->channel, 0);
-                const T *from = (const T *)w->x + w->at;
+                const struct FN(map) map = FN(map_of_channel)(&w->coefficients, w->channel, with_u);
+                const T *from = (const T *)w->x + w->at, *from_u = (const T *)w->u + w->at;
                 T *out = (T *)w->out + w->at;
                 steps = together < steps ? together : steps;
                 w->at += steps * 2 * VL;
+#define MAP_ONE(stream) \
+    FN(map_elements)(&map, from, from_u, out, 1, 0, 0, VN, with_u, stream); \
+    from += VN; \
+    from_u += VN; \
+    out += VN
                 if (w->stream) {
-                    TAKE_STEPS(FN(map_elements)(&map, from, from, out, 1, 0, 0, VN, 0, 1); from += VN; out += VN)
+                    TAKE_STEPS(MAP_ONE(1))
                 } else {
-                    TAKE_STEPS(FN(map_elements)(&map, from, from, out, 1, 0, 0, VN, 0, 0); from += VN; out += VN)
+                    TAKE_STEPS(MAP_ONE(0))
                 }
+#undef MAP_ONE
             } else {
                 if (w && !FN(written)(w)) {
                     FN(write_some)(w, 2 * VL);
@@ -428,7 +434,7 @@ static void FN(sums_of_short_rows)(const T *x, const T *u, const bnfast_runs *ru
     }
 }
 
-/* The sums of some channels. Shapes as for sums_of_short_rows. w: may go on meanwhile, not with_u; or NULL */
+/* The sums of some channels. Shapes as for sums_of_short_rows. w: may go on meanwhile; or NULL */
 static void FN(sums_of_runs)(const T *x, const T *u, const bnfast_runs *runs, ptrdiff_t next, const T *centers,
                              int with_u, double *sum_v, double *sum_vd, bnfast_writer *w)
 {
@@ -441,7 +447,9 @@ static void FN(sums_of_runs)(const T *x, const T *u, const bnfast_runs *runs, pt
 #define SUMS(with_u, w) \
     FN(sums_of_rows)(x + at, u + at, runs->n_rows, runs->stride, runs->length, to_next, centers[i], with_u, sum_v + i, \
                      sum_vd + i, w)
-        if (with_u)
+        if (with_u && w)
+            SUMS(1, w);
+        else if (with_u)
             SUMS(1, NULL);
         else if (w)
             SUMS(0, w);
