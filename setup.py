@@ -20,7 +20,7 @@ from setuptools.command.build_ext import build_ext
 
 KERNELS = (
     *("baseline", "avx2", "avx512", "dispatch"),
-    *("plan", "planar", "interleaved", "block", "merge", "coefficients", "floor", "infinite"),
+    *("plan", "planar", "interleaved", "block", "merge", "floor", "infinite"),
 )
 
 OPENMP_PROBE = """

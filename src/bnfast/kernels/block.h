@@ -18,10 +18,10 @@ static inline void add_phase(bnfast_job *job, void (*task)(const bnfast_job *, p
 /* Scratch of a block: `n` channels from `first` on, which are `width` columns.
  * a, b: (n_segments + 1, width); what the reductions give: mean less center and m2, or sums of u and of u * d. Merged,
  * they are row 0.
- * work: (8, n) float64; channel: coefficients a channel; column: coefficients a column (may be the same memory) */
+ * channel: coefficients a channel; column: coefficients a column (may be the same memory) */
 typedef struct {
     ptrdiff_t first, n, width;
-    double *a, *b, *work;
+    double *a, *b;
     bnfast_coefficients channel, column;
     void *packed_x, *packed_u; /* interleaved: (rows, width), what was reduced once more, lying together; or NULL */
 } bnfast_block;

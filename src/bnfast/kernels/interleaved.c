@@ -14,7 +14,6 @@
 #include <string.h>
 
 enum {
-    TASK_COLUMNS = 2048,
     FINISH_CHANNELS = 1024,
     REDUCE_BYTES = 1 << 19,
     APPLY_BYTES = 1 << 18,
@@ -69,11 +68,12 @@ static void reduce_rows(const bnfast_job *job, const bnfast_block *block, ptrdif
         packed_x += row * block->width * job->kernels->itemsize;
     if (packed_u)
         packed_u += row * block->width * job->kernels->itemsize;
+    const bnfast_rows rows = {n_rows, stride, n, job->near};
     if (job->u)
-        job->kernels->sums_interleaved((const char *)job->x + offset, (const char *)job->u + offset, n_rows, stride, n,
-                                       center, a, b, packed_x, packed_u);
+        job->kernels->sums_interleaved((const char *)job->x + offset, (const char *)job->u + offset, &rows, center, a,
+                                       b, packed_x, packed_u);
     else
-        job->kernels->moments_interleaved((const char *)job->x + offset, n_rows, stride, n, center, a, b, packed_x);
+        job->kernels->moments_interleaved((const char *)job->x + offset, &rows, center, a, b, packed_x);
 }
 
 static void reduce(const bnfast_job *job, const bnfast_block *block, ptrdiff_t s, ptrdiff_t j, ptrdiff_t n)
@@ -144,9 +144,11 @@ static void apply(const bnfast_job *job, const bnfast_block *block, ptrdiff_t ro
     bnfast_note_infinity(job, x, n_rows, columns.stride, n_columns);
     if (maps_u_only(job))
         x = u;
-    for (ptrdiff_t j = 0; j < n_columns; j += part) {
+    /* all parts but the first begin where a line of `out` does */
+    const ptrdiff_t odd = (ptrdiff_t)((uintptr_t)out % 64) / size;
+    for (ptrdiff_t j = 0; j < n_columns; j += columns.n_columns) {
         const bnfast_coefficients c = bnfast_coefficients_at(job, &block->column, j);
-        columns.n_columns = least(part, n_columns - j);
+        columns.n_columns = least(j == 0 ? part - odd : part, n_columns - j);
         columns.next_x = next > 0 ? next_x + j * size : NULL;
         columns.next_u = next > 0 && job->u ? next_u + j * size : NULL;
         if (gradient)
@@ -211,7 +213,7 @@ static void centers_task(const bnfast_job *job, ptrdiff_t index, int thread)
 
 static ptrdiff_t column_parts(const bnfast_job *job)
 {
-    return quotient_up(job->channels * columns_of_channel(job), TASK_COLUMNS);
+    return quotient_up(job->channels * columns_of_channel(job), job->task_columns);
 }
 
 /* Neighbouring segments that make one task: long enough for the memory's prefetchers, and enough tasks for all
@@ -228,13 +230,13 @@ static void reduce_task(const bnfast_job *job, ptrdiff_t index, int thread)
     (void)thread;
     const bnfast_block block = whole(job);
     const ptrdiff_t parts = column_parts(job), n = segments_of_task(job), begin = index / parts * n;
-    const ptrdiff_t j = index % parts * TASK_COLUMNS;
+    const ptrdiff_t j = index % parts * job->task_columns;
     if (begin >= job->n_segments) {
         reduce_left(job, &block);
         return;
     }
     for (ptrdiff_t s = begin; s < least(begin + n, job->n_segments); s++)
-        reduce(job, &block, s, j, least(TASK_COLUMNS, block.width - j));
+        reduce(job, &block, s, j, least(job->task_columns, block.width - j));
 }
 
 static int made_by_range(const bnfast_job *job) { return columns_of_channel(job) == 1; }

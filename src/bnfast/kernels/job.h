@@ -8,8 +8,8 @@
  *   interleaved.c
  *      |
  *      |-> reduce       leaf: moments.inc.h or backward.inc.h, both on sums.inc.h; one segment of some channels
- *      |-> merge        merge.c: segments to channels, a tree in index order (statistics.inc.h)
- *      |-> coefficients coefficients.c: variance, inv_std, dgamma, dbeta; what the map takes, a channel
+ *      |-> merge        merge.c: segments to channels, a tree in index order (leaf: merge.inc.h)
+ *      |-> coefficients leaf: coefficients.inc.h; variance, inv_std, dgamma, dbeta; what the map takes, a channel
  *      '-> apply        leaf: normalize.inc.h; y or dx
  *
  * Leaves are compiled once for each dtype (leaves.inc.h) and instruction set (isa.inc.h; vec.h: vectors), and called
@@ -31,22 +31,7 @@
 
 #include "kernels.h"
 
-typedef enum {
-    BNFAST_MOMENTS,       /* mean, m2 of x */
-    BNFAST_FORWARD,       /* the same, and inv_std; out = gamma * x_hat + beta */
-    BNFAST_EVAL,          /* out likewise, with mean and var as given */
-    BNFAST_BACKWARD,      /* u: dy; dbeta, dgamma; out: dx through mean and inv_std */
-    BNFAST_BACKWARD_EVAL, /* the same with mean and inv_std as constants */
-    BNFAST_FLOOR,         /* out = x, or x + u: not an operation, a measure for them */
-    BNFAST_JVP            /* u: direction of x; out: derivative of y along it, vgamma and vbeta */
-} bnfast_operation;
-
 typedef struct bnfast_job bnfast_job;
-
-typedef struct { /* (channels,) IN, of either dtype; both NULL: left out */
-    const double *wide;
-    const float *narrow;
-} bnfast_parameter;
 
 typedef enum {
     BNFAST_PHASES, /* each step a phase over the whole array */
@@ -83,9 +68,12 @@ struct bnfast_job {
     ptrdiff_t fold;           /* interleaved: rows seen as one, so that narrow rows fill vectors */
     ptrdiff_t block_channels;
     ptrdiff_t task_channels; /* of the neighbouring blocks that a task does one after another */
+    ptrdiff_t task_columns;  /* interleaved: of a segment that a task of the reduce phase takes */
     ptrdiff_t lead;          /* interleaved: columns before the first that begins a cache line of `out` */
+    int near;                /* interleaved: what a thread reduces lies in its L2 */
     int pack;                /* interleaved: copy a block's rows together while they are reduced */
     int written_later;       /* planar: a block is written while the next is reduced, in one loop */
+    int asked_for;           /* planar: else, the next block is brought into cache while one is written */
     ptrdiff_t apply_rows;    /* rows a task of the apply phase takes */
     int stream;              /* write around the caches */
     ptrdiff_t scratch_bytes;

@@ -14,7 +14,9 @@
 
 #include "backward.inc.h"
 
-#include "statistics.inc.h"
+#include "merge.inc.h"
+
+#include "coefficients.inc.h"
 
 static void FN(floor)(const void *data, const void *data_u, void *result, ptrdiff_t n)
 {
@@ -45,9 +47,8 @@ const bnfast_kernels FN(bnfast_table) = {
     .gradient_interleaved = FN(gradient_interleaved),
     .merge_moments = FN(merge_moments),
     .merge_sums = FN(merge_sums),
-    .round_centers = FN(round_centers),
+    .make_coefficients = FN(make_coefficients),
     .typical_values = FN(typical_values),
-    .inv_std_of_m2 = FN(inv_std_of_m2),
     .floor = FN(floor),
     .round_values = FN(round_values),
 };
@@ -63,12 +64,15 @@ const bnfast_kernels FN(bnfast_table) = {
 #undef CHAIN
 #undef COLUMN_CHAIN
 #undef FEW_ROWS
-#undef COLUMN_VECTORS
 #undef AHEAD
 #undef COLUMNS
+#undef COLUMN_VECTORS
 #undef TILE_ROWS
-#undef PIVOT_COLUMNS
+#undef TRUSTED
+#undef IN_RANGE
 #undef PIVOT_CHANNELS
 #undef TAKE_STEPS
 #undef ROWS
+#undef MANY_COLUMNS
+#undef GROUP
 #undef SMALLEST_MEAN_SQUARE

@@ -47,7 +47,7 @@ static void reduce(const bnfast_job *job, const bnfast_block *block, ptrdiff_t s
     const void *center = (const char *)block->channel.center + i * size;
     if (job->u)
         job->kernels->sums_planar((const char *)job->x + offset, (const char *)job->u + offset, &runs, next, center, a,
-                                  b);
+                                  b, writer);
     else
         job->kernels->moments_planar((const char *)job->x + offset, &runs, next, center, a, b, writer);
 }
@@ -132,7 +132,7 @@ static void do_block(const bnfast_job *job, ptrdiff_t first, ptrdiff_t n, int ne
     if (job->written_later)
         p->odd = !p->odd;
     else {
-        p->writer.ahead = next ? n * job->inner : 0;
+        p->writer.ahead = next && job->asked_for ? n * job->inner : 0;
         write_pending(job, p);
     }
 }

@@ -256,14 +256,16 @@ static void reductions(ptrdiff_t n_rows, ptrdiff_t n, ptrdiff_t gap)
     double *a = new_buffer(n, 8), *b = new_buffer(n, 8);
     void *packed_x = new_buffer(n_rows * n, (size_t)k->itemsize),
          *packed_u = new_buffer(n_rows * n, (size_t)k->itemsize);
-    for (int pack = 0; pack < 2; pack++) {
-        k->moments_interleaved(x, n_rows, stride, n, center, a, b, pack ? packed_x : NULL);
+    for (int option = 0; option < 3; option++) {
+        const bnfast_rows rows = {n_rows, stride, n, option == 2};
+        const int pack = option == 1;
+        k->moments_interleaved(x, &rows, center, a, b, pack ? packed_x : NULL);
         for (ptrdiff_t j = 0; j < n; j++)
             expect_reduced(x, NULL, j, n_rows, stride, 1, get(center, j), a[j], b[j]);
         note(a, (size_t)n * 8), note(b, (size_t)n * 8);
         if (pack)
             expect_packed("packed x", packed_x, x, n_rows, stride, n);
-        k->sums_interleaved(x, u, n_rows, stride, n, center, a, b, pack ? packed_x : NULL, pack ? packed_u : NULL);
+        k->sums_interleaved(x, u, &rows, center, a, b, pack ? packed_x : NULL, pack ? packed_u : NULL);
         for (ptrdiff_t j = 0; j < n; j++)
             expect_reduced(x, u, j, n_rows, stride, 1, get(center, j), a[j], b[j]);
         note(a, (size_t)n * 8), note(b, (size_t)n * 8);
@@ -352,7 +354,8 @@ static void map(ptrdiff_t n_rows, ptrdiff_t n_channels, ptrdiff_t length, ptrdif
     release_buffers();
 }
 
-/* Both reductions of n_channels runs of `length`; beside: a normalize of as many goes on during moments. */
+/* Both reductions of n_channels runs of `length`; beside: a map of as many goes on meanwhile, normalize during moments and
+ * gradient during sums. */
 static void planar_reductions(ptrdiff_t n_rows, ptrdiff_t n_channels, ptrdiff_t length, ptrdiff_t gap, int beside,
                               int stream)
 {
@@ -363,35 +366,113 @@ static void planar_reductions(ptrdiff_t n_rows, ptrdiff_t n_channels, ptrdiff_t 
     void *out = new_rows(n_rows, stride, n, 9);
     double *a = new_buffer(n_channels, 8), *b = new_buffer(n_channels, 8);
     const bnfast_coefficients c = new_coefficients(n_channels, 0);
-    bnfast_writer writer = {from, from, out, runs, c, 0, stream, 0, 0, 0, 0, 0};
-
-    k->moments_planar(x, &runs, n, center, a, b, beside ? &writer : NULL);
-    for (ptrdiff_t i = 0; i < n_channels; i++)
-        expect_reduced(x, NULL, i * length, n_rows, stride, length, get(center, i), a[i], b[i]);
-    note(a, (size_t)n_channels * 8), note(b, (size_t)n_channels * 8);
-    if (beside) {
+    for (int gradient = 0; gradient < 2; gradient++) {
+        bnfast_writer writer = {from, u, out, runs, c, gradient, stream, 0, 0, 0, 0, 0};
+        if (gradient)
+            k->sums_planar(x, u, &runs, n, center, a, b, beside ? &writer : NULL);
+        else
+            k->moments_planar(x, &runs, n, center, a, b, beside ? &writer : NULL);
+        for (ptrdiff_t i = 0; i < n_channels; i++)
+            expect_reduced(x, gradient ? u : NULL, i * length, n_rows, stride, length, get(center, i), a[i], b[i]);
+        note(a, (size_t)n_channels * 8), note(b, (size_t)n_channels * 8);
+        if (!beside)
+            continue;
         k->write_rest(&writer);
         bnfast_stream_fence();
         for (ptrdiff_t r = 0; r < n_rows; r++)
             for (ptrdiff_t j = 0; j < n; j++)
-                expect_mapped(&c, j / length, get(from, r * stride + j), 0, 0, get(out, r * stride + j));
+                expect_mapped(&c, j / length, get(from, r * stride + j), get(u, r * stride + j), gradient,
+                              get(out, r * stride + j));
         for (ptrdiff_t i = 0; i < (n_rows - 1) * stride + n; i++)
             if (i % stride >= n && !isnan(get(out, i)))
                 fail("written between rows", i, get(out, i), (double)NAN);
     }
-    k->sums_planar(x, u, &runs, n, center, a, b);
-    for (ptrdiff_t i = 0; i < n_channels; i++)
-        expect_reduced(x, u, i * length, n_rows, stride, length, get(center, i), a[i], b[i]);
-    note(a, (size_t)n_channels * 8), note(b, (size_t)n_channels * 8);
+    release_buffers();
+}
+
+/* Results a channel and coefficients of every operation, against the formulas. */
+static void coefficients(ptrdiff_t n, bnfast_operation operation, int few)
+{
+    const double count = 11;
+    bnfast_channels of = {.operation = operation, .count = count, .eps = 1e-5};
+    const double *a = new_doubles(n, 1), *b = new_doubles(n, 2);
+    double *mean = new_doubles(n, 3), *inv_std = new_doubles(n, 2), *m2 = new_buffer(n, 8);
+    double *dbeta = new_buffer(n, 8), *dgamma = new_buffer(n, 8);
+    const void *center = new_values(n, 3);
+    void **array[] = {&of.c.center, &of.c.scale, &of.c.shift, &of.c.u_center, &of.c.u_scale, &of.c.hat_scale};
+    for (int i = 0; i < 6; i++)
+        *array[i] = new_values(n, 0);
+    memcpy(of.c.center, center, (size_t)(n * k->itemsize));
+    of.a = a, of.b = b, of.mean = mean, of.inv_std = inv_std;
+    of.m2 = few && operation != BNFAST_MOMENTS ? NULL : m2;
+    if (!few) {
+        of.gamma = new_parameter(n, 2), of.beta = new_parameter(n, 0), of.var = new_doubles(n, 2);
+        if (operation == BNFAST_JVP)
+            of.vgamma = new_parameter(n, 0), of.vbeta = new_parameter(n, 0);
+        of.dbeta = dbeta, of.dgamma = dgamma;
+    }
+    double *given_mean = new_buffer(n, 8);
+    memcpy(given_mean, mean, (size_t)n * 8);
+    k->make_coefficients(n, &of);
+    const int gradient = operation == BNFAST_BACKWARD || operation == BNFAST_JVP;
+    /* what rounding a centre of up to 5 leaves is rounded itself, to float64 and to the dtype */
+    const long double rest = 5 * ((long double)epsilon() + DBL_EPSILON / (long double)epsilon());
+    for (ptrdiff_t i = 0; i < n; i++) {
+        const long double gamma = parameter_at(&of.gamma, i, 1), beta = parameter_at(&of.beta, i, 0);
+        const long double vgamma = parameter_at(&of.vgamma, i, 0), vbeta = parameter_at(&of.vbeta, i, 0);
+        if (operation == BNFAST_MOMENTS || operation == BNFAST_FORWARD)
+            expect("mean", i, mean[i], (long double)get(center, i) + a[i], 5 * DBL_EPSILON / (long double)epsilon());
+        if (of.m2 && (operation == BNFAST_MOMENTS || operation == BNFAST_FORWARD) && m2[i] != b[i])
+            fail("m2", i, m2[i], b[i]);
+        if (operation == BNFAST_MOMENTS)
+            continue;
+        long double s = inv_std[i];
+        if (operation == BNFAST_FORWARD) {
+            s = 1 / sqrtl((long double)b[i] / count + of.eps);
+            expect("inv_std", i, inv_std[i], s, s);
+        }
+        if (operation == BNFAST_EVAL)
+            s = of.var ? 1 / sqrtl((long double)of.var[i] + of.eps) : 1;
+        const long double slope = gamma * s;
+        if (operation == BNFAST_FORWARD || operation == BNFAST_EVAL) {
+            /* at x = mean the map gives beta */
+            expect("scale", i, get(of.c.scale, i), slope, fabsl(slope));
+            const long double at_mean = ((long double)mean[i] - get(of.c.center, i)) * slope + get(of.c.shift, i);
+            expect("shift", i, (double)at_mean, beta, fabsl(beta) + fabsl(slope) * rest);
+            continue;
+        }
+        const long double lo = (long double)given_mean[i] - (k->itemsize == 4 ? (float)given_mean[i] : given_mean[i]);
+        const long double u_hat = (b[i] - lo * a[i]) * s;
+        if (!few) {
+            expect("dbeta", i, dbeta[i], a[i], 0);
+            expect("dgamma", i, dgamma[i], u_hat, (3 + fabsl(u_hat)) * (DBL_EPSILON / (long double)epsilon()));
+        }
+        if (!gradient) {
+            expect("scale", i, get(of.c.scale, i), slope, fabsl(slope));
+            if (get(of.c.center, i) != 0 || get(of.c.shift, i) != 0)
+                fail("shift", i, get(of.c.shift, i), 0);
+            continue;
+        }
+        const long double hat = vgamma - slope * u_hat / count;
+        const long double at_means = ((long double)a[i] / count - get(of.c.u_center, i)) * slope +
+                                     ((long double)mean[i] - get(of.c.center, i)) * s * hat + get(of.c.shift, i);
+        expect("u_scale", i, get(of.c.u_scale, i), slope, fabsl(slope));
+        expect("hat_scale", i, get(of.c.hat_scale, i), hat, fabsl(vgamma) + fabsl(slope * u_hat));
+        expect("scale", i, get(of.c.scale, i), s, fabsl(s));
+        expect("shift", i, (double)at_means, vbeta, fabsl(vbeta) + (fabsl(slope) + fabsl(s * hat)) * rest);
+    }
+    for (int i = 0; i < (gradient ? 6 : operation == BNFAST_MOMENTS ? 0 : 3); i++)
+        note(*array[i], (size_t)(n * k->itemsize));
+    note(mean, (size_t)n * 8), note(inv_std, (size_t)n * 8);
     release_buffers();
 }
 
 static void small_leaves(ptrdiff_t n)
 {
-    const double count_a = 5, count_b = 11, eps = 1e-5;
+    const double count_a = 5, count_b = 11;
     double *mean_a = new_doubles(n, 1), *m2_a = new_doubles(n, 2), *mean_b = new_doubles(n, 1),
            *m2_b = new_doubles(n, 2);
-    double *old_mean = new_doubles(n, 0), *old_m2 = new_doubles(n, 0), *result = new_doubles(n, 0);
+    double *old_mean = new_doubles(n, 0), *old_m2 = new_doubles(n, 0);
     memcpy(old_mean, mean_a, (size_t)n * 8), memcpy(old_m2, m2_a, (size_t)n * 8);
 
     k->merge_moments(n, count_a, mean_a, m2_a, count_b, mean_b, m2_b);
@@ -407,20 +488,7 @@ static void small_leaves(ptrdiff_t n)
         expect("merged sum", i, mean_a[i], (long double)old_mean[i] + mean_b[i], 9);
         expect("merged dot", i, m2_a[i], (long double)old_m2[i] + m2_b[i], 90);
     }
-    k->inv_std_of_m2(n, m2_b, count_b, eps, result);
-    for (ptrdiff_t i = 0; i < n; i++)
-        expect("inv_std", i, result[i], 1 / sqrtl((long double)m2_b[i] / count_b + eps), fabsl((long double)result[i]));
-    note(result, (size_t)n * 8);
-
     void *rounded = new_buffer(n, (size_t)k->itemsize);
-    memcpy(old_mean, result, (size_t)n * 8);
-    k->round_centers(n, mean_b, m2_b, result, rounded);
-    for (ptrdiff_t i = 0; i < n; i++) {
-        expect("center", i, get(rounded, i), mean_b[i], 3);
-        const long double rest = ((long double)mean_b[i] - get(rounded, i)) * m2_b[i];
-        if (fabsl(result[i] - (old_mean[i] - rest)) > 1e-14L)
-            fail("shift", i, result[i], (double)(old_mean[i] - rest));
-    }
     k->round_values(n, m2_b, rounded);
     for (ptrdiff_t i = 0; i < n; i++)
         if (get(rounded, i) != (k->itemsize == 4 ? (double)(float)m2_b[i] : m2_b[i]))
@@ -457,6 +525,9 @@ static void leaves_of_size(ptrdiff_t n)
     snprintf(context, sizeof context, "leaves %s itemsize %td place %d shift %td size %td", k->isa, k->itemsize, where,
              shift, n);
     small_leaves(n);
+    for (int operation = BNFAST_MOMENTS; operation <= BNFAST_JVP; operation++)
+        for (int few = 0; operation != BNFAST_FLOOR && few < 2; few++)
+            coefficients(n, (bnfast_operation)operation, few);
     if (n == 0)
         return; /* a segment has elements */
     static const ptrdiff_t row_counts[] = {1, 2, 7, 37};

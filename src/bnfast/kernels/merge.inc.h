@@ -1,4 +1,4 @@
-/* Merging what segments gave, and the variance: float64, whatever the data are. */
+/* Merging what segments gave: float64, whatever the data are. */
 
 /* Chan, Golub, LeVeque (1979): n = a + b, d = mean_b - mean_a, mean = mean_a + d*b/n, m2 = m2_a + m2_b + d*d*a*b/n */
 static void FN(merge_moments)(ptrdiff_t n, double count_a, double *restrict mean_a, double *restrict m2_a,
@@ -18,14 +18,5 @@ static void FN(merge_sums)(ptrdiff_t n, double *restrict u_a, double *restrict u
     for (ptrdiff_t i = 0; i < n; i++) {
         u_a[i] += u_b[i];
         ud_a[i] += ud_b[i];
-    }
-}
-
-static void FN(inv_std_of_m2)(ptrdiff_t n, const double *restrict m2, double count, double eps,
-                              double *restrict inv_std)
-{
-    for (ptrdiff_t i = 0; i < n; i++) {
-        const double variance = m2[i] / count; /* of the batch as it is: the population's, never negative */
-        inv_std[i] = 1.0 / sqrt(variance + eps);
     }
 }
