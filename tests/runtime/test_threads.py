@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from scripts import completed, needs_libgomp, needs_openmp, needs_proc
+from scripts import TEAM_LIBRARY, c_library, completed, needs_libgomp, needs_openmp, needs_proc
 
 import bnfast
 from bnfast import _core
@@ -587,9 +587,12 @@ with bnfast.num_threads(2):
     assert run_python(script)[0] == "True"
 
 
-def idle_threads(**environment):
-    """What bnfast says of its idle threads, and for how many turns libgomp says that they spin before they sleep."""
-    script = "import bnfast; print(bnfast.config()['idle_threads'])"
+def idle_threads(before="import sys; sys.modules['torch'] = None; ", **environment):
+    """What bnfast says of its idle threads, and for how many turns libgomp says that they spin before they sleep.
+
+    before: what comes before the import; by default PyTorch is not installed.
+    """
+    script = before + "import bnfast; print(bnfast.config()['idle_threads'])"
     said, shown = run_python(script, OMP_DISPLAY_ENV="verbose", **environment)
     return said, [int(count) for count in re.findall(r"GOMP_SPINCOUNT = '(\d+)'", shown)]
 
@@ -597,8 +600,29 @@ def idle_threads(**environment):
 @needs_libgomp
 def test_idle_workers_sleep():
     """After a tenth of a millisecond; libgomp's own default is some milliseconds."""
-    assert idle_threads() == ("sleep", [int(loading._SPIN_COUNT)])
-    assert int(loading._SPIN_COUNT) <= 20_000
+    assert idle_threads() == ("sleep", [loading._SPIN_COUNT])
+    assert loading._SPIN_COUNT <= 20_000
+
+
+@needs_libgomp
+@pytest.mark.skipif(loading._is_private(), reason="nobody shares the libgomp of a wheel")
+@pytest.mark.parametrize("before", ["", "import torch; "])
+def test_a_runtime_that_pytorch_shares_is_left_as_it_comes(tmp_path, before):
+    """Whichever is imported first. This PyTorch is an empty one."""
+    (tmp_path / "torch.py").touch()
+    own = loading._LIBGOMPS_OWN
+    said, counts = idle_threads(before, PYTHONPATH=str(tmp_path))
+    assert counts == [own]
+    assert "torch" in said
+
+
+@needs_libgomp
+def test_a_runtime_that_was_there_before_is_left_as_it_was_told(tmp_path):
+    library = c_library(tmp_path, TEAM_LIBRARY, "-fopenmp")
+    said, counts = idle_threads(f"import ctypes; ctypes.CDLL({library!r}); ")
+    if len(counts) == 1:  # else this build has an OpenMP runtime of its own
+        assert counts == [loading._LIBGOMPS_OWN]
+        assert said.startswith("as this libgomp was told")
 
 
 @needs_libgomp
@@ -625,11 +649,10 @@ LITTLE, MUCH = 100_000, 1_000_000  # elements: the first do not pay for waking a
 def two_that_sleep(free):
     """Two threads by the environment, which stay awake for many seconds: no test depends on its own speed."""
     _core.set_environment_threads(2, False)
-    awake = _core.seconds_awake()
     _core.set_spin_count(1 << 30)
     assert 1 < _core.seconds_awake() < 600
     yield
-    _core.set_spin_count(int(loading._SPIN_COUNT) if awake else 0)
+    _core.set_spin_count(loading.SPIN_COUNT)
     _core.pretend_last_call(3600)
 
 

@@ -1,7 +1,12 @@
 /* A thread counts as a rival if its CPU clock has gone on, since the last look, for a quarter of the time or more;
  * where the last look was too long ago, if it goes on between two readings now. A reading takes a fraction of a
  * microsecond. Which threads there are is read from /proc once a second. Elsewhere than on Linux there are no
- * rivals. */
+ * rivals.
+ *
+ * The workers of the calling thread's own pool are none. Another package may share the runtime (PyTorch, in a build from
+ * source), and then they have run, and spin, before any call of ours has used them. So a busy thread counts only if the
+ * calling thread has run a team since it was seen first: had it been in that team, it would have said so (exclude_me).
+ * Until then the call goes on as if it were none, which costs one call for each thread that appears. */
 
 #if !defined(_GNU_SOURCE)
 #define _GNU_SOURCE /* sched_getaffinity */
@@ -16,11 +21,12 @@
 #include <sched.h>
 #include <stdint.h>
 #include <stdlib.h>
+#include <string.h>
 #include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
 
-enum { MAX_OURS = 256, MAX_WATCHED = 8 };
+enum { MAX_OURS = 256, MAX_OTHERS = 1024, MAX_WATCHED = 8 };
 static const int64_t LIST_LASTS = 1000000000, LOOK_LASTS = 200000000; /* nanoseconds */
 
 /* What a team gains has to exceed what its phases lose when one of its threads has to wait for a CPU: about a time
@@ -30,16 +36,29 @@ static const double ELEMENTS_OF_A_SLICE = 5e6;
 
 typedef struct {
     pid_t tid;
+    long seen; /* in which list first */
+} known_t;
+
+typedef struct {
+    known_t thread;
     int64_t used; /* its CPU clock at the last look, in nanoseconds; -1: has not been looked at */
 } other_t;
 
+typedef struct {
+    pid_t tid; /* 0: free */
+    long team; /* the number of the newest list when it ran in a team last */
+} place_t;
+
 static pthread_mutex_t looking = PTHREAD_MUTEX_INITIALIZER; /* what follows, but for `ours` */
+static known_t others[MAX_OTHERS];
 static other_t watched[MAX_WATCHED]; /* spread over the others: the threads of a pool are busy together */
 static int n_watched, n_others, n_cpus;
 static int64_t listed, looked;
 
-static pid_t ours[MAX_OURS];    /* 0: free */
-static pthread_key_t place_key; /* a thread's value: where in `ours` it is */
+static long lists; /* how many have been made; read by all */
+static place_t ours[MAX_OURS];
+static place_t nowhere;         /* the place of threads that have found none */
+static pthread_key_t place_key; /* a thread's value: its place, NULL: it has been in no team */
 static int has_place_key;
 
 static int64_t clock_of(clockid_t id)
@@ -56,35 +75,53 @@ static pid_t my_tid(void) { return (pid_t)syscall(SYS_gettid); }
 
 /* --- ours ------------------------------------------------------------------------------------------------------ */
 
-static void leave_place(void *place) { __atomic_store_n((pid_t *)place, 0, __ATOMIC_RELAXED); }
+static void leave_place(void *place) { __atomic_store_n(&((place_t *)place)->tid, 0, __ATOMIC_RELAXED); }
 
-void bnfast_rivals_exclude_me(void)
+static place_t *new_place(void)
 {
-    if (!has_place_key || pthread_getspecific(place_key) != NULL)
-        return;
     const pid_t tid = my_tid();
     for (int i = 0; i < MAX_OURS; i++) {
         pid_t nobody = 0;
-        if (__atomic_compare_exchange_n(&ours[i], &nobody, tid, 0, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
-            pthread_setspecific(place_key, &ours[i]);
-            return;
-        }
+        if (__atomic_compare_exchange_n(&ours[i].tid, &nobody, tid, 0, __ATOMIC_RELAXED, __ATOMIC_RELAXED))
+            return &ours[i];
     }
+    return &nowhere;
+}
+
+void bnfast_rivals_exclude_me(void)
+{
+    if (!has_place_key)
+        return;
+    place_t *place = pthread_getspecific(place_key);
+    if (place == NULL) {
+        place = new_place();
+        pthread_setspecific(place_key, place);
+    }
+    const long newest = __atomic_load_n(&lists, __ATOMIC_RELAXED);
+    if (__atomic_load_n(&place->team, __ATOMIC_RELAXED) != newest) /* the line is written once a second, not always */
+        __atomic_store_n(&place->team, newest, __ATOMIC_RELAXED);
 }
 
 static int is_ours(pid_t tid)
 {
     for (int i = 0; i < MAX_OURS; i++)
-        if (__atomic_load_n(&ours[i], __ATOMIC_RELAXED) == tid)
+        if (__atomic_load_n(&ours[i].tid, __ATOMIC_RELAXED) == tid)
             return 1;
     return 0;
+}
+
+/* Whether it may be in the pool of the calling thread, for all that is known. */
+static int may_be_mine(const known_t *thread)
+{
+    const place_t *const me = pthread_getspecific(place_key);
+    return me == NULL || __atomic_load_n(&me->team, __ATOMIC_RELAXED) < thread->seen;
 }
 
 static void after_fork_in_child(void) /* this is the only thread */
 {
     pthread_mutex_init(&looking, NULL);
     for (int i = 0; i < MAX_OURS; i++)
-        ours[i] = 0;
+        ours[i].tid = 0;
     if (has_place_key)
         pthread_setspecific(place_key, NULL);
     n_others = 0;
@@ -99,26 +136,39 @@ void bnfast_rivals_init(void)
 
 /* --- the others ------------------------------------------------------------------------------------------------ */
 
+/* The list in which a thread was seen first. Threads come in the order of the last list, so that one looks at few. */
+static long first_seen(pid_t tid, const known_t *before, int n_before, int *at)
+{
+    for (int i = 0; i < n_before; i++, *at = (*at + 1) % n_before)
+        if (before[*at].tid == tid)
+            return before[*at].seen;
+    return lists;
+}
+
 static void list_others(int64_t now)
 {
-    static pid_t tids[1024]; /* under the mutex */
+    static known_t before[MAX_OTHERS]; /* under the mutex */
     cpu_set_t cpus;
     DIR *const tasks = opendir("/proc/self/task");
+    const int n_before = n_others;
+    int at = 0;
+    memcpy(before, others, (size_t)n_before * sizeof *before);
     listed = now;
     looked = n_others = n_watched = 0;
     n_cpus = sched_getaffinity(0, sizeof cpus, &cpus) == 0 ? CPU_COUNT(&cpus) : 0;
     if (tasks == NULL)
         return;
+    __atomic_store_n(&lists, lists + 1, __ATOMIC_RELAXED);
     const pid_t me = my_tid();
-    for (const struct dirent *task; n_others < 1024 && (task = readdir(tasks)) != NULL;) {
+    for (const struct dirent *task; n_others < MAX_OTHERS && (task = readdir(tasks)) != NULL;) {
         const pid_t tid = (pid_t)atol(task->d_name); /* 0 for . and .. */
         if (tid > 0 && tid != me && !is_ours(tid))
-            tids[n_others++] = tid;
+            others[n_others++] = (known_t){tid, first_seen(tid, before, n_before, &at)};
     }
     closedir(tasks);
     n_watched = n_others < MAX_WATCHED ? n_others : MAX_WATCHED;
     for (int i = 0; i < n_watched; i++)
-        watched[i] = (other_t){tids[i * n_others / n_watched], -1};
+        watched[i] = (other_t){others[i * n_others / n_watched], -1};
 }
 
 static int count_rivals(void)
@@ -132,11 +182,11 @@ static int count_rivals(void)
     looked = now;
     for (int i = 0; i < n_watched; i++) {
         other_t *const other = &watched[i];
-        const int64_t before = other->used, used = cpu_time_of(other->tid);
+        const int64_t before = other->used, used = cpu_time_of(other->thread.tid);
         if (used < 0)
             listed = 0; /* it has ended: make a new list next time */
-        else if (is_recent && before >= 0 ? used - before > passed / 4 : cpu_time_of(other->tid) > used)
-            busy += !is_ours(other->tid);
+        else if (is_recent && before >= 0 ? used - before > passed / 4 : cpu_time_of(other->thread.tid) > used)
+            busy += !is_ours(other->thread.tid) && !may_be_mine(&other->thread);
         other->used = used;
     }
     return n_watched == 0 ? 0 : busy * n_others / n_watched;

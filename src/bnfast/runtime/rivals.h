@@ -8,7 +8,7 @@
 
 void bnfast_rivals_init(void);
 
-/* In every thread of a team: it is none of them. */
+/* In every thread of a team, the calling one too: it is none of them. */
 void bnfast_rivals_exclude_me(void);
 
 /* The team to ask for instead of `team`, for work on that many elements. */
