@@ -443,6 +443,18 @@ def test_statistics_that_cannot_be_used_are_not_set(name, value):
     assert everything(bn) == before
 
 
+def test_the_count_of_what_was_skipped_stays_at_its_end():
+    bn, most = BatchNorm(CHANNELS, nonfinite="skip", dtype=np.float64), np.full(CHANNELS, 2**63 - 1)
+    kept = {**bn.__getstate__(), "counts": (None, most)}
+    bn.__setstate__(kept)
+    bn(spoilt(np.nan))
+    assert (bn.num_batches_skipped == most).all()
+    with bn.calibrate():
+        bn(spoilt(np.nan))
+        bn(batch())
+    assert (bn.num_batches_skipped == most).all()
+
+
 def test_the_count_of_batches_stays_at_its_end():
     """L13: an int64 in state dictionaries."""
     bn = BatchNorm(CHANNELS, momentum=None, nonfinite="skip")

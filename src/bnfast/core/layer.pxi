@@ -214,7 +214,8 @@ cdef class Running:
         for i in range(channels):
             if some_skipped and not is_finite(batch_mean[i], batch_m2[i]):
                 new_mean[i], new_var[i] = old_mean[i], old_var[i]
-                skips[i] += 1
+                if skips[i] < MOST_BATCHES:
+                    skips[i] += 1
                 continue
             if cumulative:
                 weight = 1.0 / (1.0 + (self.batches if counts == NULL else counts[i]))

@@ -360,7 +360,8 @@ def gather(calibration: object, axis: int, skip: bool, found: _core.Contents, fo
     finite = np.isfinite(batch.mean) & np.isfinite(batch.m2)
     if skip and not finite.all():
         old = found.running
-        skipped = (0 if old.skipped is None else old.skipped) + (~finite).astype(np.int64)
+        before = np.zeros(len(finite), np.int64) if old.skipped is None else old.skipped
+        skipped = before + (~finite & (before < np.iinfo(np.int64).max))
         return found.replace(running=_core.Running(old.mean, old.var, old.batches, old.averaged, skipped))
     if batch.count == 0:
         return found
