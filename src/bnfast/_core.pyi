@@ -105,15 +105,15 @@ class Running:
 
 @final
 class Contents:
-    running: Any  # Running, or None for a layer without running statistics
+    in_use: Any  # Running, or None for a layer without running statistics
     averages: Running | None
     exact: tuple[Any, int] | None
     gathered: tuple[object, Any, int] | None
     forward: Forward | None
-    absent: str | None
+    why_no_forward: str | None
     replaced: bool
     gradients: tuple[Array | None, Array | None]
-    sums: tuple[Array | None, Array | None]
+    accumulated: tuple[Array | None, Array | None]
     def __new__(cls, running: Running | None = None) -> Self: ...
     @property
     def batch_moments(self) -> tuple[int, Statistics, Statistics] | None: ...
@@ -122,7 +122,7 @@ class Contents:
 @final
 class Calibration(Generic[_Entered]):
     def __new__(
-        cls, currents: tuple[AtomicReference[object], ...], finish: Callable[[object], None], entered: _Entered
+        cls, tokens: tuple[AtomicReference[object], ...], finish: Callable[[object], None], entered: _Entered
     ) -> Self: ...
     def __enter__(self) -> _Entered: ...
     def __exit__(

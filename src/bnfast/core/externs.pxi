@@ -1,5 +1,5 @@
 # What the extension uses of C: the kernels' jobs (kernels/job.h), one function of NumPy, and the runtime (threads,
-# who else uses the CPUs, OpenBLAS).
+# who else uses the CPUs).
 
 cdef extern from "kernels/job.h" nogil:
     ctypedef struct bnfast_kernels:

@@ -4,7 +4,7 @@ import argparse
 import json
 from pathlib import Path
 
-from ..running import ERRORS, check_writable, ended, require
+from ..common import ERRORS, check_writable, ended, require
 
 __all__ = ["main"]
 
