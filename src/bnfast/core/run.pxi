@@ -6,6 +6,10 @@ cdef Py_ssize_t SMALL = 1 << 16
 # What a thread of a team should at least have to do, in elements.
 cdef Py_ssize_t SHARE = 1 << 15
 
+# Bytes of workspace that need no allocation.
+cdef enum:
+    WORKSPACE_ON_STACK = 12288
+
 # () -> (int, bool): how many threads a call may use, and whether the user has said so; set by threads.py, asked only
 # for work that is not small.
 cdef object thread_budget = None
@@ -98,7 +102,8 @@ cdef int compute(bnfast_job *job, cnp.ndarray x) except -1:
     """Plans and runs a job whose arrays are set; job.u, if any, lies as x does."""
     cdef Py_ssize_t elements = job.outer * job.channels * job.inner
     cdef Py_ssize_t more
-    cdef char *memory
+    cdef char on_stack[WORKSPACE_ON_STACK]  # an allocation costs small calls a twentieth of their time
+    cdef char *memory = on_stack
     cdef char *at
     cdef bnfast_share *shares
     cdef bint small = elements < SMALL
@@ -111,7 +116,8 @@ cdef int compute(bnfast_job *job, cnp.ndarray x) except -1:
     bnfast_plan(job)
     # what the threads need besides: their shares, and the parameters as they are now, which others may change meanwhile
     more = 0 if small else job.n_threads * <Py_ssize_t>sizeof(bnfast_share) + 4 * job.channels * 8
-    memory = <char *>PyMem_RawMalloc(more + job.workspace_bytes + 64)
+    if more + job.workspace_bytes + 64 > WORKSPACE_ON_STACK:
+        memory = <char *>PyMem_RawMalloc(more + job.workspace_bytes + 64)
     if memory == NULL:
         if not small:
             bnfast_openmp_leave(budget, job.n_threads)
@@ -129,7 +135,8 @@ cdef int compute(bnfast_job *job, cnp.ndarray x) except -1:
         at = kept(&job.vbeta, job.channels, at)
         run(job, shares)
         bnfast_openmp_leave(budget, job.n_threads)
-    PyMem_RawFree(memory)
+    if memory != on_stack:
+        PyMem_RawFree(memory)
     if bnfast_openmp_take_shortage():
         warnings.warn("bnfast: the system refused to start threads; calls go on with fewer", RuntimeWarning,
                       stacklevel=3)
