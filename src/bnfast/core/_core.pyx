@@ -8,9 +8,10 @@ this module cannot fail: what can go wrong in the extension is found here. One s
     run.pxi          a job planned and run: threads, workspace, the only parallel loop
     operations.pxi   the functions under bnfast.functional: check, allocate, compute, return
     reference.pxi    what a layer's step needs besides: new running statistics, references exchanged all at once
+    plan.pxi         the plan of a call in words, and choices forced for tests
     built.pxi        what was built and what this machine has
 
-The included files see each other's names; who uses whom goes down this list, built.pxi aside.
+The included files see each other's names; who uses whom goes down this list, plan.pxi and built.pxi aside.
 """
 
 import math
@@ -39,4 +40,5 @@ include "layout.pxi"
 include "run.pxi"
 include "operations.pxi"
 include "reference.pxi"
+include "plan.pxi"
 include "built.pxi"

@@ -14,6 +14,12 @@ enum { PLANAR_INNER = 16 };
 
 enum { MOST_LAST_LEVEL = 96 << 20 };
 
+static bnfast_choices forced = {-1, -1, -1, -1, -1};
+
+void bnfast_force(const bnfast_choices *choices) { forced = *choices; }
+
+static int choice(int forced_one, int own) { return forced_one < 0 ? own : forced_one; }
+
 /* ---- planar ------------------------------------------------------------------------------------------------------ */
 
 /* Elements of a segment: many, as each costs a division or two; fewer for float64, whose sums have nothing wider to
@@ -45,7 +51,8 @@ static void choose_planar(bnfast_job *job)
 {
     const int threads = job->n_threads;
     job->block_channels = job->channels;
-    if (!reduces(job) || !(threads == 1 || job->channels % threads == 0 || job->channels >= 4 * threads))
+    const int enough = threads == 1 || job->channels % threads == 0 || job->channels >= 4 * threads;
+    if (!reduces(job) || choice(forced.kind, enough ? BNFAST_BLOCKS : BNFAST_PHASES) == BNFAST_PHASES)
         return;
     const ptrdiff_t channel_bytes = job->outer * job->inner * job->kernels->itemsize * arrays_read(job);
     const ptrdiff_t share = threads == 1 ? job->channels : quotient_up(job->channels, PLANAR_TASKS * threads);
@@ -53,7 +60,7 @@ static void choose_planar(bnfast_job *job)
     job->block_channels = most(1, least(bnfast_l2_bytes() / 4 / channel_bytes, share));
     job->task_channels = share / job->block_channels * job->block_channels;
     job->asked_for = job->block_channels * channel_bytes <= bnfast_l2_bytes() / 4;
-    job->written_later = is_written_later(job);
+    job->written_later = choice(applies(job) && !maps_u_only(job) ? forced.written_later : -1, is_written_later(job));
 }
 
 /* ---- interleaved ------------------------------------------------------------------------------------------------- */
@@ -119,16 +126,33 @@ static void choose_interleaved(bnfast_job *job)
 {
     const ptrdiff_t bytes = bytes_of_array(job) * arrays_read(job);
     job->block_channels = job->channels;
-    job->near = bytes <= bnfast_l2_bytes() / 2 * job->n_threads;
+    job->near = choice(forced.near, bytes <= bnfast_l2_bytes() / 2 * job->n_threads);
     job->task_columns = TASK_COLUMNS;
-    if (!reduces(job))
+    const ptrdiff_t line = 64 / job->kernels->itemsize;
+    if (!reduces(job)) {
+        /* so many coefficients that they would not stay in L2 between being made and being used */
+        if (job->fold == 1 && bnfast_block_bytes(job, job->channels, columns_of_channel(job)) > bnfast_l2_bytes()) {
+            job->kind = BNFAST_BLOCKS;
+            job->block_channels = most(1, WIDEST_RANGE / (job->inner * job->kernels->itemsize) / line) * line;
+            job->task_channels =
+                job->block_channels * most(1, job->channels / job->block_channels / (4 * job->n_threads));
+        }
         return;
-    if (job->n_threads == 1 && bytes <= bnfast_l2_bytes() / 2) {
+    }
+    if (forced.kind != BNFAST_PHASES && job->n_threads == 1 && bytes <= bnfast_l2_bytes() / 2) {
         job->kind = BNFAST_BLOCKS;
         job->task_channels = job->channels;
         return;
     }
-    const ptrdiff_t n = channels_of_block(job), line = 64 / job->kernels->itemsize;
+    ptrdiff_t n = channels_of_block(job);
+    if (forced.kind == BNFAST_BLOCKS && n == 0 && job->fold == 1)
+        n = least(4 * line, job->channels);
+    if (forced.kind == BNFAST_PHASES)
+        n = 0;
+    if (n == 0)
+        job->pack = 0;
+    else if (applies(job) && period(job) % line == 0)
+        job->pack = choice(forced.pack, job->pack);
     if (n > 0) {
         job->kind = BNFAST_BLOCKS;
         job->block_channels = n;
@@ -152,8 +176,10 @@ static int is_streamed(const bnfast_job *job)
 {
     const ptrdiff_t bytes = (arrays_read(job) + 1) * bytes_of_array(job);
     return applies(job) && job->out != job->x && job->out != job->u &&
-           bytes >= least(bnfast_last_level_bytes(), MOST_LAST_LEVEL) / 2;
+           choice(forced.stream, bytes >= least(bnfast_last_level_bytes(), MOST_LAST_LEVEL) / 2);
 }
+
+int bnfast_is_planar(const bnfast_job *job) { return job->inner >= PLANAR_INNER; }
 
 void bnfast_plan(bnfast_job *job)
 {
@@ -163,9 +189,8 @@ void bnfast_plan(bnfast_job *job)
         bnfast_floor_phases(job);
         return;
     }
-    const int planar = job->inner >= PLANAR_INNER;
     job->stream = is_streamed(job);
-    if (planar) {
+    if (bnfast_is_planar(job)) {
         cut_planar_segments(job);
         choose_planar(job);
         bnfast_planar_phases(job);
