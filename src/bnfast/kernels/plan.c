@@ -12,7 +12,10 @@
 /* Shorter runs than this do not fill vectors: their elements are taken as columns. */
 enum { PLANAR_INNER = 16 };
 
+/* Of a last level that is said to be larger others have their part. */
 enum { MOST_LAST_LEVEL = 96 << 20 };
+
+static ptrdiff_t believed_last_level(void) { return least(bnfast_last_level_bytes(), MOST_LAST_LEVEL); }
 
 static bnfast_choices forced = {-1, -1, -1, -1, -1};
 
@@ -25,6 +28,10 @@ static int choice(int forced_one, int own) { return forced_one < 0 ? own : force
 /* Elements of a segment: many, as each costs a division or two; fewer for float64, whose sums have nothing wider to
  * go to. LONG_ROW: bytes of a row that is read fast by itself. TASKS: a thread, where there are enough channels. */
 enum { SEGMENT = 16384, SEGMENT_F64 = 4096, LONG_ROW = 3584, PLANAR_TASKS = 4 };
+
+/* Bytes of a row that a block of channels has at least, or the array is better taken in the order of memory, although
+ * it is read twice then: from the last level, as a block that does not stay in L2 would be, too; or from memory. */
+enum { RUN_BYTES = 8192, RUN_BYTES_OUT_OF_L2 = 32768, RUN_BYTES_FROM_MEMORY = 1024 };
 
 static void cut_planar_segments(bnfast_job *job)
 {
@@ -46,18 +53,25 @@ static int is_written_later(const bnfast_job *job)
 }
 
 /* Blocks keep their channels in L2, and what comes next: a quarter each, as more displaces itself (measured: half
- * of L2 took up to 1.2 times as long). With few channels, or nothing to reduce: each step for the whole array. */
+ * of L2 took up to 1.2 times as long). With few channels, short runs far apart, or nothing to reduce: each step for the
+ * whole array. */
 static void choose_planar(bnfast_job *job)
 {
     const int threads = job->n_threads;
     job->block_channels = job->channels;
     const int enough = threads == 1 || job->channels % threads == 0 || job->channels >= 4 * threads;
-    if (!reduces(job) || choice(forced.kind, enough ? BNFAST_BLOCKS : BNFAST_PHASES) == BNFAST_PHASES)
-        return;
-    const ptrdiff_t channel_bytes = job->outer * job->inner * job->kernels->itemsize * arrays_read(job);
+    const ptrdiff_t run = job->inner * job->kernels->itemsize, channel_bytes = job->outer * run * arrays_read(job);
     const ptrdiff_t share = threads == 1 ? job->channels : quotient_up(job->channels, PLANAR_TASKS * threads);
+    const ptrdiff_t n = most(1, least(bnfast_l2_bytes() / 4 / channel_bytes, share));
+    const ptrdiff_t bytes = channel_bytes * job->channels;
+    const ptrdiff_t enough_of_a_row = bytes > believed_last_level()           ? RUN_BYTES_FROM_MEMORY
+                                      : channel_bytes > bnfast_l2_bytes() / 4 ? RUN_BYTES_OUT_OF_L2
+                                                                              : RUN_BYTES;
+    const int scattered = bytes > bnfast_l2_bytes() && n * run < enough_of_a_row;
+    if (!reduces(job) || choice(forced.kind, enough && !scattered ? BNFAST_BLOCKS : BNFAST_PHASES) == BNFAST_PHASES)
+        return;
     job->kind = BNFAST_BLOCKS;
-    job->block_channels = most(1, least(bnfast_l2_bytes() / 4 / channel_bytes, share));
+    job->block_channels = n;
     job->task_channels = share / job->block_channels * job->block_channels;
     job->asked_for = job->block_channels * channel_bytes <= bnfast_l2_bytes() / 4;
     job->written_later = choice(applies(job) && !maps_u_only(job) ? forced.written_later : -1, is_written_later(job));
@@ -170,13 +184,12 @@ static void choose_interleaved(bnfast_job *job)
 /* ---- both -------------------------------------------------------------------------------------------------------- */
 
 /* Whether the result is written around the caches: where the arrays of a call fill half of the last-level cache, what is
- * written first would be gone from it by the end, and would displace meanwhile what is still to be read. Of a last level
- * that is said to be larger than MOST_LAST_LEVEL others have their part. */
+ * written first would be gone from it by the end, and would displace meanwhile what is still to be read. */
 static int is_streamed(const bnfast_job *job)
 {
     const ptrdiff_t bytes = (arrays_read(job) + 1) * bytes_of_array(job);
     return applies(job) && job->out != job->x && job->out != job->u &&
-           choice(forced.stream, bytes >= least(bnfast_last_level_bytes(), MOST_LAST_LEVEL) / 2);
+           choice(forced.stream, bytes >= believed_last_level() / 2);
 }
 
 int bnfast_is_planar(const bnfast_job *job) { return job->inner >= PLANAR_INNER; }
