@@ -67,7 +67,7 @@ static void choose_planar(bnfast_job *job)
     const ptrdiff_t enough_of_a_row = bytes > believed_last_level()           ? RUN_BYTES_FROM_MEMORY
                                       : channel_bytes > bnfast_l2_bytes() / 4 ? RUN_BYTES_OUT_OF_L2
                                                                               : RUN_BYTES;
-    const int scattered = bytes > bnfast_l2_bytes() && n * run < enough_of_a_row;
+    const int scattered = bytes > bnfast_l2_bytes() * threads && n * run < enough_of_a_row;
     if (!reduces(job) || choice(forced.kind, enough && !scattered ? BNFAST_BLOCKS : BNFAST_PHASES) == BNFAST_PHASES)
         return;
     job->kind = BNFAST_BLOCKS;
