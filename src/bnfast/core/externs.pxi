@@ -100,6 +100,14 @@ cdef extern from "runtime/shares.h" nogil:
     void bnfast_share_out(bnfast_share *shares, int n_shares, Py_ssize_t n_tasks, int backwards) noexcept
     Py_ssize_t bnfast_take(bnfast_share *share) noexcept
 
+cdef extern from "runtime/gate.h" nogil:
+    ctypedef struct bnfast_gate:
+        pass
+
+    void bnfast_gate_close(bnfast_gate *gate) noexcept
+    void bnfast_gate_note(bnfast_gate *gate) noexcept
+    void bnfast_gate_pass(bnfast_gate *gate, Py_ssize_t n_tasks) noexcept
+
 cdef extern from "runtime/rivals.h" nogil:
     void bnfast_rivals_init() noexcept
     void bnfast_rivals_exclude_me() noexcept
