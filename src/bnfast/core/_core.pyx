@@ -9,9 +9,10 @@ this module cannot fail: what can go wrong in the extension is found here. One s
     operations.pxi   the functions under bnfast.functional: check, allocate, compute, return
     atomic.pxi       references to objects, exchanged all at once
     layer.pxi        the steps of a layer: forwards and backwards, its running statistics, calibration
+    plan.pxi         the plan of a call in words, and choices forced for tests
     runtime.pxi      what was built and what this machine has
 
-The included files see each other's names; who uses whom goes down this list, runtime.pxi aside.
+The included files see each other's names; who uses whom goes down this list, plan.pxi and runtime.pxi aside.
 """
 
 import math
@@ -44,4 +45,5 @@ include "run.pxi"
 include "operations.pxi"
 include "atomic.pxi"
 include "layer.pxi"
+include "plan.pxi"
 include "runtime.pxi"
