@@ -18,9 +18,10 @@ from numpy.typing import NDArray
 
 from ... import __version__, _core, reference
 from ... import functional as F
+from ...runtime import loading
 from .shapes import OPERATIONS, Shape
 
-__all__ = ["CONTENDERS", "Case", "Contender", "Operation", "Unavailable", "check", "create"]
+__all__ = ["ALONE", "CONTENDERS", "Case", "Contender", "Operation", "Unavailable", "check", "create"]
 
 Array = NDArray[Any]
 
@@ -145,7 +146,7 @@ class Bnfast:
     """This package."""
 
     def __init__(self, threads: int) -> None:
-        self.about = f"bnfast {__version__}, {_core.isa()}"
+        self.about = f"bnfast {__version__}, {_core.isa()}, idle threads {loading.IDLE_THREADS}"
 
     def operations(self, case: Case) -> dict[str, Operation]:
         out = None if case.fresh else case.out
@@ -430,9 +431,12 @@ def first_line(error: BaseException) -> str:
     return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
+ALONE = "bnfast-1"
+
 CONTENDERS: dict[str, type[Contender]] = {
     "floor": Floor,
     "bnfast": Bnfast,
+    ALONE: Bnfast,  # on one thread, whatever the others have
     "onednn": OneDnn,
     "torch": Torch,
     "torch.compile": TorchCompile,
