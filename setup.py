@@ -18,7 +18,10 @@ from Cython.Build import cythonize
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
-KERNELS = ("baseline", "avx2", "avx512", "dispatch", "finish", "planar", "interleaved", "floor", "infinite")
+KERNELS = (
+    *("baseline", "avx2", "avx512", "dispatch"),
+    *("plan", "planar", "interleaved", "block", "merge", "floor", "infinite"),
+)
 
 OPENMP_PROBE = """
 #include <omp.h>
@@ -111,7 +114,7 @@ extension = Extension(
         *(f"src/bnfast/runtime/{name}.c" for name in ("openmp", "budget", "rivals", "waking")),
         *(f"src/bnfast/kernels/{name}.c" for name in KERNELS),
     ],
-    depends=[str(path) for path in sorted(Path("src/bnfast").rglob("*.h"))],
+    depends=[str(path) for pattern in ("*.h", "*.pxi") for path in sorted(Path("src/bnfast").rglob(pattern))],
     include_dirs=["src/bnfast", numpy.get_include()],
     define_macros=[("NPY_NO_DEPRECATED_API", "NPY_2_0_API_VERSION"), ("NPY_TARGET_VERSION", "NPY_2_0_API_VERSION")],
 )

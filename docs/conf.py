@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import bnfast
-from bnfast import gallery
+from bnfast.commands import gallery
 
 HERE = Path(__file__).parent
 

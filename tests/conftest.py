@@ -1,11 +1,11 @@
 """Fixtures for all tests: every instruction set of this CPU, both dtypes, the memory layouts, data."""
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 import pytest
 from hypothesis import settings
+from layouts import LAYOUTS
 
 from bnfast import _core
 
@@ -36,27 +36,6 @@ def dtype(request):
 @pytest.fixture
 def rng():
     return np.random.default_rng(20150211)
-
-
-class Layout(NamedTuple):
-    """How (N, C, ...) is given to bnfast: `place` copies it into this layout, whose channel axis is `axis`."""
-
-    axis: int
-    place: Callable[[np.ndarray], np.ndarray]
-
-
-def channels_last_view(x):
-    """(N, C, ...) over memory of (N, ..., C)."""
-    return np.moveaxis(np.ascontiguousarray(np.moveaxis(x, 1, -1)), -1, 1)
-
-
-LAYOUTS = {
-    "planar": Layout(1, np.ascontiguousarray),
-    "channels_last_view": Layout(1, channels_last_view),
-    "fortran": Layout(1, np.asfortranarray),
-    "axis_first": Layout(0, lambda x: np.ascontiguousarray(np.moveaxis(x, 1, 0))),
-    "axis_last": Layout(-1, lambda x: np.ascontiguousarray(np.moveaxis(x, 1, -1))),
-}
 
 
 @pytest.fixture(params=LAYOUTS.values(), ids=LAYOUTS)

@@ -9,8 +9,9 @@ import traceback
 from pathlib import Path
 
 import pytest
+from places import ROOT
 
-DOCS = Path(__file__).parent.parent / "docs"
+DOCS = ROOT / "docs"
 PAGES = [path for path in sorted(DOCS.rglob("*.md")) if not {"_build", "_gallery"} & set(path.relative_to(DOCS).parts)]
 OPTIONAL = {"torch", "keras", "tensorflow", "jax", "sklearn", "pandas", "safetensors"}
 

@@ -1,11 +1,11 @@
 """The README's Python runs as it stands; its commands are those of the documentation."""
 
 import re
-from pathlib import Path
 
 import pytest
+from places import ROOT
 
-README = Path(__file__).parent.parent / "README.md"
+README = ROOT / "README.md"
 pytestmark = pytest.mark.skipif(not README.exists(), reason="the README is not beside the installed tests")
 
 

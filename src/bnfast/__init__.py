@@ -10,14 +10,19 @@ from .runtime import loading as loading  # first: it loads the extension
 
 # isort: on
 from . import functional
-from .gradients.check import GradientCheck, check_gradient, check_layer, directional_derivative
+from .grad_mode import no_grad
+from .gradients.check import check_gradient, check_layer
+from .gradients.differences import directional_derivative
+from .gradients.verdict import GradientCheck
 from .layer import BatchNorm
 from .runtime.config import __version__, config, show_config
 from .runtime.threads import get_num_threads, num_threads, set_num_threads
 from .scaling.scaler import StandardScaler
 from .state import names_of_0_1
 from .state.files import StateError
+from .state.model import load, save
 from .statistics.moments import Moments, moments
+from .statistics.running import calibrate
 
 names_of_0_1.enter(Moments, StandardScaler)
 
@@ -28,14 +33,18 @@ __all__ = [
     "StandardScaler",
     "StateError",
     "__version__",
+    "calibrate",
     "check_gradient",
     "check_layer",
     "config",
     "directional_derivative",
     "functional",
     "get_num_threads",
+    "load",
     "moments",
+    "no_grad",
     "num_threads",
+    "save",
     "set_num_threads",
     "show_config",
 ]

@@ -1,25 +1,102 @@
-"""Checks of arguments that several modules share."""
+"""Checks of arguments that several modules share. Each names the argument, what came and what was expected."""
 
+import math
 import operator
-from typing import SupportsIndex
+from typing import Any, SupportsIndex
 
 import numpy as np
+from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-__all__ = ["flag", "integer"]
+__all__ = ["channel_array", "flag", "floating_dtype", "integer", "number", "one_of", "whole_number"]
 
 
 def flag(value: bool, name: str) -> bool:
-    """The value, Python's or NumPy's, as a bool; TypeError, which names the argument, for anything else."""
+    """The value, Python's or NumPy's, as a bool; TypeError for anything else."""
     if not isinstance(value, bool | np.bool_):
         raise TypeError(f"{name}: expected a bool, got {value!r:.80}")
     return bool(value)
 
 
 def integer(value: SupportsIndex, name: str) -> int:
-    """The value as an int; TypeError, which names the argument, for anything else and for a bool."""
+    """The value as an int; TypeError for anything else and for a bool."""
     if isinstance(value, bool):
         raise TypeError(f"{name}: expected an int, got {value!r}")
     try:
         return operator.index(value)
     except TypeError:
         raise TypeError(f"{name}: expected an int, got {type(value).__name__}") from None
+
+
+def number(value: float, name: str) -> float:
+    """The value as a float; TypeError for a bool, a string and what is no number."""
+    try:
+        if isinstance(value, (bool, str)):
+            raise TypeError
+        return float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name}: expected a number, got {value!r}") from None
+    except OverflowError:  # an int beyond float64
+        return math.inf
+
+
+def one_of(value: Any, name: str, choices: tuple[Any, ...]) -> Any:
+    """The value, if it is one of the choices: else ValueError, or TypeError if it is no string."""
+    if isinstance(value, np.bool_):
+        value = bool(value)
+    if isinstance(value, str | bool) or value is None:
+        for choice in choices:
+            if type(choice) is type(value) and choice == value:
+                return choice
+    expected = f"{', '.join(map(repr, choices[:-1]))} or {choices[-1]!r}"
+    error = ValueError if isinstance(value, str) else TypeError
+    raise error(f"{name}: expected {expected}, got {value!r:.80}")
+
+
+def floating_dtype(value: DTypeLike) -> np.dtype[Any]:
+    """The dtype of parameters: float32 or float64."""
+    try:
+        dtype = None if value is None else np.dtype(value)
+    except TypeError:
+        raise TypeError(f"dtype: expected float32 or float64, got {value!r}") from None
+    if dtype is None or dtype not in (np.dtype(np.float32), np.dtype(np.float64)):
+        raise TypeError(f"dtype: expected float32 or float64, got {dtype}")
+    return dtype
+
+
+def channel_array(
+    value: ArrayLike,
+    name: str,
+    channels: int,
+    dtype: np.dtype[Any],
+    type_error: type[Exception] = TypeError,
+    value_error: type[Exception] = ValueError,
+) -> NDArray[Any]:
+    """A new (channels,) array of `dtype` from real numbers that it can hold."""
+    try:
+        array = np.asarray(value)
+    except MemoryError:
+        raise
+    except Exception as error:  # whatever an object's __array__ raises
+        raise type_error(f"{name}: expected an array, got {type(value).__name__} ({error})") from error
+    if array.dtype.kind not in "fiu":
+        raise type_error(f"{name}: expected real numbers, got dtype {array.dtype}")
+    if array.shape != (channels,):
+        raise value_error(f"{name}: expected shape ({channels},), got {array.shape}")
+    with np.errstate(over="ignore"):
+        converted = np.array(array, dtype=dtype, order="C")
+    if lost := np.flatnonzero(np.isfinite(array) & np.isinf(converted)).tolist():
+        raise value_error(f"{name}: expected values that {dtype} can hold, got {array[lost[0]]} in channel {lost[0]}")
+    return converted
+
+
+def whole_number(value: ArrayLike, name: str, error: type[Exception]) -> int:
+    """One integer of at least 0 that int64 holds."""
+    try:
+        array = np.asarray(value)
+    except MemoryError:
+        raise
+    except Exception as cause:  # whatever an object's __array__ raises
+        raise error(f"{name}: expected one integer, got {type(value).__name__} ({cause})") from cause
+    if array.dtype.kind not in "iu" or array.size != 1 or not 0 <= array.item() <= np.iinfo(np.int64).max:
+        raise error(f"{name}: expected one integer of at least 0 and below 2**63, got {value!r:.80}")
+    return int(array.item())

@@ -4,28 +4,23 @@
 from collections.abc import Callable
 from contextvars import ContextVar
 from types import TracebackType
-from typing import Any, Generic, Literal, Self, TypeVar, final, overload
+from typing import Any, Generic, Self, TypeVar, final
 
+import numpy as np
 from numpy.typing import NDArray
 
 from .functional import Array, Statistics
 
 _T = TypeVar("_T")
-_Layer = TypeVar("_Layer")
+_Entered = TypeVar("_Entered")
 
 def shares_memory(a: object, x: Array) -> bool: ...
 def as_data(value: object, name: str) -> Array: ...
 def as_eps(eps: object) -> float: ...
-def as_input(value: object, axis: int, channels: int) -> Array: ...
 def moments(x: object, axis: object) -> tuple[int, Statistics, Statistics]: ...
-@overload
 def batch_norm(
-    x: object, gamma: object, beta: object, axis: object, eps: object, out: object, with_m2: Literal[False] = False
+    x: object, gamma: object, beta: object, axis: object, eps: object, out: object
 ) -> tuple[Array, Statistics, Statistics]: ...
-@overload
-def batch_norm(
-    x: object, gamma: object, beta: object, axis: object, eps: object, out: object, with_m2: Literal[True]
-) -> tuple[Array, Statistics, Statistics, Statistics]: ...
 def batch_norm_eval(
     x: object,
     mean: object,
@@ -35,7 +30,6 @@ def batch_norm_eval(
     axis: object,
     eps: object,
     out: object,
-    prefix: str = ...,
 ) -> Array: ...
 def affine(
     x: object, center: object, scale: object, shift: object, out: object, search: bool
@@ -63,17 +57,15 @@ def batch_norm_jvp(
     out: object,
 ) -> Array: ...
 def memory_floor(x: Array, u: Array | None, out: Array) -> None: ...
-def updated_running(
-    mean: Statistics | None,
-    var: Statistics | None,
-    batch_mean: Statistics,
-    batch_m2: Statistics,
-    count: int,
-    factor: float,
-    unbiased: bool,
-) -> tuple[Statistics, Statistics]: ...
 
-FREE_THREADED: bool
+# --- a layer's step ---
+
+# What `update_all` takes: a reference, what makes new contents of those it refers to, and (target, source) arrays.
+Update = tuple[AtomicReference[Contents], Callable[[Contents], Contents], list[tuple[NDArray[Any], NDArray[Any]]]]
+
+KEEP_NOTHING: int
+KEEP_LAST: int
+KEEP_PULLBACK: int
 
 @final
 class AtomicReference(Generic[_T]):
@@ -81,17 +73,110 @@ class AtomicReference(Generic[_T]):
     @property
     def value(self) -> _T: ...
     def snapshot(self, arrays: tuple[NDArray[Any] | None, ...]) -> tuple[Any, ...]: ...
-    def compare_and_swap(
-        self, expected: _T, value: _T, copies: tuple[tuple[NDArray[Any], NDArray[Any]], ...] = ...
-    ) -> bool: ...
+    def update(self, function: Callable[..., _T], *arguments: object) -> None: ...
 
 @final
-class Calibration(Generic[_Layer]):
-    def __new__(cls, layer: _Layer, current: AtomicReference[object]) -> Self: ...
-    def __enter__(self) -> _Layer: ...
+class Forward:
+    x: Array
+    count: int
+    training: bool
+    gone: str | None
+    @property
+    def moments(self) -> tuple[Statistics, Statistics] | None: ...
+
+@final
+class Running:
+    batches: int
+    averaged: NDArray[np.int64] | None
+    skipped: NDArray[np.int64] | None
+    @property
+    def mean(self) -> Statistics: ...
+    @property
+    def var(self) -> Statistics: ...
+    def __init__(
+        self,
+        mean: Statistics,
+        var: Statistics,
+        batches: int = 0,
+        averaged: NDArray[np.int64] | None = None,
+        skipped: NDArray[np.int64] | None = None,
+    ) -> None: ...
+
+@final
+class Contents:
+    running: Any  # Running, or None for a layer without running statistics
+    averages: Running | None
+    exact: tuple[Any, int] | None
+    gathered: tuple[object, Any, int] | None
+    forward: Forward | None
+    absent: str | None
+    replaced: bool
+    gradients: tuple[Array | None, Array | None]
+    sums: tuple[Array | None, Array | None]
+    def __new__(cls, running: Running | None = None) -> Self: ...
+    @property
+    def batch_moments(self) -> tuple[int, Statistics, Statistics] | None: ...
+    def replace(self, **changes: object) -> Contents: ...
+
+@final
+class Calibration(Generic[_Entered]):
+    def __new__(
+        cls, currents: tuple[AtomicReference[object], ...], finish: Callable[[object], None], entered: _Entered
+    ) -> Self: ...
+    def __enter__(self) -> _Entered: ...
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None: ...
+
+def update_all(
+    updates: list[Update],
+    arrays: list[tuple[NDArray[Any], NDArray[Any]]] = ...,
+    attributes: list[tuple[dict[str, Any], dict[str, Any]]] = ...,
+) -> None: ...
+
+@final
+class Options:
+    def __new__(cls, axis: int, channels: int, tracks: bool, unbiased: bool, nonfinite: str) -> Self: ...
+
+def forward_of(
+    contents: AtomicReference[Contents],
+    options: Options,
+    x: object,
+    gamma: Array | None,
+    beta: Array | None,
+    eps: float,
+    momentum: float | None,
+    training: bool,
+    keep: int,
+    update: bool,
+    out: object,
+    living: tuple[Forward, ...],
+) -> tuple[Array, Forward]: ...
+def forward_in_calibration(
+    contents: AtomicReference[Contents],
+    options: Options,
+    x: object,
+    gamma: Array | None,
+    beta: Array | None,
+    eps: float,
+    training: bool,
+    keep: int,
+    out: object,
+    living: tuple[Forward, ...],
+    gathers: Callable[[Contents, Forward], Contents] | None,
+) -> tuple[Array, Forward]: ...
+def backward_of(
+    forward: Forward, dy: object, out: object, living: tuple[Forward, ...], dtype: np.dtype[Any]
+) -> tuple[Array, Array, Array]: ...
+def commit_backward(
+    contents: AtomicReference[Contents],
+    forward: Forward,
+    last: bool,
+    gradients: tuple[Array | None, Array | None],
+    accumulate: bool,
+) -> None: ...
+
+# --- what was built, and what is running ---
 
 def set_thread_sources(context: ContextVar[Any], cpus: Callable[[], int]) -> None: ...
 def set_process_threads(n: int) -> None: ...

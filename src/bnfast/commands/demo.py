@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import io
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,9 +18,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from .figures import BLUE, VERMILION
 from .network import (
     BATCH_SIZE,
-    EXTRAS,
     Array,
     Conv2d,
     Digits,
@@ -35,11 +34,12 @@ from .network import (
     learn,
     load_digits,
     perceptron,
-    require,
 )
+from .running import EXTRAS, check_writable, ended, require
+
+__all__ = ["main"]
 
 GOAL = 0.95  # the table counts the epochs to this test accuracy
-BLUE, VERMILION = "#0072B2", "#D55E00"  # Okabe and Ito's, which colour-blind eyes tell apart
 
 
 # --- Networks ---
@@ -153,14 +153,6 @@ def draw(results: list[Result], digits: Digits) -> bytes:
 # --- Command ---
 
 
-def check_writable(path: Path) -> None:
-    """Raise OSError if the file cannot be written; leave everything as it was."""
-    existed = path.exists() or path.is_symlink()
-    path.open("ab").close()
-    if not existed:
-        path.unlink()
-
-
 def run(epochs: int, rate: float | None, seed: int, output: Path | None) -> None:
     """Train the four networks, print the table and, unless output is None, write the figure."""
     require([module for module in EXTRAS if output or module != "matplotlib"])
@@ -224,12 +216,5 @@ def main(argv: list[str]) -> int:
         parser.error(f"--seed must be at least 0, not {args.seed}")
     if args.learning_rate is not None and not 0 < args.learning_rate < np.inf:
         parser.error(f"--learning-rate must be positive and finite, not {args.learning_rate}")
-    try:
-        run(args.epochs, args.learning_rate, args.seed, None if args.no_plot else args.output)
-    except (ImportError, OSError) as error:
-        print(f"bnfast demo: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("bnfast demo: interrupted", file=sys.stderr)
-        return 130
-    return 0
+    output = None if args.no_plot else args.output
+    return ended("demo", lambda: run(args.epochs, args.learning_rate, args.seed, output))

@@ -5,12 +5,11 @@
 
 import argparse
 import importlib
-import sys
 from html import escape
 from pathlib import Path
 from types import ModuleType
 
-from .network import EXTRAS, require
+from .running import EXTRAS, ended, require
 
 __all__ = ["EXAMPLES", "example", "main", "page", "run"]
 
@@ -93,12 +92,4 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser("python -m bnfast gallery", description="Run all examples and show their figures.")
     parser.add_argument("folder", type=Path, metavar="DIR", help="where to write seven figures and index.html")
     args = parser.parse_args(argv)
-    try:
-        run(args.folder)
-    except (ImportError, OSError) as error:
-        print(f"bnfast gallery: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("bnfast gallery: interrupted", file=sys.stderr)
-        return 130
-    return 0
+    return ended("gallery", lambda: run(args.folder))

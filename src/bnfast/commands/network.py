@@ -1,6 +1,5 @@
 """Small networks in plain NumPy, and real images to train them on: what the demo and the examples share."""
 
-import importlib
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any, Literal, NamedTuple, Protocol
@@ -31,19 +30,12 @@ __all__ = [
     "learn",
     "load_digits",
     "perceptron",
-    "require",
 ]
 
 Array = npt.NDArray[Any]
 Normalise = Literal["before", "after"] | None  # where BatchNorm is, seen from the activation
 
 BATCH_SIZE = 32
-EXTRAS = {  # module: package
-    "sklearn": "scikit-learn",
-    "threadpoolctl": "threadpoolctl",
-    "tqdm": "tqdm",
-    "matplotlib": "matplotlib",
-}
 
 # --- Layers: forward keeps what backward needs; backward takes dL/dy, keeps dL/dparameter, returns dL/dx ---
 
@@ -266,15 +258,3 @@ def accuracy(layers: list[Layer], images: Array, labels: Array, diverged: bool =
     """Return the share of images named rightly; once all scores are nan, their argmax names each one 0."""
     answers = 0 if diverged else forward(layers, images, training=False).argmax(axis=1)
     return float(np.mean(answers == labels))
-
-
-def require(modules: list[str], extra: str = "demo") -> None:
-    """Raise ImportError, with advice, if one of the modules is missing."""
-    missing = []
-    for module in modules:
-        try:
-            importlib.import_module(module)
-        except ImportError:
-            missing.append(EXTRAS[module])
-    if missing:
-        raise ImportError(f'missing: {", ".join(missing)}; to install: pip install "bnfast[{extra}]"')

@@ -3,10 +3,7 @@
 #ifndef BNFAST_BLOCK_H
 #define BNFAST_BLOCK_H
 
-#include "job.h"
-
-static inline ptrdiff_t least(ptrdiff_t a, ptrdiff_t b) { return a < b ? a : b; }
-static inline ptrdiff_t quotient_up(ptrdiff_t a, ptrdiff_t b) { return (a + b - 1) / b; }
+#include "geometry.h"
 
 /* BACKWARDS: best from the last task to the first, as what the phase before ended with is still in cache. */
 enum { FORWARDS, BACKWARDS };
@@ -19,20 +16,15 @@ static inline void add_phase(bnfast_job *job, void (*task)(const bnfast_job *, p
 }
 
 /* Scratch of a block: `n` channels from `first` on, which are `width` columns.
- * a, b: (n_segments + 1, width); what the reductions give: mean less center and m2, or sum and dot. Merged, they are
- * row 0.
- * work: (8, n) float64; channel: coefficients a channel; column: coefficients a column (may be the same memory) */
+ * a, b: (n_segments + 1, width); what the reductions give: mean less center and m2, or sums of u and of u * d. Merged,
+ * they are row 0.
+ * channel: coefficients a channel; column: coefficients a column (may be the same memory) */
 typedef struct {
     ptrdiff_t first, n, width;
-    double *a, *b, *work;
+    double *a, *b;
     bnfast_coefficients channel, column;
     void *packed_x, *packed_u; /* interleaved: (rows, width), what was reduced once more, lying together; or NULL */
 } bnfast_block;
-
-int bnfast_reduces(const bnfast_job *job);        /* has a reduce step */
-int bnfast_applies(const bnfast_job *job);        /* has an apply step */
-int bnfast_maps_u_only(const bnfast_job *job);    /* apply is normalize of u, not of x */
-int bnfast_needs_gradient(const bnfast_job *job); /* apply is gradient */
 
 /* Bytes of a block's scratch, and the block laid out in it. columns: of one channel */
 ptrdiff_t bnfast_block_bytes(const bnfast_job *job, ptrdiff_t n, ptrdiff_t columns);
@@ -51,18 +43,19 @@ void bnfast_merge_pair(const bnfast_job *job, ptrdiff_t n, double count, double 
                        const double *a2, const double *b2);
 
 /* Before the reductions: the centres they take, in the data's dtype. */
-void bnfast_prepare(const bnfast_job *job, const bnfast_block *block);
+void bnfast_choose_centers(const bnfast_job *job, const bnfast_block *block);
 
-/* From the merged reductions a[i], b[i] of the block's channels to the results a channel, and to its coefficients. */
-void bnfast_finish(const bnfast_job *job, const bnfast_block *block, ptrdiff_t i, ptrdiff_t n);
+/* From the merged reductions a[i], b[i] of the block's channels to the results a channel (mean, variance, inv_std;
+ * dgamma, dbeta), and to its coefficients. */
+void bnfast_make_coefficients(const bnfast_job *job, const bnfast_block *block, ptrdiff_t i, ptrdiff_t n);
 
 /* Sets job->infinite if a value of the rows is infinite; nothing to do where it is NULL. For the apply step to call
  * just before its map, so that both find the rows in cache. x: (n_rows, length), rows `stride` apart IN */
 void bnfast_note_infinity(const bnfast_job *job, const void *x, ptrdiff_t n_rows, ptrdiff_t stride, ptrdiff_t length);
 
-/* What the layouts implement. */
-void bnfast_plan_planar(bnfast_job *job);
-void bnfast_plan_interleaved(bnfast_job *job);
-void bnfast_plan_floor(bnfast_job *job);
+/* The phases of a job whose plan is made otherwise, and the workspace they need. */
+void bnfast_planar_phases(bnfast_job *job);
+void bnfast_interleaved_phases(bnfast_job *job);
+void bnfast_floor_phases(bnfast_job *job);
 
 #endif

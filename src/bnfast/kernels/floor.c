@@ -5,23 +5,18 @@
 
 enum { TASK_BYTES = 1 << 18 };
 
-static ptrdiff_t bytes_of(const bnfast_job *job)
-{
-    return job->outer * job->channels * job->inner * job->kernels->itemsize;
-}
-
 static void floor_task(const bnfast_job *job, ptrdiff_t index, int thread)
 {
     (void)thread;
-    const ptrdiff_t begin = index * TASK_BYTES, left = bytes_of(job) - begin;
+    const ptrdiff_t begin = index * TASK_BYTES, left = bytes_of_array(job) - begin;
     const ptrdiff_t n = least(left, TASK_BYTES) / job->kernels->itemsize;
     const char *u = job->u ? (const char *)job->u + begin : NULL;
     job->kernels->floor((const char *)job->x + begin, u, (char *)job->out + begin, n);
     bnfast_stream_fence();
 }
 
-void bnfast_plan_floor(bnfast_job *job)
+void bnfast_floor_phases(bnfast_job *job)
 {
     job->workspace_bytes = 0;
-    add_phase(job, floor_task, quotient_up(bytes_of(job), TASK_BYTES), FORWARDS);
+    add_phase(job, floor_task, quotient_up(bytes_of_array(job), TASK_BYTES), FORWARDS);
 }

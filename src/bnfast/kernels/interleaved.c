@@ -14,22 +14,11 @@
 #include <string.h>
 
 enum {
-    SEGMENT_ROWS = 256,
-    FOLD_COLUMNS = 64,
-    BLOCK_BYTES = 256, /* of a row that a block of columns has at least */
-    TASKS = 2,         /* a thread, where there are enough blocks */
-    TASK_COLUMNS = 2048,
     FINISH_CHANNELS = 1024,
     REDUCE_BYTES = 1 << 19,
     APPLY_BYTES = 1 << 18,
     COEFFICIENT_BYTES = 12 << 10 /* of a part of the columns that is mapped at once: a part of L1 */
 };
-
-static ptrdiff_t period(const bnfast_job *job) { return job->channels * job->inner; }
-static ptrdiff_t row_stride(const bnfast_job *job) { return job->fold * period(job); }
-static ptrdiff_t folded_rows(const bnfast_job *job) { return job->outer / job->fold; }
-static ptrdiff_t rows_left(const bnfast_job *job) { return job->outer % job->fold; }
-static ptrdiff_t columns_of_channel(const bnfast_job *job) { return job->fold * job->inner; }
 
 static double segment_count(const bnfast_job *job, ptrdiff_t s)
 {
@@ -60,9 +49,9 @@ static void spread(const bnfast_job *job, const bnfast_block *block, const void 
         memcpy(out + (width + i) * size, out, (size_t)(least(width, BNFAST_PAD - i) * size));
 }
 
-static void prepare(const bnfast_job *job, const bnfast_block *block)
+static void choose_centers(const bnfast_job *job, const bnfast_block *block)
 {
-    bnfast_prepare(job, block);
+    bnfast_choose_centers(job, block);
     spread(job, block, block->channel.center, block->column.center);
 }
 
@@ -71,7 +60,7 @@ static void prepare(const bnfast_job *job, const bnfast_block *block)
 static void reduce_rows(const bnfast_job *job, const bnfast_block *block, ptrdiff_t s, ptrdiff_t row, ptrdiff_t n_rows,
                         ptrdiff_t stride, ptrdiff_t j, ptrdiff_t n)
 {
-    const ptrdiff_t offset = (row * row_stride(job) + block->first * job->inner + j) * job->kernels->itemsize;
+    const ptrdiff_t offset = (row * folded_stride(job) + block->first * job->inner + j) * job->kernels->itemsize;
     double *a = block->a + s * block->width + j, *b = block->b + s * block->width + j;
     const void *center = (const char *)block->column.center + j * job->kernels->itemsize;
     char *packed_x = block->packed_x, *packed_u = block->packed_u;
@@ -79,17 +68,18 @@ static void reduce_rows(const bnfast_job *job, const bnfast_block *block, ptrdif
         packed_x += row * block->width * job->kernels->itemsize;
     if (packed_u)
         packed_u += row * block->width * job->kernels->itemsize;
+    const bnfast_rows rows = {n_rows, stride, n, job->near};
     if (job->u)
-        job->kernels->sums_interleaved((const char *)job->x + offset, (const char *)job->u + offset, n_rows, stride, n,
-                                       center, a, b, packed_x, packed_u);
+        job->kernels->sums_interleaved((const char *)job->x + offset, (const char *)job->u + offset, &rows, center, a,
+                                       b, packed_x, packed_u);
     else
-        job->kernels->moments_interleaved((const char *)job->x + offset, n_rows, stride, n, center, a, b, packed_x);
+        job->kernels->moments_interleaved((const char *)job->x + offset, &rows, center, a, b, packed_x);
 }
 
 static void reduce(const bnfast_job *job, const bnfast_block *block, ptrdiff_t s, ptrdiff_t j, ptrdiff_t n)
 {
     const ptrdiff_t row = s * job->segment_rows;
-    reduce_rows(job, block, s, row, least(job->segment_rows, folded_rows(job) - row), row_stride(job), j, n);
+    reduce_rows(job, block, s, row, least(job->segment_rows, folded_rows(job) - row), folded_stride(job), j, n);
 }
 
 static void reduce_left(const bnfast_job *job, const bnfast_block *block)
@@ -98,9 +88,9 @@ static void reduce_left(const bnfast_job *job, const bnfast_block *block)
 }
 
 /* Merges all that was reduced for channels i .. i+n-1 and finishes them. With fold or inner over 1: all channels. */
-static void finish(const bnfast_job *job, const bnfast_block *block, ptrdiff_t i, ptrdiff_t n)
+static void merge_and_make(const bnfast_job *job, const bnfast_block *block, ptrdiff_t i, ptrdiff_t n)
 {
-    if (bnfast_reduces(job)) {
+    if (reduces(job)) {
         double *a = block->a + i * job->inner, *b = block->b + i * job->inner;
         double *extra_a = a + job->n_segments * block->width, *extra_b = b + job->n_segments * block->width;
         const ptrdiff_t columns = n * columns_of_channel(job), one_row = n * job->inner;
@@ -121,12 +111,12 @@ static void finish(const bnfast_job *job, const bnfast_block *block, ptrdiff_t i
             memcpy(b, extra_b, (size_t)n * sizeof *b);
         }
     }
-    bnfast_finish(job, block, i, n);
-    if (bnfast_applies(job) && i == 0) {
+    bnfast_make_coefficients(job, block, i, n);
+    if (applies(job) && i == 0) {
         spread(job, block, block->channel.center, block->column.center);
         spread(job, block, block->channel.scale, block->column.scale);
         spread(job, block, block->channel.shift, block->column.shift);
-        if (bnfast_needs_gradient(job)) {
+        if (maps_gradient(job)) {
             spread(job, block, block->channel.u_center, block->column.u_center);
             spread(job, block, block->channel.u_scale, block->column.u_scale);
             spread(job, block, block->channel.hat_scale, block->column.hat_scale);
@@ -139,9 +129,9 @@ static void finish(const bnfast_job *job, const bnfast_block *block, ptrdiff_t i
 static void apply(const bnfast_job *job, const bnfast_block *block, ptrdiff_t row, ptrdiff_t n_rows, ptrdiff_t stride,
                   ptrdiff_t n_columns, ptrdiff_t next)
 {
-    const int gradient = bnfast_needs_gradient(job);
+    const int gradient = maps_gradient(job);
     const ptrdiff_t size = job->kernels->itemsize, part = COEFFICIENT_BYTES / (gradient ? 6 : 3) / size;
-    const ptrdiff_t offset = (row * row_stride(job) + block->first * job->inner) * size;
+    const ptrdiff_t offset = (row * folded_stride(job) + block->first * job->inner) * size;
     const char *x = (const char *)job->x + offset, *u = job->u ? (const char *)job->u + offset : x;
     const char *next_x = x + next * size, *next_u = u + next * size;
     char *out = (char *)job->out + offset;
@@ -152,11 +142,13 @@ static void apply(const bnfast_job *job, const bnfast_block *block, ptrdiff_t ro
         u = job->u ? block->packed_u : x;
     }
     bnfast_note_infinity(job, x, n_rows, columns.stride, n_columns);
-    if (bnfast_maps_u_only(job))
+    if (maps_u_only(job))
         x = u;
-    for (ptrdiff_t j = 0; j < n_columns; j += part) {
+    /* all parts but the first begin where a line of `out` does */
+    const ptrdiff_t odd = (ptrdiff_t)((uintptr_t)out % 64) / size;
+    for (ptrdiff_t j = 0; j < n_columns; j += columns.n_columns) {
         const bnfast_coefficients c = bnfast_coefficients_at(job, &block->column, j);
-        columns.n_columns = least(part, n_columns - j);
+        columns.n_columns = least(j == 0 ? part - odd : part, n_columns - j);
         columns.next_x = next > 0 ? next_x + j * size : NULL;
         columns.next_u = next > 0 && job->u ? next_u + j * size : NULL;
         if (gradient)
@@ -176,16 +168,16 @@ static void do_block(const bnfast_job *job, ptrdiff_t first, ptrdiff_t n, int ne
         if (job->u)
             block.packed_u = (char *)block.packed_x + bytes;
     }
-    if (bnfast_reduces(job)) {
-        prepare(job, &block);
+    if (reduces(job)) {
+        choose_centers(job, &block);
         for (ptrdiff_t s = 0; s < job->n_segments; s++)
             reduce(job, &block, s, 0, block.width);
         if (rows_left(job) > 0)
             reduce_left(job, &block);
     }
-    finish(job, &block, 0, block.n);
-    if (bnfast_applies(job)) {
-        apply(job, &block, 0, folded_rows(job), row_stride(job), block.width, next ? block.width : 0);
+    merge_and_make(job, &block, 0, block.n);
+    if (applies(job)) {
+        apply(job, &block, 0, folded_rows(job), folded_stride(job), block.width, next ? block.width : 0);
         if (rows_left(job) > 0)
             apply(job, &block, folded_rows(job), rows_left(job), period(job), period(job), 0);
     }
@@ -212,23 +204,23 @@ static bnfast_block whole(const bnfast_job *job)
     return bnfast_block_in(job, job->workspace, 0, job->channels, columns_of_channel(job));
 }
 
-static void prepare_task(const bnfast_job *job, ptrdiff_t index, int thread)
+static void centers_task(const bnfast_job *job, ptrdiff_t index, int thread)
 {
     (void)index, (void)thread;
     const bnfast_block block = whole(job);
-    prepare(job, &block);
+    choose_centers(job, &block);
 }
 
 static ptrdiff_t column_parts(const bnfast_job *job)
 {
-    return quotient_up(job->channels * columns_of_channel(job), TASK_COLUMNS);
+    return quotient_up(job->channels * columns_of_channel(job), job->task_columns);
 }
 
 /* Neighbouring segments that make one task: long enough for the memory's prefetchers, and enough tasks for all
  * threads. */
 static ptrdiff_t segments_of_task(const bnfast_job *job)
 {
-    const ptrdiff_t bytes = job->segment_rows * row_stride(job) * job->kernels->itemsize;
+    const ptrdiff_t bytes = job->segment_rows * folded_stride(job) * job->kernels->itemsize;
     const ptrdiff_t n = least(quotient_up(REDUCE_BYTES, bytes), job->n_segments / (4 * job->n_threads));
     return n < 1 ? 1 : n;
 }
@@ -238,26 +230,26 @@ static void reduce_task(const bnfast_job *job, ptrdiff_t index, int thread)
     (void)thread;
     const bnfast_block block = whole(job);
     const ptrdiff_t parts = column_parts(job), n = segments_of_task(job), begin = index / parts * n;
-    const ptrdiff_t j = index % parts * TASK_COLUMNS;
+    const ptrdiff_t j = index % parts * job->task_columns;
     if (begin >= job->n_segments) {
         reduce_left(job, &block);
         return;
     }
     for (ptrdiff_t s = begin; s < least(begin + n, job->n_segments); s++)
-        reduce(job, &block, s, j, least(TASK_COLUMNS, block.width - j));
+        reduce(job, &block, s, j, least(job->task_columns, block.width - j));
 }
 
-static int finishes_by_range(const bnfast_job *job) { return columns_of_channel(job) == 1; }
+static int made_by_range(const bnfast_job *job) { return columns_of_channel(job) == 1; }
 
-static void finish_task(const bnfast_job *job, ptrdiff_t index, int thread)
+static void coefficients_task(const bnfast_job *job, ptrdiff_t index, int thread)
 {
     (void)thread;
     const bnfast_block block = whole(job);
     const ptrdiff_t i = index * FINISH_CHANNELS;
-    if (finishes_by_range(job))
-        finish(job, &block, i, least(FINISH_CHANNELS, block.n - i));
+    if (made_by_range(job))
+        merge_and_make(job, &block, i, least(FINISH_CHANNELS, block.n - i));
     else
-        finish(job, &block, 0, block.n);
+        merge_and_make(job, &block, 0, block.n);
 }
 
 static void apply_task(const bnfast_job *job, ptrdiff_t index, int thread)
@@ -266,66 +258,41 @@ static void apply_task(const bnfast_job *job, ptrdiff_t index, int thread)
     const bnfast_block block = whole(job);
     const ptrdiff_t rows = folded_rows(job), row = index * job->apply_rows;
     if (row < rows)
-        apply(job, &block, row, least(job->apply_rows, rows - row), row_stride(job), block.width, 0);
+        apply(job, &block, row, least(job->apply_rows, rows - row), folded_stride(job), block.width, 0);
     else
         apply(job, &block, rows, rows_left(job), period(job), period(job), 0);
     if (job->stream)
         bnfast_stream_fence();
 }
 
-/* Channels of a block all rows of which stay in L2 when they lie together; whole cache lines of columns. 0: too few, or
- * the whole array stays in the last-level cache between reduction and map, which is faster. */
-static ptrdiff_t channels_of_block(const bnfast_job *job)
+static void blocks_phases(bnfast_job *job)
 {
-    const ptrdiff_t size = job->kernels->itemsize, line = 64 / size;
-    const ptrdiff_t channel_bytes = job->outer * job->inner * size * (job->u ? 2 : 1);
-    ptrdiff_t n = bnfast_l2_bytes() / 2 / channel_bytes / line * line;
-    if (job->fold > 1 || period(job) % line != 0 ||
-        (bnfast_applies(job) && channel_bytes * job->channels <= bnfast_last_level_bytes() / 2))
-        return 0;
-    n = least(n, job->channels / (TASKS * job->n_threads) / line * line);
-    return n * job->inner * size < BLOCK_BYTES ? 0 : n;
+    job->scratch_bytes = bnfast_block_bytes(job, job->block_channels + job->lead, columns_of_channel(job)) +
+                         packed_bytes(job, job->block_channels);
+    job->workspace_bytes = job->scratch_bytes * job->n_threads;
+    add_phase(job, blocks_task, quotient_up(job->channels, job->task_channels), FORWARDS);
 }
 
-void bnfast_plan_interleaved(bnfast_job *job)
+/* Each step for the whole array. */
+static void steps_phases(bnfast_job *job)
 {
-    job->fold = 1;
-    while (job->fold * period(job) < FOLD_COLUMNS && job->outer >= job->fold * FOLD_COLUMNS)
-        job->fold *= 2;
-    job->segment_rows = SEGMENT_ROWS;
-    job->segment_length = 1;
-    job->n_segments = quotient_up(folded_rows(job), SEGMENT_ROWS);
-    job->merges = job->n_segments > 1 || columns_of_channel(job) > 1;
-
-    const ptrdiff_t bytes = job->outer * period(job) * job->kernels->itemsize * (job->u ? 2 : 1);
-    ptrdiff_t n = 0;
-    if (bnfast_reduces(job) && job->n_threads == 1 && bytes <= bnfast_l2_bytes() / 2)
-        n = job->task_channels = job->channels;
-    else if (bnfast_reduces(job)) {
-        n = channels_of_block(job);
-        job->pack = n > 0 && bnfast_applies(job);
-        job->task_channels = n > 0 ? n * quotient_up(job->channels / n, TASKS * job->n_threads) : 0;
-        if (n > 0 && job->inner == 1 && bnfast_applies(job))
-            job->lead = (ptrdiff_t)(-(uintptr_t)job->out % 64) / job->kernels->itemsize;
-    }
-    if (n > 0) {
-        job->block_channels = n;
-        job->scratch_bytes = bnfast_block_bytes(job, job->block_channels + job->lead, columns_of_channel(job)) +
-                             packed_bytes(job, job->block_channels);
-        job->workspace_bytes = job->scratch_bytes * job->n_threads;
-        add_phase(job, blocks_task, quotient_up(job->channels, job->task_channels), FORWARDS);
-        return;
-    }
-    job->block_channels = job->channels;
     job->scratch_bytes = job->workspace_bytes = bnfast_block_bytes(job, job->channels, columns_of_channel(job));
-    if (bnfast_reduces(job)) {
+    if (reduces(job)) {
         const ptrdiff_t tasks = quotient_up(job->n_segments, segments_of_task(job)) * column_parts(job);
-        add_phase(job, prepare_task, 1, FORWARDS);
+        add_phase(job, centers_task, 1, FORWARDS);
         add_phase(job, reduce_task, tasks + (rows_left(job) > 0), FORWARDS);
     }
-    add_phase(job, finish_task, finishes_by_range(job) ? quotient_up(job->channels, FINISH_CHANNELS) : 1, FORWARDS);
-    if (bnfast_applies(job)) {
-        job->apply_rows = APPLY_BYTES / (row_stride(job) * job->kernels->itemsize) + 1;
+    add_phase(job, coefficients_task, made_by_range(job) ? quotient_up(job->channels, FINISH_CHANNELS) : 1, FORWARDS);
+    if (applies(job)) {
+        job->apply_rows = APPLY_BYTES / (folded_stride(job) * job->kernels->itemsize) + 1;
         add_phase(job, apply_task, quotient_up(folded_rows(job), job->apply_rows) + (rows_left(job) > 0), BACKWARDS);
     }
+}
+
+void bnfast_interleaved_phases(bnfast_job *job)
+{
+    if (job->kind == BNFAST_BLOCKS)
+        blocks_phases(job);
+    else
+        steps_phases(job);
 }

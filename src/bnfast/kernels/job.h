@@ -1,11 +1,25 @@
-/* A job: one operation on one array, cut into tasks that may run in any order and on any thread.
+/* A job: one operation on one array, cut into tasks that may run in any order and on any thread. The way of an array:
  *
- * Every operation is reduce, finish, apply. What one leaf call reduces is a *segment*; segments depend on the
- * shape and the layout alone and are merged in index order, as a tree, so the bits of a result depend neither on
- * the number of threads nor on how the tasks are scheduled. A *block* is a range of channels whose three steps
- * are done back to back while the data are in cache (the last one perhaps while the next block is reduced); where
- * channels are few or too long for that, the whole array is one block and each step is a phase of its own, split over
- * rows.
+ *   core/run.pxi        a job is filled in, planned, given memory, and its phases are run
+ *      |
+ *   plan.c              segments, blocks, caches, threads: what is done where and in which order
+ *      |
+ *   planar.c            the tasks, by memory layout (geometry.h: where things lie)
+ *   interleaved.c
+ *      |
+ *      |-> reduce       leaf: moments.inc.h or backward.inc.h, both on sums.inc.h; one segment of some channels
+ *      |-> merge        merge.c: segments to channels, a tree in index order (leaf: merge.inc.h)
+ *      |-> coefficients leaf: coefficients.inc.h; variance, inv_std, dgamma, dbeta; what the map takes, a channel
+ *      '-> apply        leaf: normalize.inc.h; y or dx
+ *
+ * Leaves are compiled once for each dtype (leaves.inc.h) and instruction set (isa.inc.h; vec.h: vectors), and called
+ * through a table (kernels.h, dispatch.c).
+ *
+ * What one leaf call reduces is a *segment*; segments depend on the shape and the layout alone and are merged in index
+ * order, so the bits of a result depend neither on the number of threads nor on how the tasks are scheduled. A *block*
+ * is a range of channels whose steps are done back to back while the data are in cache (the last one perhaps while the
+ * next block is reduced); where channels are few or too long for that, the whole array is one block and each step is a
+ * phase of its own, split over rows.
  *
  * The caller fills the first part, calls bnfast_plan, gives `workspace`, then runs the phases one after another,
  * the tasks of a phase in parallel. Neighbouring tasks take neighbouring memory, and so do tasks of two phases at the
@@ -17,22 +31,12 @@
 
 #include "kernels.h"
 
-typedef enum {
-    BNFAST_MOMENTS,       /* mean, m2 of x */
-    BNFAST_FORWARD,       /* the same, and inv_std; out = gamma * x_hat + beta */
-    BNFAST_EVAL,          /* out likewise, with mean and var as given */
-    BNFAST_BACKWARD,      /* u: dy; sum: dbeta, dot: dgamma; out: dx through mean and inv_std */
-    BNFAST_BACKWARD_EVAL, /* the same with mean and inv_std as constants */
-    BNFAST_FLOOR,         /* out = x, or x + u: not an operation, a measure for them */
-    BNFAST_JVP            /* u: direction of x; out: derivative of y along it, vgamma and vbeta */
-} bnfast_operation;
-
 typedef struct bnfast_job bnfast_job;
 
-typedef struct { /* (channels,) IN, of either dtype; both NULL: left out */
-    const double *wide;
-    const float *narrow;
-} bnfast_parameter;
+typedef enum {
+    BNFAST_PHASES, /* each step a phase over the whole array */
+    BNFAST_BLOCKS  /* all steps of some channels, block by block */
+} bnfast_plan_kind;
 
 typedef struct {
     void (*task)(const bnfast_job *job, ptrdiff_t index, int thread);
@@ -51,11 +55,12 @@ struct bnfast_job {
     const double *var;                /* (channels,) IN; eval, NULL: inv_std is 1, so out = (x - mean) * gamma + beta */
     double eps;                       /* forward and eval */
     double *mean, *inv_std, *m2;      /* (channels,) OUT of forward (m2 may be NULL) and moments, IN elsewhere */
-    double *sum, *dot;                /* (channels,) OUT of backward: dbeta, dgamma */
+    double *dbeta, *dgamma;           /* (channels,) OUT of backward: sums of u and of u * x_hat; jvp: may be NULL */
     int *infinite;                    /* OUT of eval, NULL: not asked for; set to 1 if x has an infinity */
     int n_threads;                    /* threads that will run the tasks, >= 1 */
 
     /* set by bnfast_plan */
+    bnfast_plan_kind kind;
     ptrdiff_t n_segments;     /* a channel, or a column */
     int merges;               /* a channel has several of them, or several columns */
     ptrdiff_t segment_rows;   /* interleaved: folded rows; planar: rows of a channel, 1 where a row is cut */
@@ -63,8 +68,12 @@ struct bnfast_job {
     ptrdiff_t fold;           /* interleaved: rows seen as one, so that narrow rows fill vectors */
     ptrdiff_t block_channels;
     ptrdiff_t task_channels; /* of the neighbouring blocks that a task does one after another */
+    ptrdiff_t task_columns;  /* interleaved: of a segment that a task of the reduce phase takes */
     ptrdiff_t lead;          /* interleaved: columns before the first that begins a cache line of `out` */
+    int near;                /* interleaved: what a thread reduces lies in its L2 */
     int pack;                /* interleaved: copy a block's rows together while they are reduced */
+    int written_later;       /* planar: a block is written while the next is reduced, in one loop */
+    int asked_for;           /* planar: else, the next block is brought into cache while one is written */
     ptrdiff_t apply_rows;    /* rows a task of the apply phase takes */
     int stream;              /* write around the caches */
     ptrdiff_t scratch_bytes;

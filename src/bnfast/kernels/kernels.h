@@ -6,10 +6,11 @@
  *   interleaved  neighbours belong to different columns, a column to one channel (NHWC, NC)
  *
  * A *leaf* is an inner loop over one dtype for one instruction set. Every operation of the package is the
- * same three steps: reduce (leaf), finish (finish.c), apply (leaf). The leaves see one segment at a time, of one or of
- * several channels; who decides what a segment is, and in which order the results are merged, stands in job.h. A leaf
- * knows no Python, no NumPy, no OpenMP and no malloc, and gives the same bits for every instruction set: sums run in
- * two chains of fixed virtual lanes (64 bytes each: 16 float32 or 8 float64), and nothing is contracted into an fma.
+ * same steps: reduce (leaf), merge (merge.c), make coefficients (leaf), apply (leaf). The leaves see one segment
+ * at a time, of one or of several channels; who decides what a segment is, and in which order the results are merged,
+ * stands in job.h. A leaf knows no Python, no NumPy, no OpenMP and no malloc, and gives the same bits for every
+ * instruction set: sums run in two chains of fixed virtual lanes (64 bytes each: 16 float32 or 8 float64), and nothing
+ * is contracted into an fma.
  *
  * All strides and sizes count elements. `x`, `u` and `out` point to elements of the leaf's dtype and need no
  * alignment beyond the dtype's own. `out` may be `x` or `u`, the very same elements, and must not overlap them
@@ -24,6 +25,21 @@
     defined(__ASSOCIATIVE_MATH__) || defined(__RECIPROCAL_MATH__) || (defined(__GCC_IEC_559) && __GCC_IEC_559 == 0)
 #error "bnfast must not be built with fast-math (-Ofast, -ffast-math and what they contain): check CFLAGS"
 #endif
+
+typedef enum {
+    BNFAST_MOMENTS,       /* mean, m2 of x */
+    BNFAST_FORWARD,       /* the same, and inv_std; out = gamma * x_hat + beta */
+    BNFAST_EVAL,          /* out likewise, with mean and var as given */
+    BNFAST_BACKWARD,      /* u: dy; dbeta, dgamma; out: dx through mean and inv_std */
+    BNFAST_BACKWARD_EVAL, /* the same with mean and inv_std as constants */
+    BNFAST_FLOOR,         /* out = x, or x + u: not an operation, a measure for them */
+    BNFAST_JVP            /* u: direction of x; out: derivative of y along it, vgamma and vbeta */
+} bnfast_operation;
+
+typedef struct { /* (channels,) IN, of either dtype; both NULL: left out */
+    const double *wide;
+    const float *narrow;
+} bnfast_parameter;
 
 /* What `apply` does with an element, per column, in the dtype of the data:
  *   normalize  out = (x - center) * scale + shift
@@ -58,12 +74,29 @@ typedef struct {
     ptrdiff_t row, channel, at, end;
 } bnfast_writer;
 
+/* n_rows rows, `stride` apart, of n_columns; near: they lie in L2, or soon will */
+typedef struct {
+    ptrdiff_t n_rows, stride, n_columns;
+    int near;
+} bnfast_rows;
+
 /* n_rows rows of n_columns: of x and u `stride` apart, of out `out_stride`. next_x, next_u: as many elements, rows
  * out_stride apart, to be brought into cache meanwhile; or NULL */
 typedef struct {
     ptrdiff_t n_rows, n_columns, stride, out_stride;
     const void *next_x, *next_u;
 } bnfast_columns;
+
+/* What the results a channel and its coefficients are made of; every pointer is to the first channel's.
+ * a, b: the merged reductions; c.center holds the centre of the reduction of moments, IN, all of c: OUT */
+typedef struct {
+    bnfast_operation operation;
+    double count, eps; /* count: values a channel */
+    bnfast_parameter gamma, beta, vgamma, vbeta;
+    const double *a, *b, *var;
+    double *mean, *inv_std, *m2, *dbeta, *dgamma;
+    bnfast_coefficients c;
+} bnfast_channels;
 
 typedef struct {
     const char *isa;    /* "baseline", "avx2", "avx512" */
@@ -72,20 +105,20 @@ typedef struct {
     /* Mean less center, and sum of squared deviations, of one segment of some channels. center: some value of the
      * channel, finite
      * planar: x: (n_rows, n_channels, length), rows `stride` apart IN; center: (n_channels,) IN; mean, m2: the same
-     * OUT; next: elements from x to what is reduced next, to be brought into cache; writer: a normalize that may go on
-     * meanwhile, or NULL
-     * interleaved: x: (n_rows, n_columns), rows `stride` apart IN; center: (n_columns,) IN; mean, m2: the same OUT;
+     * OUT; next: elements from x to what is reduced next, to be brought into cache; writer: a map that may go on
+     * meanwhile, normalize beside moments and gradient beside sums, or NULL
+     * interleaved: x: (n_rows, n_columns) IN; center: (n_columns,) IN; mean, m2: the same OUT;
      * packed: the elements of x once more, dense OUT, or NULL */
     void (*moments_planar)(const void *x, const bnfast_runs *runs, ptrdiff_t next, const void *center, double *mean,
                            double *m2, bnfast_writer *writer);
-    void (*moments_interleaved)(const void *x, ptrdiff_t n_rows, ptrdiff_t stride, ptrdiff_t n_columns,
-                                const void *center, double *mean, double *m2, void *packed);
+    void (*moments_interleaved)(const void *x, const bnfast_rows *rows, const void *center, double *mean, double *m2,
+                                void *packed);
 
-    /* Sum of u, and of u * (x - center), over one segment; shapes as above, center: the mean, rounded */
+    /* Sum of u, and of u * d, d = x - center, over one segment; shapes as above, center: the mean, rounded */
     void (*sums_planar)(const void *x, const void *u, const bnfast_runs *runs, ptrdiff_t next, const void *center,
-                        double *sum, double *dot);
-    void (*sums_interleaved)(const void *x, const void *u, ptrdiff_t n_rows, ptrdiff_t stride, ptrdiff_t n_columns,
-                             const void *center, double *sum, double *dot, void *packed_x, void *packed_u);
+                        double *sum_u, double *sum_ud, bnfast_writer *writer);
+    void (*sums_interleaved)(const void *x, const void *u, const bnfast_rows *rows, const void *center, double *sum_u,
+                             double *sum_ud, void *packed_x, void *packed_u);
 
     /* Writes what is left of a planar map. */
     void (*write_rest)(bnfast_writer *writer);
@@ -100,18 +133,15 @@ typedef struct {
      * Sums: addition. */
     void (*merge_moments)(ptrdiff_t n, double count_a, double *mean_a, double *m2_a, double count_b,
                           const double *mean_b, const double *m2_b);
-    void (*merge_sums)(ptrdiff_t n, double *sum_a, double *dot_a, const double *sum_b, const double *dot_b);
+    void (*merge_sums)(ptrdiff_t n, double *u_a, double *ud_a, const double *u_b, const double *ud_b);
 
-    /* Centres in the dtype. A centre is taken off in two parts: what its rounding leaves, times `slope`, goes
-     * into the shift. center, slope: (n,) IN; shift: (n,) IN OUT; center_out: (n,) OUT, dtype of the data */
-    void (*round_centers)(ptrdiff_t n, const double *center, const double *slope, double *shift, void *center_out);
+    /* The results of n channels, and their coefficients. */
+    void (*make_coefficients)(ptrdiff_t n, const bnfast_channels *of);
     /* For each of n channels, `step` apart, the middle one of the BNFAST_SAMPLES values at x + offsets[i], so that one
      * or two outliers are never taken; 0 where it is not finite. out: (n,) OUT */
     void (*typical_values)(ptrdiff_t n, ptrdiff_t step, const void *x, const ptrdiff_t *offsets, void *out);
     /* The memory floor: out = x, or x + u where u is not NULL, streamed. n: elements */
     void (*floor)(const void *x, const void *u, void *out, ptrdiff_t n);
-    /* 1 / sqrt(m2 / count + eps) of n channels */
-    void (*inverse_roots)(ptrdiff_t n, const double *m2, double count, double eps, double *inv_std);
     /* float64 to the dtype */
     void (*round_values)(ptrdiff_t n, const double *values, void *out);
 } bnfast_kernels;

@@ -14,33 +14,9 @@
 
 #include "backward.inc.h"
 
-/* Chan, Golub, LeVeque (1979): n = a + b, d = mean_b - mean_a, mean = mean_a + d*b/n, m2 = m2_a + m2_b + d*d*a*b/n */
-static void FN(merge_moments)(ptrdiff_t n, double count_a, double *restrict mean_a, double *restrict m2_a,
-                              double count_b, const double *restrict mean_b, const double *restrict m2_b)
-{
-    const double part = count_b / (count_a + count_b), weight = count_a * part;
-    for (ptrdiff_t i = 0; i < n; i++) {
-        const double d = mean_b[i] - mean_a[i];
-        mean_a[i] += d * part;
-        m2_a[i] += m2_b[i] + d * d * weight;
-    }
-}
+#include "merge.inc.h"
 
-static void FN(merge_sums)(ptrdiff_t n, double *restrict sum_a, double *restrict dot_a, const double *restrict sum_b,
-                           const double *restrict dot_b)
-{
-    for (ptrdiff_t i = 0; i < n; i++) {
-        sum_a[i] += sum_b[i];
-        dot_a[i] += dot_b[i];
-    }
-}
-
-static void FN(inverse_roots)(ptrdiff_t n, const double *restrict m2, double count, double eps,
-                              double *restrict inv_std)
-{
-    for (ptrdiff_t i = 0; i < n; i++)
-        inv_std[i] = 1.0 / sqrt(m2[i] / count + eps);
-}
+#include "coefficients.inc.h"
 
 static void FN(floor)(const void *data, const void *data_u, void *result, ptrdiff_t n)
 {
@@ -71,9 +47,8 @@ const bnfast_kernels FN(bnfast_table) = {
     .gradient_interleaved = FN(gradient_interleaved),
     .merge_moments = FN(merge_moments),
     .merge_sums = FN(merge_sums),
-    .round_centers = FN(round_centers),
+    .make_coefficients = FN(make_coefficients),
     .typical_values = FN(typical_values),
-    .inverse_roots = FN(inverse_roots),
     .floor = FN(floor),
     .round_values = FN(round_values),
 };
@@ -89,12 +64,15 @@ const bnfast_kernels FN(bnfast_table) = {
 #undef CHAIN
 #undef COLUMN_CHAIN
 #undef FEW_ROWS
-#undef COLUMN_VECTORS
 #undef AHEAD
 #undef COLUMNS
+#undef COLUMN_VECTORS
 #undef TILE_ROWS
-#undef PIVOT_COLUMNS
+#undef TRUSTED
+#undef IN_RANGE
 #undef PIVOT_CHANNELS
 #undef TAKE_STEPS
 #undef ROWS
+#undef MANY_COLUMNS
+#undef GROUP
 #undef SMALLEST_MEAN_SQUARE

@@ -12,26 +12,22 @@
  * is most of it.
  * Memory traffic: one read. */
 
-/* SAMPLES: elements for a pivot, spread over the segment, a power of two. PIVOT_COLUMNS, PIVOT_CHANNELS: pivots at
- * once. FEW_ROWS: columns of float32 with fewer are always done in two passes of float64, as too few roundings average
+/* SAMPLES: elements for a pivot, spread over the segment, a power of two. PIVOT_CHANNELS: pivots at once. FEW_ROWS: columns of float32 with fewer are always done in two passes of float64, as too few roundings average
  * out */
 #define PIVOT_SAMPLES 16
 #define COLUMN_SAMPLES 8
-#define PIVOT_COLUMNS 256
 #define PIVOT_CHANNELS 64
 #define PIVOT_LOSS 3.0
 #define FEW_ROWS (sizeof(T) == 4 ? 16 : 0)
 /* d*d of float32 is normal above 1.2e-38: a mean square below this is not trusted. float64 has nothing wider. */
 #define SMALLEST_MEAN_SQUARE (sizeof(T) == 4 ? 1e-30 : 0.0)
 
-static inline int FN(trusted)(double n, double sum, double square, double m2)
-{
-    /* A constant channel; or every |d| < 2^-75, whose variance of less than 2^-150 is then given as zero. */
-    if (sum == 0.0 && square == 0.0)
-        return 1;
-    /* NaN and Inf fail the comparisons. */
-    return square <= PIVOT_LOSS * m2 && square - square == 0.0 && square >= n * SMALLEST_MEAN_SQUARE;
-}
+/* Whether a segment's sums can be believed; without branches, so that a loop over columns becomes one of vectors.
+ * sum and square 0: a constant channel; or every |d| < 2^-75, whose variance of less than 2^-150 is then given as zero.
+ * NaN and Inf fail the comparisons. */
+#define TRUSTED(least_square, sum, square, m2) \
+    ((((sum) == 0.0) & ((square) == 0.0)) | \
+     (((square) <= PIVOT_LOSS * (m2)) & ((square) - (square) == 0.0) & ((square) >= (least_square))))
 
 /* A segment in two passes of float64, one column. x: (n_rows, length), rows `stride` apart IN */
 static void FN(moments_wide)(const T *x, ptrdiff_t n_rows, ptrdiff_t stride, ptrdiff_t length, double center,
@@ -101,7 +97,7 @@ static void FN(moments_planar)(const void *data, const bnfast_runs *runs, ptrdif
             const double center = (double)centers[i], sum = mean[i], square = m2[i];
             mean[i] = ((double)pivots[i - first] - center) + sum / n;
             m2[i] = square - sum * (sum / n);
-            if (!FN(trusted)(n, sum, square, m2[i]))
+            if (!TRUSTED(n * SMALLEST_MEAN_SQUARE, sum, square, m2[i]))
                 FN(moments_wide)(x + i * length, runs->n_rows, runs->stride, length, center, mean + i, m2 + i);
         }
     }
@@ -136,60 +132,78 @@ static void FN(moments_interleaved_wide)(const T *x, ptrdiff_t n_rows, ptrdiff_t
         }
 }
 
-/* n_columns <= PIVOT_COLUMNS */
-static void FN(column_pivots)(const T *x, ptrdiff_t n_rows, ptrdiff_t stride, ptrdiff_t n_columns, T *pivots)
+/* Pivots of n_columns <= COLUMNS columns: the mean of a few rows of each, as a tree */
+static void FN(column_pivots)(const T *x, ptrdiff_t n_rows, ptrdiff_t stride, ptrdiff_t n_columns, T *restrict pivots)
 {
-    double sample[COLUMN_SAMPLES][PIVOT_COLUMNS];
     ptrdiff_t samples = COLUMN_SAMPLES;
     while (samples > n_rows)
         samples /= 2;
-    for (ptrdiff_t i = 0; i < samples; i++)
+    const T *row[COLUMN_SAMPLES];
+    for (ptrdiff_t i = 0; i < COLUMN_SAMPLES; i++)
+        row[i] = x + i % samples * n_rows / samples * stride;
+#define SAMPLE(i) ((double)row[i][c])
+    if (samples == 8)
         for (ptrdiff_t c = 0; c < n_columns; c++)
-            sample[i][c] = (double)x[i * n_rows / samples * stride + c];
-    for (ptrdiff_t half = samples / 2; half > 0; half /= 2)
-        for (ptrdiff_t i = 0; i < half; i++)
-            for (ptrdiff_t c = 0; c < n_columns; c++)
-                sample[i][c] += sample[i + half][c];
-    for (ptrdiff_t c = 0; c < n_columns; c++)
-        pivots[c] = (T)(sample[0][c] / (double)samples);
+            pivots[c] = (T)((((SAMPLE(0) + SAMPLE(4)) + (SAMPLE(2) + SAMPLE(6))) +
+                             ((SAMPLE(1) + SAMPLE(5)) + (SAMPLE(3) + SAMPLE(7)))) /
+                            8.0);
+    else if (samples == 4)
+        for (ptrdiff_t c = 0; c < n_columns; c++)
+            pivots[c] = (T)(((SAMPLE(0) + SAMPLE(2)) + (SAMPLE(1) + SAMPLE(3))) / 4.0);
+    else if (samples == 2)
+        for (ptrdiff_t c = 0; c < n_columns; c++)
+            pivots[c] = (T)((SAMPLE(0) + SAMPLE(1)) / 2.0);
+    else
+        for (ptrdiff_t c = 0; c < n_columns; c++)
+            pivots[c] = row[0][c];
+#undef SAMPLE
 }
 
-static void FN(moments_interleaved_block)(const T *x, ptrdiff_t n_rows, ptrdiff_t stride, T *packed,
-                                          ptrdiff_t packed_stride, ptrdiff_t n_columns, const T *center, double *mean,
-                                          double *m2)
+static void FN(moments_interleaved_block)(const T *x, const bnfast_rows *rows, T *packed, ptrdiff_t n_columns,
+                                          const T *restrict center, double *restrict mean, double *restrict m2)
 {
+    const ptrdiff_t n_rows = rows->n_rows, stride = rows->stride;
     const double n = (double)n_rows;
     if (n_rows < FEW_ROWS && packed == NULL) {
         FN(moments_interleaved_wide)(x, n_rows, stride, n_columns, NULL, center, mean, m2);
         return;
     }
     T pivots[COLUMNS];
-    for (ptrdiff_t c = 0; c < n_columns; c += PIVOT_COLUMNS)
-        FN(column_pivots)(x + c, n_rows, stride, n_columns - c < PIVOT_COLUMNS ? n_columns - c : PIVOT_COLUMNS,
-                          pivots + c);
-    FN(sums_of_columns)(x, x, n_rows, stride, packed, packed, packed_stride, n_columns, pivots, 0, mean, m2);
+    double sum[COLUMNS], square[COLUMNS];
     int untrusted[COLUMNS], n_untrusted = 0;
-    for (ptrdiff_t c = 0; c < n_columns; c++) {
-        const double total = mean[c], total_square = m2[c];
-        mean[c] = ((double)pivots[c] - (double)center[c]) + total / n;
-        m2[c] = total_square - total * (total / n);
-        untrusted[c] = n_rows < FEW_ROWS || !FN(trusted)(n, total, total_square, m2[c]);
-        n_untrusted += untrusted[c];
+    FN(column_pivots)(x, n_rows, stride, n_columns, pivots);
+    FN(sums_of_columns)(x, x, n_rows, stride, packed, packed, rows->n_columns, n_columns, pivots, 0, sum, square,
+                        rows->near);
+    if (n_rows < FEW_ROWS) {
+        FN(moments_interleaved_wide)(x, n_rows, stride, n_columns, NULL, center, mean, m2);
+        return;
     }
+    const double least_square = n * SMALLEST_MEAN_SQUARE;
+    for (ptrdiff_t c = 0; c < n_columns; c++) {
+        const double shift = sum[c] / n;
+        mean[c] = ((double)pivots[c] - (double)center[c]) + shift;
+        m2[c] = square[c] - sum[c] * shift;
+        n_untrusted += !TRUSTED(least_square, sum[c], square[c], m2[c]);
+    }
+    if (n_untrusted == 0)
+        return;
+    for (ptrdiff_t c = 0; c < n_columns; c++)
+        untrusted[c] = !TRUSTED(least_square, sum[c], square[c], m2[c]);
     if (n_untrusted > n_columns / 8)
         FN(moments_interleaved_wide)(x, n_rows, stride, n_columns, untrusted, center, mean, m2);
-    else if (n_untrusted > 0)
+    else
         for (ptrdiff_t c = 0; c < n_columns; c++)
             if (untrusted[c])
                 FN(moments_wide)(x + c, n_rows, stride, 1, (double)center[c], mean + c, m2 + c);
 }
 
-static void FN(moments_interleaved)(const void *data, ptrdiff_t n_rows, ptrdiff_t stride, ptrdiff_t n_columns,
-                                    const void *center, double *mean, double *m2, void *packed)
+static void FN(moments_interleaved)(const void *data, const bnfast_rows *rows, const void *center, double *mean,
+                                    double *m2, void *packed)
 {
     const T *x = data;
+    const ptrdiff_t n_columns = rows->n_columns;
     for (ptrdiff_t c = 0; c < n_columns; c += COLUMNS)
-        FN(moments_interleaved_block)(x + c, n_rows, stride, packed ? (T *)packed + c : NULL, n_columns,
+        FN(moments_interleaved_block)(x + c, rows, packed ? (T *)packed + c : NULL,
                                       n_columns - c < COLUMNS ? n_columns - c : COLUMNS, (const T *)center + c,
                                       mean + c, m2 + c);
 }

@@ -9,6 +9,9 @@
 /* Rows that share a load of interleaved coefficients: so few that their lines stay in L1 where rows lie 4 KiB apart. */
 #define ROWS 2
 
+/* From so many columns on vectors begin where the memory of `out` is aligned, and both ends are parts of vectors. */
+#define MANY_COLUMNS (16 * VN)
+
 struct FN(map) {
     FN(vec) center, scale, shift, u_center, u_scale, hat_scale;
 };
@@ -206,18 +209,22 @@ static ALWAYS_INLINE void FN(map_rows)(const T *x, const T *u, T *out, const T *
             }
             ELEMENTS(VN, 1);
         }
-    } else
-        for (ptrdiff_t vectors = n_columns / VN; vectors > 0; vectors--)
+    } else {
+        const ptrdiff_t head = out_stride % VN == 0 && n_columns >= MANY_COLUMNS ? FN(to_aligned)(out, n_columns) : 0;
+        if (head > 0)
+            ELEMENTS(head, 0);
+        for (ptrdiff_t vectors = (n_columns - j) / VN; vectors > 0; vectors--)
             ELEMENTS(VN, 0);
+    }
     if (j < n_columns)
         ELEMENTS(n_columns - j, 0);
 #undef ELEMENTS
 }
 
-/* n elements of dense interleaved rows, streamed as one run: vectors begin where the memory is aligned, at whatever
+/* n elements of dense interleaved rows, written as one run: vectors begin where the memory is aligned, at whatever
  * column that is, and may go on in the next row, for which the coefficients repeat themselves past their end. */
 static ALWAYS_INLINE void FN(map_run)(const T *x, const T *u, T *out, ptrdiff_t n, ptrdiff_t n_columns,
-                                      const bnfast_coefficients *c, int gradient)
+                                      const bnfast_coefficients *c, int gradient, int stream)
 {
     const ptrdiff_t head = FN(to_aligned)(out, n);
     ptrdiff_t j = head, column = head; /* column: j modulo n_columns */
@@ -226,7 +233,7 @@ static ALWAYS_INLINE void FN(map_run)(const T *x, const T *u, T *out, ptrdiff_t 
         FN(map_elements)(&map, x, u, out, 1, 0, 0, head, gradient, 0);
     for (; j + VN <= n; j += VN) {
         map = FN(map_of_columns)(c, column, VN, gradient);
-        FN(map_elements)(&map, x + j, u + j, out + j, 1, 0, 0, VN, gradient, 1);
+        FN(map_elements)(&map, x + j, u + j, out + j, 1, 0, 0, VN, gradient, stream);
         column += VN;
         if (column >= n_columns)
             column -= n_columns;
@@ -237,14 +244,63 @@ static ALWAYS_INLINE void FN(map_run)(const T *x, const T *u, T *out, ptrdiff_t 
     }
 }
 
+/* The same for rows of whole vectors: as rows that begin where the memory is aligned, two of which share the loads of
+ * coefficients. */
+static ALWAYS_INLINE void FN(map_shifted_rows)(const T *x, const T *u, T *out, ptrdiff_t n_rows, ptrdiff_t n_columns,
+                                               const bnfast_coefficients *c, int gradient)
+{
+    const ptrdiff_t head = FN(to_aligned)(out, n_columns);
+    if (head > 0) {
+        const struct FN(map) map = FN(map_of_columns)(c, 0, head, gradient);
+        FN(map_elements)(&map, x, u, out, 1, 0, 0, head, gradient, 0);
+        x += head;
+        u += head;
+        out += head;
+        n_rows--; /* of the last row the part behind `head` is left */
+    }
+#define SHIFTED_ROWS(rows, width) \
+    do { \
+        for (ptrdiff_t j = 0; j + VN <= (width); j += VN) { \
+            const struct FN(map) map = FN(map_of_columns)(c, head + j, VN, gradient); \
+            FN(map_elements)(&map, x + j, u + j, out + j, rows, n_columns, n_columns, VN, gradient, 0); \
+        } \
+        x += (rows) * n_columns; \
+        u += (rows) * n_columns; \
+        out += (rows) * n_columns; \
+    } while (0)
+    ptrdiff_t r = 0;
+    for (; r + ROWS <= n_rows; r += ROWS)
+        SHIFTED_ROWS(ROWS, n_columns);
+    for (; r < n_rows; r++)
+        SHIFTED_ROWS(1, n_columns);
+    if (head > 0) {
+        const ptrdiff_t left = n_columns - head, whole = left / VN * VN;
+        for (ptrdiff_t j = 0; j < left; j += VN) {
+            const ptrdiff_t n = j < whole ? VN : left - j;
+            const struct FN(map) map = FN(map_of_columns)(c, head + j, n, gradient);
+            FN(map_elements)(&map, x + j, u + j, out + j, 1, 0, 0, n, gradient, 0);
+        }
+    }
+#undef SHIFTED_ROWS
+}
+
 static ALWAYS_INLINE void FN(map_columns)(const T *x, const T *u, T *out, const bnfast_columns *columns,
                                           const bnfast_coefficients *c, int gradient, int stream)
 {
     const ptrdiff_t n_rows = columns->n_rows, stride = columns->stride, out_stride = columns->out_stride;
     const T *next_x = columns->next_x, *next_u = columns->next_u;
     ptrdiff_t r = 0;
-    if (stream && stride == columns->n_columns && out_stride == stride && stride >= VN) {
-        FN(map_run)(x, u, out, n_rows * stride, stride, c, gradient);
+    const int dense = stride == columns->n_columns && out_stride == stride && stride >= VN;
+    if (dense && !stream && stride % VN == 0) {
+        FN(map_shifted_rows)(x, u, out, n_rows, stride, c, gradient);
+        return;
+    }
+    /* rows that end in parts of vectors; where those are cheap, rows by themselves are faster in cache */
+    if (dense && (stream || VBYTES < 64)) {
+        if (stream)
+            FN(map_run)(x, u, out, n_rows * stride, stride, c, gradient, 1);
+        else
+            FN(map_run)(x, u, out, n_rows * stride, stride, c, gradient, 0);
         return;
     }
 #define DO_ROWS(rows) \
@@ -284,36 +340,4 @@ static void FN(gradient_interleaved)(const void *x, const void *u, void *out, co
         FN(map_columns)(x, u, out, columns, c, 1, 1);
     else
         FN(map_columns)(x, u, out, columns, c, 1, 0);
-}
-
-static void FN(round_centers)(ptrdiff_t n, const double *restrict center, const double *restrict slope,
-                              double *restrict shift, void *center_out)
-{
-    T *restrict c = center_out;
-    for (ptrdiff_t i = 0; i < n; i++) {
-        c[i] = (T)center[i];
-        shift[i] -= (center[i] - (double)c[i]) * slope[i];
-    }
-}
-
-static void FN(round_values)(ptrdiff_t n, const double *values, void *out)
-{
-    for (ptrdiff_t i = 0; i < n; i++)
-        ((T *)out)[i] = (T)values[i];
-}
-
-static void FN(typical_values)(ptrdiff_t n, ptrdiff_t step, const void *x, const ptrdiff_t *offsets, void *out)
-{
-    for (ptrdiff_t c = 0; c < n; c++) {
-        T sorted[BNFAST_SAMPLES];
-        for (int i = 0; i < BNFAST_SAMPLES; i++) {
-            const T value = ((const T *)x)[c * step + offsets[i]];
-            int j = i;
-            for (; j > 0 && sorted[j - 1] > value; j--)
-                sorted[j] = sorted[j - 1];
-            sorted[j] = value;
-        }
-        const T middle = sorted[BNFAST_SAMPLES / 2];
-        ((T *)out)[c] = middle - middle == 0 ? middle : 0;
-    }
 }

@@ -104,6 +104,13 @@ static inline ptrdiff_t FN(to_aligned)(const T *p, ptrdiff_t n)
     return head < n ? head : n;
 }
 
+/* Elements from p to the next line of memory, at most n. */
+static inline ptrdiff_t FN(to_line)(const T *p, ptrdiff_t n)
+{
+    const ptrdiff_t head = (ptrdiff_t)((-(uintptr_t)p & 63) / sizeof(T));
+    return head < n ? head : n;
+}
+
 /* wide: (WIDE_PER_VEC,), the lanes of one vector in float64, plus those of v */
 static ALWAYS_INLINE void FN(widen_add)(FN(wide) * wide, FN(vec) v)
 {

@@ -1,4 +1,4 @@
-/* The one door to OpenMP: what the parallel loop in _core.pyx needs to know of the runtime, and the faults of
+/* The one door to OpenMP: what the parallel loop in core/run.pxi needs to know of the runtime, and the faults of
  * runtimes that have to be worked around (fork, the float environment of workers). Without OpenMP every function
  * is here too and describes one thread. */
 

@@ -5,31 +5,26 @@ import functools
 import itertools
 import sys
 import time
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, Self
+from collections.abc import Iterator
+from typing import Any, Self
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
-from .. import _core
 from .._checks import flag, integer
 from ..state.files import StateError
+from .affine import mapped
+from .columns import Statistics, merged, statistics
+from .data import Array, Float64, as_table, as_weights, row_slices
 from .estimator import Names, Transformer, feature_names
 
 __all__ = ["StandardScaler"]
 
-Array = NDArray[Any]
-Float64 = NDArray[np.float64]
-
 FITTED = ("mean_", "var_", "scale_", "n_samples_seen_", "n_features_in_", "feature_names_in_")
 FITTED_ALWAYS = frozenset(FITTED) - {"feature_names_in_"}
 
-# Elements that are converted, or searched for NaN, at a time: their float64 copies stay in cache.
-CHUNK = 1 << 17
 # Bytes of a batch where progress is wanted and no batch size given.
 BATCH_BYTES = 1 << 25
-# Coefficients beyond these are not for float32: their reciprocals, or data less a mean, may leave its range.
-FLOAT32_RANGE = (1e-37, 1e37)
 
 
 class StandardScaler(Transformer):
@@ -207,7 +202,7 @@ class StandardScaler(Transformer):
         before: "StandardScaler | None",
         batch_size: int | None,
         progress: bool,
-    ) -> tuple["Statistics", Names | None]:
+    ) -> tuple[Statistics, Names | None]:
         """Statistics and names of the features of x, and of the data before; changes nothing."""
         for name in ("copy", "with_mean", "with_std"):
             flag(getattr(self, name), name)
@@ -232,14 +227,14 @@ class StandardScaler(Transformer):
         earlier = [] if before is None else [before._statistics()]
         return functools.reduce(merged, itertools.chain(earlier, parts)), names
 
-    def _statistics(self) -> "Statistics":
+    def _statistics(self) -> Statistics:
         """What the scaler has been fitted to; what its parameters do not ask for is zero."""
         count, nothing = self.n_samples_seen_, np.zeros(self.n_features_in_)
         mean = self._given("mean_") if self.with_mean or self.with_std else nothing
         m2 = self._given("var_") * count if self.with_std else nothing
         return Statistics(count, mean, m2)
 
-    def _commit(self, found: "Statistics", names: Names | None) -> None:
+    def _commit(self, found: Statistics, names: Names | None) -> None:
         """Makes the statistics those of the scaler, all at once."""
         count, mean, m2 = found
         state: dict[str, Any] = dict.fromkeys(("mean_", "var_", "scale_"))
@@ -466,7 +461,7 @@ class StandardScaler(Transformer):
         return NotImplemented
 
 
-# --- arguments ---
+# --- fitted state, batches ---
 
 
 def _check_fitted(state: dict[str, Any]) -> None:
@@ -489,107 +484,6 @@ def _check_fitted(state: dict[str, Any]) -> None:
         raise ValueError(f"feature_names_in_: expected shape ({features},), got {np.shape(names)}")
 
 
-def as_table(x: object) -> Array:
-    """x as an array of numbers of 2 dimensions, not empty; its memory untouched where it is one."""
-    if type(x) is not np.ndarray:
-        if hasattr(x, "nnz") and hasattr(x, "toarray"):
-            raise TypeError(
-                f"X: expected dense data, got sparse {type(x).__name__}; use X.toarray(), or "
-                "sklearn.preprocessing.StandardScaler(with_mean=False), which scales sparse data"
-            )
-        if isinstance(x, np.ma.MaskedArray):
-            raise TypeError("X: expected an array without a mask, got a masked array; use X.filled(numpy.nan)")
-        if isinstance(x, np.matrix):
-            raise TypeError("X: expected an array, got numpy.matrix; use numpy.asarray(X)")
-    data = np.asarray(x)
-    if data.dtype.kind == "c":
-        raise ValueError(f"Complex data not supported\n{data}\n")
-    if data.ndim != 2:
-        raise ValueError(dimensions_message(x, data))
-    for n, what in zip(data.shape, ("sample", "feature"), strict=True):
-        if n == 0:
-            raise ValueError(
-                f"Found array with 0 {what}(s) (shape={data.shape}) while a minimum of 1 is required by StandardScaler."
-            )
-    if data.dtype.kind in "mM":
-        raise TypeError(f"X: expected numbers, got dtype {data.dtype}")
-    if data.dtype.kind not in "fiub":
-        # a frame of pandas may say "missing" in its own way
-        frame: Any = x
-        data = frame.to_numpy(np.float64, na_value=np.nan) if hasattr(x, "iloc") else np.asarray(data, np.float64)
-    return data
-
-
-def dimensions_message(x: object, data: Array) -> str:
-    """scikit-learn's words."""
-    if data.ndim > 2:
-        return f"Found array with dim {data.ndim}, while dim <= 2 is required by StandardScaler."
-    if data.ndim == 1 and hasattr(x, "iloc"):
-        return (
-            f"Expected a 2-dimensional container but got {type(x)} instead. Pass a DataFrame containing a single row "
-            "(i.e. single sample) or a single column (i.e. single feature) instead."
-        )
-    return (
-        f"Expected 2D array, got {'scalar' if data.ndim == 0 else '1D'} array instead:\narray={data}.\n"
-        "Reshape your data either using array.reshape(-1, 1) if your data has a single feature or "
-        "array.reshape(1, -1) if it contains a single sample."
-    )
-
-
-def as_weights(sample_weight: ArrayLike, n_samples: int) -> Float64:
-    """(n_samples,) float64, finite, not all zero."""
-    weights = np.asarray(sample_weight)
-    if weights.dtype.kind == "c":
-        raise ValueError(f"Complex data not supported\n{weights}\n")
-    weights = weights.astype(np.float64)
-    if weights.ndim == 0:
-        weights = np.full(n_samples, weights[()])
-    if weights.ndim != 1:
-        raise ValueError(
-            f"Sample weights must be 1D array or scalar, got {weights.ndim}D array. Expected either a scalar value or "
-            f"a 1D array of length {n_samples}."
-        )
-    if weights.shape != (n_samples,):
-        raise ValueError(f"sample_weight.shape == {weights.shape}, expected {(n_samples,)}!")
-    if not np.isfinite(weights).all():
-        what = "NaN" if np.isnan(weights).any() else infinity_of(weights.dtype)
-        raise ValueError(f"Input sample_weight contains {what}.")
-    if not weights.any():
-        raise ValueError("Sample weights must contain at least one non-zero number.")
-    return weights
-
-
-def infinity_of(dtype: np.dtype[Any]) -> str:
-    return f"infinity or a value too large for {dtype!r}"
-
-
-def infinity_error(dtype: np.dtype[Any]) -> ValueError:
-    return ValueError(f"Input X contains {infinity_of(dtype)}.")
-
-
-def is_native(data: Array) -> bool:
-    """Whether the kernels take it as it is."""
-    return data.dtype in (np.float32, np.float64)
-
-
-def result_dtype(data: Array) -> np.dtype[Any]:
-    """float16, float32, float64 as they are, float64 for the rest."""
-    kept = data.dtype.kind == "f" and data.dtype.itemsize <= 8
-    return data.dtype.newbyteorder("=") if kept else np.dtype(np.float64)
-
-
-# --- chunks ---
-
-
-def row_slices(data: Array, n_rows: int) -> list[slice]:
-    return [slice(row, min(row + n_rows, len(data))) for row in range(0, len(data), n_rows)]
-
-
-def chunks(data: Array) -> list[slice]:
-    """Slices of rows that are small enough to be converted."""
-    return row_slices(data, max(1, CHUNK // data.shape[1]))
-
-
 def slices(data: Array, batch_size: int | None, progress: bool) -> list[slice]:
     """The batches of a fit."""
     if batch_size is None:
@@ -609,120 +503,3 @@ def reported(batches: list[slice], n_rows: int) -> Iterator[slice]:
         line = f"StandardScaler: {rows.stop:,} of {n_rows:,} rows ({100 * rows.stop // n_rows} %), {left:.0f} s left"
         print(f"\r{line:<78}", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
-
-
-# --- statistics ---
-
-
-class Statistics(NamedTuple):
-    """Moments whose count may differ from feature to feature, or be a sum of weights."""
-
-    count: Any  # a number, or (n_features,)
-    mean: Float64
-    m2: Float64
-
-
-def merged(a: Statistics, b: Statistics) -> Statistics:
-    """The statistics of both parts: Chan, Golub and LeVeque, where neither is empty."""
-    count = np.add(a.count, b.count)
-    with np.errstate(all="ignore"):
-        d = b.mean - a.mean
-        share = b.count / count
-        mean = a.mean + d * share
-        m2 = a.m2 + b.m2 + d * d * (a.count * share)
-    only_a, only_b = np.equal(b.count, 0), np.equal(a.count, 0)
-    return Statistics(
-        count,
-        np.where(only_a, a.mean, np.where(only_b, b.mean, mean)),
-        np.where(only_a, a.m2, np.where(only_b, b.m2, m2)),
-    )
-
-
-def statistics(data: Array, weights: Float64 | None = None) -> Statistics:
-    """Statistics of the features of data without NaN; ValueError if there is an infinity."""
-    if weights is not None:
-        return over_chunks(data, lambda rows: exact(data[rows], weights[rows]))
-    if not is_native(data):
-        return over_chunks(data, lambda rows: statistics(data[rows].astype(np.float64)))
-    count, mean, m2 = _core.moments(data, 1)
-    # a NaN or an infinity shows in the moments of its column: only then are the data looked at again
-    odd = np.flatnonzero(~(np.isfinite(mean) & np.isfinite(m2)))
-    if len(odd) == 0:
-        return Statistics(count, mean, m2)
-    if len(odd) == len(mean):
-        return over_chunks(data, lambda rows: exact(data[rows], None))
-    counts = np.full(len(mean), count)
-    counts[odd], mean[odd], m2[odd] = over_chunks(data, lambda rows: exact(data[rows, odd], None))
-    return Statistics(counts, mean, m2)
-
-
-def over_chunks(data: Array, statistics_of: Callable[[slice], Statistics]) -> Statistics:
-    return functools.reduce(merged, map(statistics_of, chunks(data)))
-
-
-def exact(chunk: Array, weights: Float64 | None) -> Statistics:
-    """`statistics` in NumPy, for what may have NaN or weights: two passes, the second one corrected."""
-
-    def total(values: NDArray[Any]) -> Float64:
-        found: Float64 = values.sum(axis=0) if weights is None else weights @ values
-        return found
-
-    x = chunk.astype(np.float64)
-    present = ~np.isnan(x)
-    some_missing = not present.all()
-    count: Any = len(x) if weights is None else weights.sum()
-    if some_missing:
-        count = total(present)
-        x[~present] = 0.0
-    with np.errstate(all="ignore"):
-        mean = total(x) / count
-        if not np.isfinite(mean).all() and np.isinf(x).any():
-            raise infinity_error(chunk.dtype)
-        x -= mean
-        if some_missing:
-            x[~present] = 0.0
-        rest = total(x)
-        x *= x
-        return Statistics(count, mean + rest / count, np.maximum(total(x) - rest * (rest / count), 0.0))
-
-
-# --- the map ---
-
-
-def mapped(
-    data: Array, center: Float64, scale: Float64, shift: Float64 | None, copy: bool, out: Array | None, *, search: bool
-) -> Array:
-    """(data - center) * scale + shift; ValueError for an infinity if `search`. Not `copy`: into data."""
-    dtype = result_dtype(data)
-    if out is not None:
-        _core.check_out(out, data if data.dtype == dtype else np.broadcast_to(np.empty((), dtype), data.shape))
-    elif not copy and data.dtype == dtype and data.flags.writeable:
-        out = data
-    in_place = out is not None and _core.shares_memory(out, data)
-    if out is not None and search:  # before anything is written
-        statistics(data)
-        search = False
-    if is_native(data) and (dtype != np.float32 or in_float32_range(center, scale, shift)):
-        y, infinite = _core.affine(data, center, scale, shift, out, search)
-        if infinite:
-            raise infinity_error(data.dtype)
-        return y
-    y = np.empty_like(data, dtype, subok=False) if out is None or in_place else out
-    for rows in chunks(data):
-        part = y[rows] if dtype == np.float64 else np.empty_like(data[rows], np.float64)
-        part[...] = data[rows]
-        if _core.affine(part, center, scale, shift, part, search)[1]:
-            raise infinity_error(data.dtype)
-        if dtype != np.float64:
-            y[rows] = part
-    if out is None or y is out:
-        return y
-    out[...] = y
-    return out
-
-
-def in_float32_range(center: Float64, scale: Float64, shift: Float64 | None) -> bool:
-    """Whether the map can be computed in float32. NaN can."""
-    low, high = FLOAT32_RANGE
-    far = (np.abs(center) > high).any() or (shift is not None and (np.abs(shift) > high).any())
-    return not (far or (scale < low).any() or (scale > high).any())

@@ -2,8 +2,9 @@
 
 import argparse
 import json
-import sys
 from pathlib import Path
+
+from ..running import ERRORS, check_writable, ended, require
 
 __all__ = ["main"]
 
@@ -39,16 +40,8 @@ def main(argv: list[str]) -> int:
         parser.error("--cold and --consumer do not go together")
     if args.sizes and args.shapes:
         parser.error("--sizes has shapes of its own; leave out --shapes")
-    try:
-        if args.explain:
-            return run_explain(args, parser)
-        return run_loop(args, argv) if args.loop else run_comparison(args, argv, parser)
-    except (ImportError, OSError, RuntimeError) as error:
-        print(f"bnfast bench: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("bnfast bench: interrupted", file=sys.stderr)
-        return 130
+    work = run_explain if args.explain else run_loop if args.loop else run_comparison
+    return ended("bench", lambda: work(args, argv, parser), (*ERRORS, RuntimeError))
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -71,13 +64,12 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def run_comparison(args: argparse.Namespace, argv: list[str], parser: argparse.ArgumentParser) -> int:
+def run_comparison(args: argparse.Namespace, argv: list[str], parser: argparse.ArgumentParser) -> None:
     """Compare the contenders and report."""
-    from ..demo import check_writable
-    from ..network import require
     from .compare import Plan, compare, known_contenders
-    from .report import draw, draw_sizes, table
+    from .figure import draw, draw_sizes
     from .shapes import OPERATIONS
+    from .tables import table
 
     try:
         contenders, left_out = known_contenders(args.only, args.quick, usual_contenders(args))
@@ -110,7 +102,6 @@ def run_comparison(args: argparse.Namespace, argv: list[str], parser: argparse.A
     if args.figure:
         args.figure.write_bytes(draw_sizes(report) if args.sizes else draw(report))
         print(f"\nFigure: {args.figure}")
-    return 0
 
 
 def usual_contenders(args: argparse.Namespace) -> tuple[str, ...] | None:
@@ -132,7 +123,7 @@ def chosen_shapes(args: argparse.Namespace) -> list[str]:
     return list(QUICK if args.quick else SHAPES)
 
 
-def run_explain(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+def run_explain(args: argparse.Namespace, argv: list[str], parser: argparse.ArgumentParser) -> None:
     """Print what the kernels would do with a shape."""
     from ... import _core
     from .contenders import Case
@@ -144,21 +135,17 @@ def run_explain(args: argparse.Namespace, parser: argparse.ArgumentParser) -> in
         parser.error(f"--explain: {error}")
     explain = getattr(_core, "explain", None)
     if explain is None:
-        print("bnfast bench: this build of bnfast does not explain what its kernels do", file=sys.stderr)
-        return 1
+        raise RuntimeError("this build of bnfast does not explain what its kernels do")
     case = Case(shape, args.dtype)
     for operation in OPERATIONS:
         print(f"{shape.name} {args.dtype}, {operation}")
         found = explain(operation, case.x, case.axis)
         for line in (found if isinstance(found, str) else json.dumps(found, indent=1, default=str)).splitlines():
             print(f"    {line}")
-    return 0
 
 
-def run_loop(args: argparse.Namespace, argv: list[str]) -> int:
+def run_loop(args: argparse.Namespace, argv: list[str], parser: argparse.ArgumentParser) -> None:
     """Measure the training loops and report."""
-    from ..demo import check_writable
-    from ..network import require
     from .loop import measure_loops, table
 
     require(["tqdm"], "bench")
@@ -170,7 +157,6 @@ def run_loop(args: argparse.Namespace, argv: list[str]) -> int:
         report = measure_loops(args.threads, args.quick, argv, bar.update)
     print(table(report))
     write_json(args.json, report)
-    return 0
 
 
 def write_json(path: Path | None, report: object) -> None:

@@ -16,9 +16,8 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ... import __version__, _core, reference
+from ... import __version__, _core, config, reference
 from ... import functional as F
-from ...runtime import loading
 from .shapes import OPERATIONS, Shape
 
 __all__ = ["ALONE", "CONTENDERS", "Case", "Contender", "Operation", "Unavailable", "check", "create"]
@@ -146,7 +145,7 @@ class Bnfast:
     """This package."""
 
     def __init__(self, threads: int) -> None:
-        self.about = f"bnfast {__version__}, {_core.isa()}, idle threads {loading.IDLE_THREADS}"
+        self.about = f"bnfast {__version__}, {_core.isa()} (idle threads: {config()['idle_threads']})"
 
     def operations(self, case: Case) -> dict[str, Operation]:
         out = None if case.fresh else case.out

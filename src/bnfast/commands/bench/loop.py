@@ -22,7 +22,7 @@ from ... import functional as F
 from ..network import Linear, ReLU, cross_entropy
 from .compare import record, summary
 from .contenders import EPS, Operation, Unavailable
-from .report import busy, duration, grid
+from .tables import busy, duration, grid
 from .worker import Worker, WorkerError
 
 __all__ = ["measure_loops", "table"]

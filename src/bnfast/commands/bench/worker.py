@@ -56,7 +56,7 @@ class Worker:
     ----------
     name : str
     create : str
-        module:function that makes the contender, within `bnfast.commands.bench`.
+        module:function that makes the contender, within this folder.
     arguments : dict
         Of the function; JSON.
     environment : mapping, optional
@@ -318,7 +318,7 @@ def serve(settings: str) -> None:
     given = json.loads(settings)
     module, _, function = given["create"].partition(":")
     try:
-        contender = getattr(importlib.import_module(f"bnfast.commands.bench.{module}"), function)(**given["arguments"])
+        contender = getattr(importlib.import_module(f".{module}", __package__), function)(**given["arguments"])
     except Exception as error:
         answer({"error": described(error)})
         return

@@ -1,0 +1,545 @@
+# The steps of a layer: what its calls change, and how.
+#
+# All of it is in one `Contents`, which is never changed once others can see it, behind one `AtomicReference`. A call
+# computes first and then exchanges the contents for others made of those it finds: an exception, Ctrl-C included, finds
+# the layer as it was before the call or as it is after it, and threads, signal handlers and forked children need no lock.
+
+# --- a forward ------------------------------------------------------------------------------------------------
+
+cdef enum:
+    SAMPLES = 16
+
+# Which forwards are kept: by the layer, for `backward`; by a pullback; by nobody.
+KEEP_NOTHING, KEEP_LAST, KEEP_PULLBACK = range(3)
+
+
+cdef void take_sample(cnp.ndarray x, unsigned long long *sample) noexcept:
+    """The bits of some elements spread over the array, the first and the last among them."""
+    cdef Py_ssize_t size = cnp.PyArray_SIZE(x), itemsize = cnp.PyArray_ITEMSIZE(x), step = (size - 1) // (SAMPLES - 1)
+    cdef Py_ssize_t i, position, offset
+    cdef int axis
+    cdef bint dense = cnp.PyArray_IS_C_CONTIGUOUS(x) or cnp.PyArray_IS_F_CONTIGUOUS(x)
+    memset(sample, 0, SAMPLES * sizeof(unsigned long long))
+    if size == 0:
+        return
+    for i in range(SAMPLES):
+        position = i * step if i < SAMPLES - 1 else size - 1
+        if dense:
+            offset = position * itemsize
+        else:
+            offset = 0
+            for axis in range(cnp.PyArray_NDIM(x) - 1, -1, -1):
+                offset += position % cnp.PyArray_DIM(x, axis) * cnp.PyArray_STRIDE(x, axis)
+                position //= cnp.PyArray_DIM(x, axis)
+        memcpy(&sample[i], <const char *>cnp.PyArray_DATA(x) + offset, itemsize)
+
+
+# The rows of a forward's block, in float64: its own copies of the parameters; of a batch also its statistics.
+cdef enum:
+    GAMMA, BETA, PARAMETERS
+    MEAN = PARAMETERS, INV_STD, M2, ROWS
+
+
+@cython.auto_pickle(False)
+@cython.final
+@cython.freelist(8)
+cdef class Forward:
+    """What the backward of one forward needs: x itself, and copies of all that the layer may change afterwards.
+
+    Nothing of it changes but `gone`, which says what was written over x, and `used`.
+    """
+
+    cdef readonly cnp.ndarray x
+    cdef cnp.ndarray block
+    cdef bint has_gamma, has_beta
+    cdef Running running          # the statistics it took as constants; None: those of the batch
+    cdef int axis
+    cdef double eps
+    cdef Py_ssize_t channels
+    cdef readonly Py_ssize_t count  # values a channel
+    cdef readonly bint training   # the layer's mode
+    cdef readonly str gone
+    cdef bint used                # by `backward`
+    cdef unsigned long long sample[SAMPLES]
+    cdef object __weakref__
+
+    cdef double *row(self, int i) noexcept:
+        return values(self.block) + i * self.channels
+
+    @property
+    def moments(self):
+        """(mean, m2) of the batch, (C,) float64 each, read-only; None if it took running statistics."""
+        return None if self.running is not None else (self.block[MEAN], self.block[M2])
+
+    cdef Py_ssize_t nonfinite(self) noexcept:
+        """The first channel whose batch mean or m2 is not finite, or -1."""
+        cdef Py_ssize_t i
+        for i in range(self.channels):
+            if not is_finite(self.row(MEAN)[i], self.row(M2)[i]):
+                return i
+        return -1
+
+    cdef int check_finite(self) except -1:
+        """FloatingPointError if the statistics of the batch are not finite."""
+        cdef Py_ssize_t i = self.nonfinite()
+        if i >= 0:
+            raise FloatingPointError(
+                f"x: expected a batch with finite statistics (nonfinite='raise'), got mean {self.row(MEAN)[i]} and "
+                f"variance {self.row(M2)[i] / self.count} in channel {i}"
+            )
+        return 0
+
+    cdef int check(self) except -1:
+        """RuntimeError if x is not what it was."""
+        cdef unsigned long long now[SAMPLES]
+        if self.gone is not None:
+            raise RuntimeError(f"backward: x is gone: {self.gone} was written into its memory")
+        if (cnp.PyArray_NDIM(self.x) <= self.axis or cnp.PyArray_DIM(self.x, self.axis) != self.channels
+                or cnp.PyArray_SIZE(self.x) != self.count * self.channels):  # in place: it is the user's own array
+            raise RuntimeError(f"backward: x has another shape, {shape_of(self.x)}, than in its forward")
+        take_sample(self.x, now)
+        if memcmp(now, self.sample, sizeof(now)) != 0:
+            raise RuntimeError("backward: x has changed since its forward; keep it as it is until the backward, "
+                               "or give forward a copy")
+        return 0
+
+    cdef void set_parameters(self, bnfast_job *job) noexcept:
+        if self.has_gamma:
+            job.gamma.wide = self.row(GAMMA)
+        if self.has_beta:
+            job.beta.wide = self.row(BETA)
+
+
+cdef bint is_finite(double mean, double m2) noexcept:
+    return mean - mean == 0.0 and m2 - m2 == 0.0
+
+
+cdef void widen(cnp.ndarray array, double *to) noexcept:
+    """(C,) float32 or float64, contiguous, to float64."""
+    cdef Py_ssize_t i
+    cdef const float *narrow = <const float *>cnp.PyArray_DATA(array)
+    if cnp.PyArray_TYPE(array) == cnp.NPY_FLOAT64:
+        memcpy(to, cnp.PyArray_DATA(array), cnp.PyArray_NBYTES(array))
+    else:
+        for i in range(cnp.PyArray_SIZE(array)):
+            to[i] = narrow[i]
+
+
+cdef int note_overwritten(object out, tuple living, str what) except -1:
+    """Those forwards whose x has an element in the memory of `out` are told so."""
+    cdef Forward forward
+    for forward in living:
+        if shares_memory(out, forward.x):
+            forward.gone = what
+    return 0
+
+
+# --- running statistics ---------------------------------------------------------------------------------------
+
+cdef enum:
+    MOST_BATCHES = 0x7fffffffffffffff  # num_batches_tracked stays there
+
+
+@cython.auto_pickle(False)
+@cython.final
+@cython.freelist(4)
+cdef class Running:
+    """Mean and variance of each channel as eval mode uses them, (C,) float64, read-only, and what they are made of."""
+
+    cdef cnp.ndarray block         # (2, C)
+    cdef object views              # (mean, var), once asked for
+    cdef readonly long long batches  # that came by
+    cdef readonly object averaged    # (C,) int64: those of them that were averaged in a channel; None: all
+    cdef readonly object skipped     # (C,) int64: those that were left out as they were not finite; None: none
+
+    def __init__(self, mean, var, long long batches=0, averaged=None, skipped=None):
+        self.block = np.array([mean, var], np.float64)
+        cnp.PyArray_CLEARFLAGS(self.block, cnp.NPY_ARRAY_WRITEABLE)
+        self.batches, self.averaged, self.skipped = batches, averaged, skipped
+
+    cdef double *row(self, int i) noexcept:
+        return values(self.block) + i * cnp.PyArray_DIM(self.block, 1)
+
+    @property
+    def mean(self):
+        return self.view(0)
+
+    @property
+    def var(self):
+        return self.view(1)
+
+    cdef object view(self, int i):
+        """The same array every time."""
+        with cython.critical_section(self):
+            if self.views is None:
+                self.views = self.block[0], self.block[1]
+            found = self.views[i]
+        return found
+
+    cdef tuple counts_in_full(self):
+        """`averaged` and `skipped` as arrays of their own."""
+        zeros = np.zeros(cnp.PyArray_DIM(self.block, 1), np.int64)
+        averaged = zeros + self.batches if self.averaged is None else self.averaged.copy()
+        return averaged, zeros if self.skipped is None else self.skipped.copy()
+
+    cdef Running after(self, Forward forward, object momentum, bint unbiased, bint skip):
+        """With one batch more: (1 - weight) * old + weight * batch in each channel.
+
+        A weight of 0 or 1 takes the one and leaves the other, whatever it is. momentum None: the average of all batches
+        that were averaged in the channel, equally weighted. skip: channels that are not finite stay as they are.
+        """
+        cdef Py_ssize_t channels = forward.channels, i
+        cdef double *batch_mean = forward.row(MEAN)
+        cdef double *batch_m2 = forward.row(M2)
+        cdef double *old_mean = self.row(0)
+        cdef double *old_var = self.row(1)
+        cdef double divisor = forward.count - 1 if unbiased else forward.count
+        cdef double weight = 0.0 if momentum is None else momentum
+        cdef bint cumulative = momentum is None, some_skipped = skip and forward.nonfinite() >= 0
+        cdef Running new = Running.__new__(Running)
+        cdef double *new_mean
+        cdef double *new_var
+        cdef long long *counts = NULL
+        cdef long long *skips = NULL
+        new.batches = self.batches if self.batches == MOST_BATCHES else self.batches + 1
+        new.averaged, new.skipped = self.averaged, self.skipped
+        if some_skipped or self.averaged is not None or (weight == 0.0 and not cumulative):
+            new.averaged, skipped = self.counts_in_full()
+            counts = <long long *>cnp.PyArray_DATA(<cnp.ndarray>new.averaged)
+            if some_skipped:
+                new.skipped = skipped
+                skips = <long long *>cnp.PyArray_DATA(<cnp.ndarray>skipped)
+        new.block = new_block(2, channels, False)
+        new_mean, new_var = new.row(0), new.row(1)
+        for i in range(channels):
+            if some_skipped and not is_finite(batch_mean[i], batch_m2[i]):
+                new_mean[i], new_var[i] = old_mean[i], old_var[i]
+                skips[i] += 1
+                continue
+            if cumulative:
+                weight = 1.0 / (1.0 + (self.batches if counts == NULL else counts[i]))
+            if weight == 0.0:
+                new_mean[i], new_var[i] = old_mean[i], old_var[i]
+                continue
+            if weight == 1.0:
+                new_mean[i], new_var[i] = batch_mean[i], batch_m2[i] / divisor
+            else:
+                new_mean[i] = (1.0 - weight) * old_mean[i] + weight * batch_mean[i]
+                new_var[i] = (1.0 - weight) * old_var[i] + weight * (batch_m2[i] / divisor)
+            if counts != NULL and counts[i] < MOST_BATCHES:
+                counts[i] += 1
+        cnp.PyArray_CLEARFLAGS(new.block, cnp.NPY_ARRAY_WRITEABLE)
+        return new
+
+
+# --- contents -------------------------------------------------------------------------------------------------
+
+cdef object added(sum, gradient):
+    """Either may be None: the gradient then, which is None for what the layer has not."""
+    return gradient if sum is None or gradient is None else sum + gradient
+
+
+@cython.auto_pickle(False)
+@cython.final
+@cython.freelist(8)
+cdef class Contents:
+    """All that the calls of a layer change, of one moment. Whoever has made one may set its fields before it is seen."""
+
+    cdef public Running running        # the statistics in use; None: the layer has none
+    cdef public Running averages       # those of training, set aside while exact ones are in use; else None
+    cdef public object exact           # (Moments, batches) of the last calibration, or None
+    cdef public object gathered        # (calibration, Moments, batches) of the one that is going on, or None
+    cdef public Forward forward        # the last one, until its backward
+    cdef public str absent             # why there is none
+    cdef public bint replaced          # `forward`, of eval mode, took the place of one in training that waited for its backward
+    cdef cnp.ndarray batch             # the block of the last forward that took statistics, or None
+    cdef Py_ssize_t batch_count
+    cdef public tuple gradients        # of gamma and beta, as they are seen: arrays or None
+    cdef public tuple sums             # the same, as `accumulate` adds to them
+
+    def __cinit__(self, Running running=None):
+        self.running, self.absent = running, "no forward"
+        self.gradients = self.sums = (None, None)
+
+    @property
+    def batch_moments(self):
+        """(count, mean, m2) of the last batch that a forward normalised with, or None."""
+        return None if self.batch is None else (self.batch_count, self.batch[MEAN], self.batch[M2])
+
+    def replace(self, **changes):
+        """These, with some fields changed."""
+        new = self.copy()
+        for name, value in changes.items():
+            setattr(new, name, value)
+        return new
+
+    cdef Contents copy(self):
+        cdef Contents new = Contents.__new__(Contents)
+        new.running, new.averages, new.exact, new.gathered = self.running, self.averages, self.exact, self.gathered
+        new.forward, new.absent, new.replaced = self.forward, self.absent, self.replaced
+        new.batch, new.batch_count = self.batch, self.batch_count
+        new.gradients, new.sums = self.gradients, self.sums
+        return new
+
+    cdef Contents after_forward(self, Forward forward, int keep):
+        """After a forward that changed no statistics."""
+        cdef Contents new = self.copy()
+        if forward.running is None:
+            new.batch, new.batch_count = forward.block, forward.count
+        if keep == KEEP_LAST:
+            new.forward, new.absent = forward, None
+            if forward.training:
+                new.replaced, new.gradients = False, (None, None)
+            else:
+                new.replaced = self.replaced if self.forward is None or not self.forward.training else True
+        elif keep == KEEP_NOTHING:
+            new.forward, new.absent, new.replaced = None, "a forward under no_grad", False
+        return new
+
+    cdef Contents after_backward(self, Forward forward, tuple gradients, bint accumulate):
+        """After the backward of a forward; if that was the last one, it is used up."""
+        cdef Contents new = self.copy()
+        if self.forward is forward:
+            new.forward, new.absent, new.replaced = None, "a forward whose backward has been called", False
+        if accumulate:
+            gradients = (added(self.sums[0], gradients[0]), added(self.sums[1], gradients[1]))
+        new.sums = gradients
+        if new.forward is None or not new.forward.training:  # else it is stale already: the next forward came between
+            new.gradients = gradients
+        return new
+
+
+# --- the steps ------------------------------------------------------------------------------------------------
+
+@cython.auto_pickle(False)
+@cython.final
+cdef class Options:
+    """What of a layer never changes and its forward has to know."""
+
+    cdef object axis
+    cdef Py_ssize_t channels
+    cdef bint tracks, unbiased, skips, raises
+
+    def __cinit__(self, axis, Py_ssize_t channels, bint tracks, bint unbiased, str nonfinite):
+        self.axis, self.channels, self.tracks, self.unbiased = axis, channels, tracks, unbiased
+        self.skips, self.raises = nonfinite == "skip", nonfinite == "raise"
+
+
+cdef Forward new_forward(AtomicReference contents, Options options, x, gamma, beta, double eps, bint training,
+                         int rows):
+    """One that has not been computed, of checked data; gamma and beta of one moment."""
+    cdef Forward forward = Forward.__new__(Forward)
+    cdef cnp.ndarray g, b
+    forward.x = as_samples(as_input(x, options.axis, options.channels), "x")
+    forward.axis, forward.eps, forward.training = as_axis(options.axis, forward.x), eps, training
+    forward.channels = options.channels
+    forward.count = cnp.PyArray_SIZE(forward.x) // options.channels
+    g = as_parameter(gamma, "gamma", options.channels, None)
+    b = as_parameter(beta, "beta", options.channels, None)
+    forward.has_gamma, forward.has_beta = g is not None, b is not None
+    forward.block = new_block(rows, options.channels, False)
+    with cython.critical_section(contents):
+        if g is not None:
+            widen(g, forward.row(GAMMA))
+        if b is not None:
+            widen(b, forward.row(BETA))
+    return forward
+
+
+cdef int done(Forward forward, out, tuple living) except -1:
+    """Once y is there."""
+    cnp.PyArray_CLEARFLAGS(forward.block, cnp.NPY_ARRAY_WRITEABLE)
+    take_sample(forward.x, forward.sample)
+    if out is not None:
+        note_overwritten(out, (*living, forward), "the forward's out")
+    return 0
+
+
+cdef tuple forward_with_batch(AtomicReference contents, Options options, x, gamma, beta, double eps, bint training, out,
+                              tuple living):
+    """-> (y, Forward): normalises with the statistics of the batch. living: forwards whose x `out` may overwrite."""
+    cdef bnfast_job job = new_job(BNFAST_FORWARD)
+    cdef Forward forward = new_forward(contents, options, x, gamma, beta, eps, training, ROWS)
+    cdef cnp.ndarray y, given_out = as_out(out, forward.x)
+    check_count(forward.x, forward.axis)
+    job.eps = as_positive_eps(eps)
+    forward.set_parameters(&job)
+    job.mean, job.inv_std, job.m2 = forward.row(MEAN), forward.row(INV_STD), forward.row(M2)
+    y = mapped(&job, forward.x, None, forward.axis, given_out)
+    done(forward, out, living)
+    if options.raises and training:
+        forward.check_finite()
+    return y, forward
+
+
+cdef tuple forward_with_running(AtomicReference contents, Options options, x, gamma, beta, double eps, bint training,
+                                out, tuple living):
+    """-> (y, Forward): normalises with the running statistics, as constants."""
+    cdef bnfast_job job = new_job(BNFAST_EVAL)
+    cdef Forward forward = new_forward(contents, options, x, gamma, beta, eps, training, PARAMETERS)
+    cdef cnp.ndarray y, given_out = as_out(out, forward.x)
+    forward.running = (<Contents>contents.value).running
+    check_variance(forward.running.row(1), options.channels, eps, "running_")
+    job.eps = eps
+    forward.set_parameters(&job)
+    job.mean, job.var = forward.running.row(0), forward.running.row(1)
+    y = mapped(&job, forward.x, None, forward.axis, given_out)
+    done(forward, out, living)
+    return y, forward
+
+
+def forward_of(AtomicReference contents, Options options, x, gamma, beta, eps, momentum, bint training, int keep,
+               bint update, out, tuple living):
+    """-> (y, Forward) of a layer that is not being calibrated, whose contents are exchanged for those after it."""
+    if not training and options.tracks:
+        found = forward_with_running(contents, options, x, gamma, beta, eps, training, out, living)
+        commit_forward(contents, found[1], keep)
+    else:
+        found = forward_with_batch(contents, options, x, gamma, beta, eps, training, out, living)
+        if training and options.tracks and update:
+            commit_training(contents, options, found[1], keep, momentum)
+        else:
+            commit_forward(contents, found[1], keep)
+    return found
+
+
+def forward_in_calibration(AtomicReference contents, Options options, x, gamma, beta, eps, bint training, int keep,
+                           out, tuple living, gathers):
+    """The same in a calibration, with the statistics of the batch if it has two values a channel. gathers: what makes
+    contents of those after the forward and of the forward, or None."""
+    cdef Forward forward
+    cdef Contents found
+    if cnp.PyArray_SIZE(as_input(x, options.axis, options.channels)) < 2 * options.channels:
+        y, forward = forward_with_running(contents, options, x, gamma, beta, eps, training, out, living)
+    else:
+        y, forward = forward_with_batch(contents, options, x, gamma, beta, eps, True, out, living)
+        forward.training = training
+    while True:
+        found = contents.value
+        new = found.after_forward(forward, keep)
+        if gathers is not None:
+            new = gathers(new, forward)
+        if contents.swap(found, new, NULL, 0):
+            return y, forward
+
+
+def backward_of(Forward forward, dy, out, tuple living, dtype):
+    """-> (dx, dgamma, dbeta), the last two in `dtype`, float32 or float64, rounded once from float64."""
+    cdef bnfast_job job = new_job(BNFAST_BACKWARD if forward.running is None else BNFAST_BACKWARD_EVAL)
+    cdef cnp.ndarray dx, u, given_out, sums = new_block(3, forward.channels, True)
+    cdef int type_number = cnp.NPY_FLOAT32 if dtype.itemsize == 4 else cnp.NPY_FLOAT64
+    cdef Py_ssize_t i
+    forward.check()
+    u = as_companion(dy, "dy", forward.x)
+    given_out = as_out(out, forward.x)
+    job.dgamma, job.dbeta = values(sums), values(sums) + forward.channels
+    forward.set_parameters(&job)
+    if forward.running is None:
+        job.mean, job.inv_std = forward.row(MEAN), forward.row(INV_STD)
+    else:
+        job.mean, job.inv_std = forward.running.row(0), values(sums) + 2 * forward.channels
+        for i in range(forward.channels):
+            job.inv_std[i] = 1.0 / sqrt(forward.running.row(1)[i] + forward.eps)
+    dx = mapped(&job, forward.x, u, forward.axis, given_out)
+    if out is not None:
+        note_overwritten(out, (*living, forward), "the backward's out")
+    return dx, rounded(job.dgamma, forward.channels, type_number), rounded(job.dbeta, forward.channels, type_number)
+
+
+cdef int commit_training(AtomicReference contents, Options options, Forward forward, int keep, momentum) except -1:
+    """After a forward that the running statistics take in: from here on they are the averages of training."""
+    cdef Contents found, new
+    while True:
+        found = contents.value
+        new = found.after_forward(forward, keep)
+        new.running = found.running.after(forward, momentum, options.unbiased, options.skips)
+        new.averages = new.gathered = None
+        if contents.swap(found, new, NULL, 0):
+            return 0
+
+
+cdef int commit_forward(AtomicReference contents, Forward forward, int keep) except -1:
+    """After a forward that changed no statistics."""
+    cdef Contents found
+    while True:
+        found = contents.value
+        if contents.swap(found, found.after_forward(forward, keep), NULL, 0):
+            return 0
+
+
+def commit_backward(AtomicReference contents, Forward forward, bint last, tuple gradients, bint accumulate):
+    """After a backward. last: through `backward`, which uses a forward up: RuntimeError if another thread has."""
+    cdef Contents found, new
+    cdef bint used = False, done = False
+    while not done:
+        found = contents.value
+        new = found.after_backward(forward, gradients, accumulate)
+        with cython.critical_section(contents):
+            used = last and forward.used
+            if not used and contents.referent is found:
+                contents.referent = new
+                forward.used = last
+                done = True
+        if used:
+            raise RuntimeError("backward: another thread has called the backward of this forward meanwhile; "
+                               "vjp gives a forward whose backward may be called at any time")
+
+
+# --- calibration ----------------------------------------------------------------------------------------------
+
+@cython.auto_pickle(False)
+@cython.final
+@cython.no_gc_clear  # __dealloc__ needs what it refers to
+cdef class Calibration:
+    """What `with layer.calibrate():` and `with calibrate(layers):` enter and leave.
+
+    In C, because no signal handler runs between its steps: a layer is never left in calibration by an interrupt. From
+    Python 3.14 on one may run after `__enter__` and before the block: then the end of this object ends the calibration.
+    """
+
+    cdef tuple currents
+    cdef object finish
+    cdef object entered
+    cdef object token
+
+    def __cinit__(self, tuple currents, finish, entered):
+        """currents: of each layer the reference to the token of the block that is gathering, or None; finish: called
+        with the token at the end of a block that did not raise; entered: what `with ... as` gives."""
+        for current in currents:
+            if not isinstance(current, AtomicReference):
+                raise TypeError("expected AtomicReferences")
+        self.currents, self.finish, self.entered = currents, finish, entered
+
+    cdef void end(self, Py_ssize_t n) noexcept:
+        cdef Py_ssize_t i
+        for i in range(n):
+            (<AtomicReference>self.currents[i]).swap(self.token, None, NULL, 0)
+
+    def __dealloc__(self):
+        if self.token is not None:
+            self.end(len(self.currents))
+
+    def __enter__(self):
+        cdef Py_ssize_t i
+        token = object()  # of this block: what another one has gathered is not its own
+        if self.token is not None:
+            self.check_ended()
+        self.token = token
+        for i in range(len(self.currents)):
+            if not (<AtomicReference>self.currents[i]).swap(None, token, NULL, 0):
+                self.end(i)
+                self.token = None
+                raise RuntimeError("calibrate: this layer is being calibrated already")
+        return self.entered
+
+    cdef int check_ended(self) except -1:
+        """That no block of this object is going on."""
+        for current in self.currents:
+            if (<AtomicReference>current).referent is self.token:
+                raise RuntimeError("calibrate: this layer is being calibrated already")
+        return 0
+
+    def __exit__(self, kind, error, trace):
+        self.end(len(self.currents))
+        if kind is None:
+            self.finish(self.token)

@@ -1,0 +1,42 @@
+"""Whether forwards keep what a backward needs: `with no_grad():`."""
+
+from contextlib import ContextDecorator
+from contextvars import ContextVar
+from types import TracebackType
+
+__all__ = ["is_off", "no_grad"]
+
+# How many `with no_grad()` the calling context is inside of. Nothing is kept in the context manager itself, which may
+# be entered in several threads at once.
+_depth: ContextVar[int] = ContextVar("bnfast_no_grad", default=0)
+
+is_off = _depth.get
+
+
+class no_grad(ContextDecorator):
+    """Context manager, and decorator: forwards inside it keep nothing, so there is no backward for them.
+
+    For inference: a layer lets go of x at once. It belongs to the calling context, as Python's context variables do: a
+    task started inside it is inside, a thread started inside it is not (but on Pythons without a GIL from 3.14 on).
+    Training forwards inside it update the running statistics as always. `vjp` keeps its own forward all the same.
+
+    Examples
+    --------
+    >>> import numpy as np, bnfast
+    >>> bn = bnfast.BatchNorm(2).eval()
+    >>> with bnfast.no_grad():
+    ...     y = bn(np.zeros((1, 2)))
+    >>> try:
+    ...     bn.backward(y)
+    ... except RuntimeError as error:
+    ...     print(str(error).partition(";")[0])
+    backward: expected a forward that waits for its backward, got a forward under no_grad
+    """
+
+    def __enter__(self) -> None:
+        _depth.set(_depth.get() + 1)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        _depth.set(_depth.get() - 1)

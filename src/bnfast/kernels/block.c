@@ -1,0 +1,110 @@
+/* A block of channels: its scratch, laid out in memory that the caller owns; the centres its reductions take; and the
+ * call of the leaf that makes its results a channel and its coefficients. */
+
+#include "block.h"
+
+#include <stdint.h>
+#include <string.h>
+
+enum { COEFFICIENT_ARRAYS = 6, LINE = 64 };
+
+static ptrdiff_t whole_lines(ptrdiff_t bytes) { return round_up(bytes, 64); }
+
+ptrdiff_t bnfast_block_bytes(const bnfast_job *job, ptrdiff_t n, ptrdiff_t columns)
+{
+    const ptrdiff_t width = n * columns, size = job->kernels->itemsize;
+    const ptrdiff_t rows = reduces(job) ? job->n_segments + 1 : 0;
+    return whole_lines(2 * rows * width * (ptrdiff_t)sizeof(double)) +
+           COEFFICIENT_ARRAYS * (whole_lines((n + BNFAST_PAD) * size + LINE) +
+                                 (columns > 1 ? whole_lines((width + BNFAST_PAD) * size + LINE) : 0));
+}
+
+/* skew: bytes from a line of memory to where the arrays begin */
+static char *coefficients_in(char *at, bnfast_coefficients *c, ptrdiff_t bytes, ptrdiff_t skew)
+{
+    void **const array[COEFFICIENT_ARRAYS] = {&c->center,   &c->scale,   &c->shift,
+                                              &c->u_center, &c->u_scale, &c->hat_scale};
+    for (int i = 0; i < COEFFICIENT_ARRAYS; i++) {
+        *array[i] = at + skew;
+        at += whole_lines(bytes + LINE);
+    }
+    return at;
+}
+
+bnfast_block bnfast_block_in(const bnfast_job *job, char *scratch, ptrdiff_t first, ptrdiff_t n, ptrdiff_t columns)
+{
+    const ptrdiff_t width = n * columns, size = job->kernels->itemsize;
+    const ptrdiff_t rows = reduces(job) ? job->n_segments + 1 : 0;
+    bnfast_block block = {.first = first, .n = n, .width = width};
+    block.a = (double *)scratch;
+    block.b = block.a + rows * width;
+    scratch += whole_lines(2 * rows * width * (ptrdiff_t)sizeof(double));
+    /* the coefficient of a column lies as its first result does, so that vectors of both begin lines together;
+     * where rows do not lie alike, at the line */
+    const uintptr_t result = (uintptr_t)job->out + (uintptr_t)(first * job->inner * size);
+    const ptrdiff_t skew = folded_stride(job) * size % LINE == 0 ? (ptrdiff_t)(result % LINE) : 0;
+    scratch = coefficients_in(scratch, &block.channel, (n + BNFAST_PAD) * size, skew);
+    block.column = block.channel;
+    if (columns > 1)
+        coefficients_in(scratch, &block.column, (width + BNFAST_PAD) * size, skew);
+    return block;
+}
+
+bnfast_coefficients bnfast_coefficients_at(const bnfast_job *job, const bnfast_coefficients *c, ptrdiff_t j)
+{
+    const ptrdiff_t bytes = j * job->kernels->itemsize;
+    const bnfast_coefficients at = {(char *)c->center + bytes,  (char *)c->scale + bytes,
+                                    (char *)c->shift + bytes,   (char *)c->u_center + bytes,
+                                    (char *)c->u_scale + bytes, (char *)c->hat_scale + bytes};
+    return at;
+}
+
+void bnfast_choose_centers(const bnfast_job *job, const bnfast_block *block)
+{
+    if (sums_products(job))
+        job->kernels->round_values(block->n, job->mean + block->first, block->channel.center);
+    else if (!job->merges)
+        memset(block->channel.center, 0, (size_t)(block->n * job->kernels->itemsize));
+    else {
+        ptrdiff_t offsets[BNFAST_SAMPLES]; /* spread over the channel, its ends included */
+        for (int i = 0; i < BNFAST_SAMPLES; i++)
+            offsets[i] = (job->outer - 1) * i / (BNFAST_SAMPLES - 1) * job->channels * job->inner +
+                         (job->inner - 1) * i / (BNFAST_SAMPLES - 1);
+        job->kernels->typical_values(block->n, job->inner,
+                                     (const char *)job->x + block->first * job->inner * job->kernels->itemsize, offsets,
+                                     block->channel.center);
+    }
+}
+
+static bnfast_parameter parameter_from(const bnfast_parameter *parameter, ptrdiff_t i)
+{
+    const bnfast_parameter from = {parameter->wide ? parameter->wide + i : NULL,
+                                   parameter->narrow ? parameter->narrow + i : NULL};
+    return from;
+}
+
+static double *values_from(double *values, ptrdiff_t i) { return values ? values + i : NULL; }
+
+void bnfast_make_coefficients(const bnfast_job *job, const bnfast_block *block, ptrdiff_t i, ptrdiff_t n)
+{
+    const ptrdiff_t at = block->first + i;
+    const bnfast_channels channels = {
+        .operation = job->operation,
+        .count = (double)job->outer * (double)job->inner,
+        .eps = job->eps,
+        .gamma = parameter_from(&job->gamma, at),
+        .beta = parameter_from(&job->beta, at),
+        .vgamma = parameter_from(&job->vgamma, at),
+        .vbeta = parameter_from(&job->vbeta, at),
+        .a = block->a + i,
+        .b = block->b + i,
+        .var = job->var ? job->var + at : NULL,
+        .mean = values_from(job->mean, at),
+        .inv_std = values_from(job->inv_std, at),
+        .m2 = values_from(job->m2, at),
+        .dbeta = values_from(job->dbeta, at),
+        .dgamma = values_from(job->dgamma, at),
+        .c = bnfast_coefficients_at(job, &block->channel, i),
+    };
+    job->kernels->make_coefficients(n, &channels);
+}

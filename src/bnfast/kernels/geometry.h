@@ -1,0 +1,46 @@
+/* Where things lie: both layouts as arithmetic on a job, for the plan (plan.c) and for the tasks (planar.c,
+ * interleaved.c). Nothing here decides anything. */
+
+#ifndef BNFAST_GEOMETRY_H
+#define BNFAST_GEOMETRY_H
+
+#include "job.h"
+
+static inline ptrdiff_t least(ptrdiff_t a, ptrdiff_t b) { return a < b ? a : b; }
+static inline ptrdiff_t most(ptrdiff_t a, ptrdiff_t b) { return a > b ? a : b; }
+static inline ptrdiff_t quotient_up(ptrdiff_t a, ptrdiff_t b) { return (a + b - 1) / b; }
+static inline ptrdiff_t round_up(ptrdiff_t a, ptrdiff_t step) { return quotient_up(a, step) * step; }
+
+/* What an operation does. */
+static inline int reduces(const bnfast_job *job) { return job->operation != BNFAST_EVAL; }
+static inline int applies(const bnfast_job *job) { return job->operation != BNFAST_MOMENTS; }
+static inline int maps_u_only(const bnfast_job *job) { return job->operation == BNFAST_BACKWARD_EVAL; }
+static inline int maps_gradient(const bnfast_job *job) /* the map is gradient, not normalize */
+{
+    return job->operation == BNFAST_BACKWARD || job->operation == BNFAST_JVP;
+}
+static inline int sums_products(const bnfast_job *job) /* its reductions are sums of u, not moments of x */
+{
+    return maps_gradient(job) || maps_u_only(job);
+}
+
+/* Bytes of one array, and of all that an operation reads to reduce or to map. */
+static inline ptrdiff_t bytes_of_array(const bnfast_job *job)
+{
+    return job->outer * job->channels * job->inner * job->kernels->itemsize;
+}
+static inline ptrdiff_t arrays_read(const bnfast_job *job) { return job->u ? 2 : 1; }
+
+/* A row of the array: all channels. */
+static inline ptrdiff_t period(const bnfast_job *job) { return job->channels * job->inner; }
+
+/* planar: pieces into which a channel's part of a row is cut */
+static inline ptrdiff_t pieces_of_row(const bnfast_job *job) { return quotient_up(job->inner, job->segment_length); }
+
+/* interleaved: rows as they are folded */
+static inline ptrdiff_t folded_stride(const bnfast_job *job) { return job->fold * period(job); }
+static inline ptrdiff_t folded_rows(const bnfast_job *job) { return job->outer / job->fold; }
+static inline ptrdiff_t rows_left(const bnfast_job *job) { return job->outer % job->fold; }
+static inline ptrdiff_t columns_of_channel(const bnfast_job *job) { return job->fold * job->inner; }
+
+#endif

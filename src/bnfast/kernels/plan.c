@@ -1,0 +1,177 @@
+/* The plan of a job: what one leaf call reduces (segments), what a task does, and in which order. The one place that
+ * knows of the sizes of caches and the number of threads and decides by them; planar.c and interleaved.c then make the
+ * tasks.
+ *
+ * Segments depend on the shape and the dtype alone, as the bits of a result depend on them. All else here only moves
+ * work about. */
+
+#include "block.h"
+
+#include <stdint.h>
+
+/* Shorter runs than this do not fill vectors: their elements are taken as columns. */
+enum { PLANAR_INNER = 16 };
+
+enum { MOST_LAST_LEVEL = 96 << 20 };
+
+/* ---- planar ------------------------------------------------------------------------------------------------------ */
+
+/* Elements of a segment: many, as each costs a division or two; fewer for float64, whose sums have nothing wider to
+ * go to. LONG_ROW: bytes of a row that is read fast by itself. TASKS: a thread, where there are enough channels. */
+enum { SEGMENT = 16384, SEGMENT_F64 = 4096, LONG_ROW = 3584, PLANAR_TASKS = 4 };
+
+static void cut_planar_segments(bnfast_job *job)
+{
+    const ptrdiff_t elements = job->kernels->itemsize == 4 ? SEGMENT : SEGMENT_F64;
+    job->fold = 1;
+    job->segment_length = least(job->inner, elements);
+    job->segment_rows = job->inner < elements ? elements / job->inner : 1;
+    job->n_segments = quotient_up(job->outer, job->segment_rows) * pieces_of_row(job);
+    job->merges = job->n_segments > 1;
+}
+
+/* Whether a block is written while the next is reduced, in one loop. The backward pass, two arrays to read for one to
+ * write, is faster if the next block is asked for while this one is written, as long as both stay in L2; where they do
+ * not, what is asked for displaces what is being mapped. Short rows are read best in the order of memory. */
+static int is_written_later(const bnfast_job *job)
+{
+    return applies(job) && job->inner * job->kernels->itemsize >= LONG_ROW &&
+           (job->u == NULL || (maps_gradient(job) && !job->asked_for));
+}
+
+/* Blocks keep their channels in L2, and what comes next: a quarter each, as more displaces itself (measured: half
+ * of L2 took up to 1.2 times as long). With few channels, or nothing to reduce: each step for the whole array. */
+static void choose_planar(bnfast_job *job)
+{
+    const int threads = job->n_threads;
+    job->block_channels = job->channels;
+    if (!reduces(job) || !(threads == 1 || job->channels % threads == 0 || job->channels >= 4 * threads))
+        return;
+    const ptrdiff_t channel_bytes = job->outer * job->inner * job->kernels->itemsize * arrays_read(job);
+    const ptrdiff_t share = threads == 1 ? job->channels : quotient_up(job->channels, PLANAR_TASKS * threads);
+    job->kind = BNFAST_BLOCKS;
+    job->block_channels = most(1, least(bnfast_l2_bytes() / 4 / channel_bytes, share));
+    job->task_channels = share / job->block_channels * job->block_channels;
+    job->asked_for = job->block_channels * channel_bytes <= bnfast_l2_bytes() / 4;
+    job->written_later = is_written_later(job);
+}
+
+/* ---- interleaved ------------------------------------------------------------------------------------------------- */
+
+enum {
+    SEGMENT_ROWS = 256,
+    FOLD_COLUMNS = 64,
+    RANGE_BYTES = 1024,    /* of a row that is read well by itself, out of cache: a range of columns has as many */
+    WIDEST_RANGE = 4096,   /* and no more: its sums and coefficients stay in L1 and L2 */
+    BLOCK_BYTES = 256,     /* of a row that a block of columns that is copied together has at least */
+    INTERLEAVED_TASKS = 2, /* a thread, where there are enough blocks */
+    WAY_BYTES = 128
+        << 10, /* of L2: what lies a multiple of this apart shares WAYS places (1 MiB and 8, 2 MiB and 16) */
+    WAYS = 8,
+    TASK_COLUMNS = 2048,
+    FEWEST_TASK_COLUMNS = 512
+};
+
+static void cut_interleaved_segments(bnfast_job *job)
+{
+    job->fold = 1;
+    while (job->fold * period(job) < FOLD_COLUMNS && job->outer >= job->fold * FOLD_COLUMNS)
+        job->fold *= 2;
+    job->segment_rows = SEGMENT_ROWS;
+    job->segment_length = 1;
+    job->n_segments = quotient_up(folded_rows(job), SEGMENT_ROWS);
+    job->merges = job->n_segments > 1 || columns_of_channel(job) > 1;
+}
+
+/* Whether rows of `bytes` bytes each displace each other from L2 before they are mapped, being a power of two apart. */
+static int displaces_itself(const bnfast_job *job, ptrdiff_t bytes)
+{
+    const ptrdiff_t stride = period(job) * job->kernels->itemsize, apart = stride & -stride;
+    const ptrdiff_t places = WAYS * (WAY_BYTES / most(bytes, least(apart, WAY_BYTES)));
+    return job->outer * (arrays_read(job) + 1) > places;
+}
+
+/* All rows of some channels, which stay in L2 until they are mapped: a range of columns wide enough to be read well, or a
+ * narrower one. Where its rows displace each other they are copied together while they are reduced, which pays only if the
+ * array itself, or what a phase leaves for the next, does not stay in cache. Returns the channels, in whole lines; 0: each
+ * step for the whole array. */
+static ptrdiff_t channels_of_block(bnfast_job *job)
+{
+    const ptrdiff_t size = job->kernels->itemsize, line = 64 / size, column_bytes = job->inner * size;
+    const ptrdiff_t channel_bytes = job->outer * column_bytes * arrays_read(job);
+    const ptrdiff_t share = job->channels / (INTERLEAVED_TASKS * job->n_threads);
+    const ptrdiff_t most_channels = least(bnfast_l2_bytes() / 2 / channel_bytes, share) / line * line;
+    const ptrdiff_t n = least(most_channels, most(1, WIDEST_RANGE / column_bytes / line) * line);
+    const int stays = (applies(job) && channel_bytes * job->channels <= bnfast_last_level_bytes() / 2) &&
+                      bnfast_block_bytes(job, job->channels, columns_of_channel(job)) <= bnfast_l2_bytes();
+    const int wide = n * column_bytes >= RANGE_BYTES;
+    if (job->fold > 1 || n * column_bytes < BLOCK_BYTES)
+        return 0;
+    if (wide && !displaces_itself(job, n * column_bytes))
+        return n;
+    if (stays || period(job) % line != 0)
+        return 0;
+    job->pack = applies(job);
+    return wide ? n : most_channels;
+}
+
+static void choose_interleaved(bnfast_job *job)
+{
+    const ptrdiff_t bytes = bytes_of_array(job) * arrays_read(job);
+    job->block_channels = job->channels;
+    job->near = bytes <= bnfast_l2_bytes() / 2 * job->n_threads;
+    job->task_columns = TASK_COLUMNS;
+    if (!reduces(job))
+        return;
+    if (job->n_threads == 1 && bytes <= bnfast_l2_bytes() / 2) {
+        job->kind = BNFAST_BLOCKS;
+        job->task_channels = job->channels;
+        return;
+    }
+    const ptrdiff_t n = channels_of_block(job), line = 64 / job->kernels->itemsize;
+    if (n > 0) {
+        job->kind = BNFAST_BLOCKS;
+        job->block_channels = n;
+        job->task_channels = n * quotient_up(job->channels / n, INTERLEAVED_TASKS * job->n_threads);
+        if (job->inner == 1 && applies(job) && period(job) % line == 0)
+            job->lead = (ptrdiff_t)(-(uintptr_t)job->out % 64) / job->kernels->itemsize;
+        return;
+    }
+    /* parts of the columns for all threads, where the rows are one segment */
+    while (job->task_columns > FEWEST_TASK_COLUMNS &&
+           job->n_segments * quotient_up(period(job) * job->fold, job->task_columns) < 2 * job->n_threads)
+        job->task_columns /= 2;
+}
+
+/* ---- both -------------------------------------------------------------------------------------------------------- */
+
+/* Whether the result is written around the caches: where the arrays of a call fill half of the last-level cache, what is
+ * written first would be gone from it by the end, and would displace meanwhile what is still to be read. Of a last level
+ * that is said to be larger than MOST_LAST_LEVEL others have their part. */
+static int is_streamed(const bnfast_job *job)
+{
+    const ptrdiff_t bytes = (arrays_read(job) + 1) * bytes_of_array(job);
+    return applies(job) && job->out != job->x && job->out != job->u &&
+           bytes >= least(bnfast_last_level_bytes(), MOST_LAST_LEVEL) / 2;
+}
+
+void bnfast_plan(bnfast_job *job)
+{
+    job->n_phases = 0;
+    job->kind = BNFAST_PHASES;
+    if (job->operation == BNFAST_FLOOR) {
+        bnfast_floor_phases(job);
+        return;
+    }
+    const int planar = job->inner >= PLANAR_INNER;
+    job->stream = is_streamed(job);
+    if (planar) {
+        cut_planar_segments(job);
+        choose_planar(job);
+        bnfast_planar_phases(job);
+    } else {
+        cut_interleaved_segments(job);
+        choose_interleaved(job);
+        bnfast_interleaved_phases(job);
+    }
+}

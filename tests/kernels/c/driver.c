@@ -1,0 +1,1020 @@
+/* The kernels without Python: every leaf of every table this CPU can run, and whole jobs, on buffers that end (or
+ * begin) where a guard page does, or that malloc gave to the byte, for AddressSanitizer and Valgrind to watch. What
+ * they write is compared with plain loops in long double, and, bit for bit, with what the other instruction sets write.
+ *
+ *   driver [leaves] [jobs] [poison] [isa=NAME] [sizes=N] [threads=N]
+ *
+ * A job's tasks run on N threads of their own, made and joined for each phase: the joins are the barrier that
+ * OpenMP's regions are, and ThreadSanitizer sees them, which it does not in libgomp. It prints digests of what was
+ * written, for comparison with other processors and compilers. Built with -DFUZZ it is a target
+ * for libFuzzer. The exit status is 1 at the first wrong value; a byte too far is a signal, or the tool's report. */
+
+#define _GNU_SOURCE
+#include "kernels/job.h"
+#include "runtime/shares.h"
+
+#include <float.h>
+#include <math.h>
+#include <pthread.h>
+#include <signal.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+/* ---- buffers ----------------------------------------------------------------------------------------------------- */
+
+/* BEHIND, BEFORE: a guard page right behind the last, right before the first element. SHIFTED: `shift` elements into a
+ * cache line. HEAP: malloc, to the byte. Canaries in the rest of the page tell of what was written there. */
+typedef enum { BEHIND, BEFORE, SHIFTED, HEAP, N_PLACES } place;
+
+enum { PAGE = 4096, SLOT = 1 << 21, N_SLOTS = 40, MARGIN = 320, CANARY = 0xA5 };
+
+typedef struct {
+    unsigned char *base, *at; /* of the slot; of the buffer */
+    size_t bytes;
+    int heap;
+} buffer;
+
+static buffer buffers[N_SLOTS];
+static int n_used;
+static place where;
+static ptrdiff_t shift;
+static char context[300];
+
+static void fail(const char *what, ptrdiff_t i, double got, double expected)
+{
+    fprintf(stderr, "%s: %s [%td] is %.17g, not %.17g\n", context, what, i, got, expected);
+    abort();
+}
+
+static void on_signal(int number)
+{
+    if (write(2, context, strlen(context)) < 0 || write(2, ": signal\n", 9) < 0)
+        _exit(3);
+    signal(number, SIG_DFL);
+    raise(number);
+}
+
+static ptrdiff_t least(ptrdiff_t a, ptrdiff_t b) { return a < b ? a : b; }
+
+static void *new_buffer(ptrdiff_t n, size_t size)
+{
+    buffer *b = &buffers[n_used++];
+    if (n_used > N_SLOTS) {
+        fprintf(stderr, "driver: more than %d buffers\n", N_SLOTS);
+        abort();
+    }
+    b->bytes = (size_t)n * size;
+    b->heap = where == HEAP || b->bytes + MARGIN + PAGE > SLOT;
+    if (b->heap) {
+        b->at = malloc(b->bytes);
+        if (b->at == NULL && b->bytes > 0)
+            abort();
+        return b->at;
+    }
+    if (b->base == NULL) {
+        unsigned char *all = mmap(NULL, SLOT + 2 * PAGE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        if (all == MAP_FAILED || mprotect(all + PAGE, SLOT, PROT_READ | PROT_WRITE) != 0)
+            abort();
+        b->base = all + PAGE;
+    }
+    b->at = where == BEHIND ? b->base + SLOT - b->bytes : b->base + (where == SHIFTED ? (size_t)shift * size : 0);
+    unsigned char *from = b->at - least(MARGIN, b->at - b->base), *to = b->at + b->bytes;
+    memset(from, CANARY, (size_t)(b->at - from));
+    memset(to, CANARY, (size_t)least(MARGIN, b->base + SLOT - to));
+    return b->at;
+}
+
+static void release_buffers(void)
+{
+    while (n_used > 0) {
+        buffer *b = &buffers[--n_used];
+        if (b->heap) {
+            free(b->at);
+            continue;
+        }
+        const unsigned char *end = b->at + b->bytes;
+        for (const unsigned char *p = b->at - least(MARGIN, b->at - b->base); p < b->at; p++)
+            if (*p != CANARY)
+                fail("written before the buffer", p - b->at, *p, CANARY);
+        for (const unsigned char *p = end; p < end + least(MARGIN, b->base + SLOT - end); p++)
+            if (*p != CANARY)
+                fail("written behind the buffer", p - end, *p, CANARY);
+    }
+}
+
+/* ---- values ------------------------------------------------------------------------------------------------------ */
+
+static uint64_t random_state = 88172645463325252u;
+static double random_value(void) /* in (-1, 1) */
+{
+    random_state ^= random_state << 13, random_state ^= random_state >> 7, random_state ^= random_state << 17;
+    return (double)(int64_t)(random_state >> 11) / 4503599627370496.0 - 1.0;
+}
+
+static const bnfast_kernels *k; /* the table under test */
+
+static double get(const void *p, ptrdiff_t i)
+{
+    return k->itemsize == 4 ? (double)((const float *)p)[i] : ((const double *)p)[i];
+}
+static void put(void *p, ptrdiff_t i, double value)
+{
+    if (k->itemsize == 4)
+        ((float *)p)[i] = (float)value;
+    else
+        ((double *)p)[i] = value;
+}
+
+static void *new_values(ptrdiff_t n, double center)
+{
+    void *p = new_buffer(n, (size_t)k->itemsize);
+    for (ptrdiff_t i = 0; i < n; i++)
+        put(p, i, center + random_value());
+    return p;
+}
+static double *new_doubles(ptrdiff_t n, double center)
+{
+    double *p = new_buffer(n, sizeof *p);
+    for (ptrdiff_t i = 0; i < n; i++)
+        p[i] = center + random_value();
+    return p;
+}
+
+/* float32 or float64, by chance. */
+static bnfast_parameter new_parameter(ptrdiff_t n, double center)
+{
+    double *const values = new_doubles(n, center);
+    if (random_value() < 0)
+        return (bnfast_parameter){values, NULL};
+    float *const narrow = new_buffer(n, sizeof *narrow);
+    for (ptrdiff_t i = 0; i < n; i++)
+        narrow[i] = (float)values[i];
+    return (bnfast_parameter){NULL, narrow};
+}
+
+static long double parameter_at(const bnfast_parameter *parameter, ptrdiff_t i, double otherwise)
+{
+    return parameter->wide ? parameter->wide[i] : parameter->narrow ? (double)parameter->narrow[i] : otherwise;
+}
+
+/* NaN in the gaps between rows: what reads one shows it. */
+static void *new_rows(ptrdiff_t n_rows, ptrdiff_t stride, ptrdiff_t length, double center)
+{
+    const ptrdiff_t n = n_rows > 0 ? (n_rows - 1) * stride + length : 0;
+    void *p = new_values(n, center);
+    for (ptrdiff_t i = 0; i < n; i++)
+        if (i % stride >= length)
+            put(p, i, (double)NAN);
+    return p;
+}
+
+/* Of all bytes that the tables wrote, one number for each: the same for every instruction set. */
+static uint64_t digest;
+static void note(const void *p, size_t bytes)
+{
+    const unsigned char *c = p;
+    for (size_t i = 0; i < bytes; i++)
+        digest = (digest ^ c[i]) * 1099511628211u;
+}
+
+/* Which NaN it is (its sign, its payload) no standard says, and compilers swap the operands of an addition. */
+static void note_values(const void *p, ptrdiff_t n, ptrdiff_t itemsize)
+{
+    static const char nan[8] = "not one";
+    for (ptrdiff_t i = 0; i < n; i++) {
+        const char *value = (const char *)p + i * itemsize;
+        const int is_nan = itemsize == 4 ? isnan(*(const float *)value) : isnan(*(const double *)value);
+        note(is_nan ? nan : value, (size_t)itemsize);
+    }
+}
+
+static double epsilon(void) { return k->itemsize == 4 ? (double)FLT_EPSILON : DBL_EPSILON; }
+
+/* *sum += value, and what that rounds away into *rest (Knuth): under Valgrind a long double has 53 bits only, and plain
+ * sums of thousands of values would be less exact than what they judge. */
+static void add(long double *sum, long double *rest, long double value)
+{
+    const long double s = *sum, t = s + value, v = t - s;
+    *rest += (s - (t - v)) + (value - v);
+    *sum = t;
+}
+
+static void expect(const char *what, ptrdiff_t i, double got, long double expected, long double scale)
+{
+    if (!(fabsl((long double)got - expected) <= 40 * (long double)epsilon() * scale))
+        fail(what, i, got, (double)expected);
+}
+
+/* ---- leaves ------------------------------------------------------------------------------------------------------ */
+
+/* One column against what the leaf says of it. x, u: first element, then n_rows of `length`, `stride` apart */
+static void expect_reduced(const void *x, const void *u, ptrdiff_t first, ptrdiff_t n_rows, ptrdiff_t stride,
+                           ptrdiff_t length, double center, double a, double b)
+{
+    long double sum = 0, dot = 0, size = 0, size_dot = 0, m2 = 0;
+    for (ptrdiff_t r = 0; r < n_rows; r++)
+        for (ptrdiff_t j = 0; j < length; j++) {
+            const ptrdiff_t at = first + r * stride + j;
+            const long double d = (long double)get(x, at) - (long double)center, v = u ? (long double)get(u, at) : d;
+            sum += v, dot += v * d;
+            size += fabsl(v), size_dot += fabsl(v * d);
+        }
+    if (u) {
+        expect("sum", first, a, sum, size);
+        expect("dot", first, b, dot, size_dot);
+        return;
+    }
+    const long double n = (long double)n_rows * (long double)length, mean = sum / n;
+    for (ptrdiff_t r = 0; r < n_rows; r++)
+        for (ptrdiff_t j = 0; j < length; j++) {
+            const long double d = (long double)get(x, first + r * stride + j) - (long double)center - mean;
+            m2 += d * d;
+        }
+    expect("mean", first, a, mean, 4 + fabsl((long double)center));
+    expect("m2", first, b, m2, m2 + (long double)epsilon());
+    if (b < 0)
+        fail("negative m2", first, b, 0);
+}
+
+static void expect_packed(const char *what, const void *packed, const void *x, ptrdiff_t n_rows, ptrdiff_t stride,
+                          ptrdiff_t n)
+{
+    for (ptrdiff_t i = 0; i < n_rows * n; i++)
+        if (get(packed, i) != get(x, i / n * stride + i % n))
+            fail(what, i, get(packed, i), get(x, i / n * stride + i % n));
+}
+
+static void reductions(ptrdiff_t n_rows, ptrdiff_t n, ptrdiff_t gap)
+{
+    const ptrdiff_t stride = n + gap;
+    const void *x = new_rows(n_rows, stride, n, 3), *u = new_rows(n_rows, stride, n, 0.5);
+    const void *center = new_values(n, 3);
+    double *a = new_buffer(n, 8), *b = new_buffer(n, 8);
+    void *packed_x = new_buffer(n_rows * n, (size_t)k->itemsize),
+         *packed_u = new_buffer(n_rows * n, (size_t)k->itemsize);
+    for (int option = 0; option < 3; option++) {
+        const bnfast_rows rows = {n_rows, stride, n, option == 2};
+        const int pack = option == 1;
+        k->moments_interleaved(x, &rows, center, a, b, pack ? packed_x : NULL);
+        for (ptrdiff_t j = 0; j < n; j++)
+            expect_reduced(x, NULL, j, n_rows, stride, 1, get(center, j), a[j], b[j]);
+        note(a, (size_t)n * 8), note(b, (size_t)n * 8);
+        if (pack)
+            expect_packed("packed x", packed_x, x, n_rows, stride, n);
+        k->sums_interleaved(x, u, &rows, center, a, b, pack ? packed_x : NULL, pack ? packed_u : NULL);
+        for (ptrdiff_t j = 0; j < n; j++)
+            expect_reduced(x, u, j, n_rows, stride, 1, get(center, j), a[j], b[j]);
+        note(a, (size_t)n * 8), note(b, (size_t)n * 8);
+        if (pack) {
+            expect_packed("packed x", packed_x, x, n_rows, stride, n);
+            expect_packed("packed u", packed_u, u, n_rows, stride, n);
+        }
+    }
+    release_buffers();
+}
+
+static bnfast_coefficients new_coefficients(ptrdiff_t n, ptrdiff_t pad)
+{
+    bnfast_coefficients c;
+    void **array[] = {&c.center, &c.scale, &c.shift, &c.u_center, &c.u_scale, &c.hat_scale};
+    for (int i = 0; i < 6; i++) {
+        *array[i] = new_values(n + pad, 1);
+        for (ptrdiff_t j = 0; j < pad; j++)
+            put(*array[i], n + j, get(*array[i], j % n));
+    }
+    return c;
+}
+
+static void expect_mapped(const bnfast_coefficients *c, ptrdiff_t j, double x, double u, int gradient, double got)
+{
+    const long double scaled = ((long double)x - get(c->center, j)) * get(c->scale, j), shift_ = get(c->shift, j);
+    if (gradient) {
+        const long double first = ((long double)u - get(c->u_center, j)) * get(c->u_scale, j),
+                          second = scaled * get(c->hat_scale, j);
+        expect("gradient", j, got, first + second + shift_, fabsl(first) + fabsl(second) + fabsl(shift_));
+    } else
+        expect("normalize", j, got, scaled + shift_, fabsl(scaled) + fabsl(shift_));
+}
+
+/* planar: n_rows of n_channels runs of `length`; interleaved: n_rows of `length` columns, n_channels being 0 */
+static void map(ptrdiff_t n_rows, ptrdiff_t n_channels, ptrdiff_t length, ptrdiff_t gap, int gradient, int stream,
+                int in_place, int look_ahead)
+{
+    const ptrdiff_t n = n_channels ? n_channels * length : length, stride = n + gap;
+    const ptrdiff_t out_stride = n_channels || in_place ? stride : n + 2 * gap;
+    void *x = new_rows(n_rows, stride, n, 3), *u = new_rows(n_rows, stride, n, 0.5);
+    void *out = in_place == 1 ? x : in_place == 2 ? u : new_rows(n_rows, out_stride, n, 9);
+    const bnfast_coefficients c = new_coefficients(n_channels ? n_channels : n, n_channels ? 0 : BNFAST_PAD);
+    const void *old_x = x, *old_u = u;
+    const ptrdiff_t total = n_rows > 0 ? (n_rows - 1) * stride + n : 0;
+    if (in_place) {
+        void *copy = new_buffer(total, (size_t)k->itemsize);
+        memcpy(copy, out, (size_t)(total * k->itemsize));
+        if (in_place == 1)
+            old_x = copy;
+        else
+            old_u = copy;
+    }
+    if (n_channels) {
+        bnfast_writer writer = {x,      gradient ? u : x,
+                                out,    {n_rows, stride, n_channels, length},
+                                c,      gradient,
+                                stream, look_ahead ? n : 0,
+                                0,      0,
+                                0,      0};
+        k->write_rest(&writer);
+    } else {
+        const bnfast_columns columns = {n_rows,
+                                        n,
+                                        stride,
+                                        out_stride,
+                                        look_ahead ? (const char *)x + n * k->itemsize : NULL,
+                                        look_ahead ? (const char *)u + n * k->itemsize : NULL};
+        if (gradient)
+            k->gradient_interleaved(x, u, out, &columns, &c, stream);
+        else
+            k->normalize_interleaved(x, out, &columns, &c, stream);
+    }
+    bnfast_stream_fence();
+    for (ptrdiff_t r = 0; r < n_rows; r++)
+        for (ptrdiff_t j = 0; j < n; j++) {
+            const ptrdiff_t at = r * stride + j;
+            expect_mapped(&c, n_channels ? j / length : j, get(old_x, at), get(old_u, at), gradient,
+                          get(out, r * out_stride + j));
+        }
+    for (ptrdiff_t r = 0; r < n_rows; r++)
+        note((char *)out + r * out_stride * k->itemsize, (size_t)(n * k->itemsize));
+    for (ptrdiff_t i = 0; i < (n_rows > 0 ? (n_rows - 1) * out_stride + n : 0); i++)
+        if (i % out_stride >= n && !isnan(get(out, i)))
+            fail("written between rows", i, get(out, i), (double)NAN);
+    release_buffers();
+}
+
+/* Both reductions of n_channels runs of `length`; beside: a map of as many goes on meanwhile, normalize during moments and
+ * gradient during sums. */
+static void planar_reductions(ptrdiff_t n_rows, ptrdiff_t n_channels, ptrdiff_t length, ptrdiff_t gap, int beside,
+                              int stream)
+{
+    const ptrdiff_t n = n_channels * length, stride = n + gap;
+    const bnfast_runs runs = {n_rows, stride, n_channels, length};
+    const void *x = new_rows(n_rows, stride, n, 3), *u = new_rows(n_rows, stride, n, 0.5);
+    const void *center = new_values(n_channels, 3), *from = new_rows(n_rows, stride, n, 1);
+    void *out = new_rows(n_rows, stride, n, 9);
+    double *a = new_buffer(n_channels, 8), *b = new_buffer(n_channels, 8);
+    const bnfast_coefficients c = new_coefficients(n_channels, 0);
+    for (int gradient = 0; gradient < 2; gradient++) {
+        bnfast_writer writer = {from, u, out, runs, c, gradient, stream, 0, 0, 0, 0, 0};
+        if (gradient)
+            k->sums_planar(x, u, &runs, n, center, a, b, beside ? &writer : NULL);
+        else
+            k->moments_planar(x, &runs, n, center, a, b, beside ? &writer : NULL);
+        for (ptrdiff_t i = 0; i < n_channels; i++)
+            expect_reduced(x, gradient ? u : NULL, i * length, n_rows, stride, length, get(center, i), a[i], b[i]);
+        note(a, (size_t)n_channels * 8), note(b, (size_t)n_channels * 8);
+        if (!beside)
+            continue;
+        k->write_rest(&writer);
+        bnfast_stream_fence();
+        for (ptrdiff_t r = 0; r < n_rows; r++)
+            for (ptrdiff_t j = 0; j < n; j++)
+                expect_mapped(&c, j / length, get(from, r * stride + j), get(u, r * stride + j), gradient,
+                              get(out, r * stride + j));
+        for (ptrdiff_t i = 0; i < (n_rows - 1) * stride + n; i++)
+            if (i % stride >= n && !isnan(get(out, i)))
+                fail("written between rows", i, get(out, i), (double)NAN);
+    }
+    release_buffers();
+}
+
+/* Results a channel and coefficients of every operation, against the formulas. */
+static void coefficients(ptrdiff_t n, bnfast_operation operation, int few)
+{
+    const double count = 11;
+    bnfast_channels of = {.operation = operation, .count = count, .eps = 1e-5};
+    const double *a = new_doubles(n, 1), *b = new_doubles(n, 2);
+    double *mean = new_doubles(n, 3), *inv_std = new_doubles(n, 2), *m2 = new_buffer(n, 8);
+    double *dbeta = new_buffer(n, 8), *dgamma = new_buffer(n, 8);
+    const void *center = new_values(n, 3);
+    void **array[] = {&of.c.center, &of.c.scale, &of.c.shift, &of.c.u_center, &of.c.u_scale, &of.c.hat_scale};
+    for (int i = 0; i < 6; i++)
+        *array[i] = new_values(n, 0);
+    memcpy(of.c.center, center, (size_t)(n * k->itemsize));
+    of.a = a, of.b = b, of.mean = mean, of.inv_std = inv_std;
+    of.m2 = few && operation != BNFAST_MOMENTS ? NULL : m2;
+    if (!few) {
+        of.gamma = new_parameter(n, 2), of.beta = new_parameter(n, 0), of.var = new_doubles(n, 2);
+        if (operation == BNFAST_JVP)
+            of.vgamma = new_parameter(n, 0), of.vbeta = new_parameter(n, 0);
+        of.dbeta = dbeta, of.dgamma = dgamma;
+    }
+    double *given_mean = new_buffer(n, 8);
+    memcpy(given_mean, mean, (size_t)n * 8);
+    k->make_coefficients(n, &of);
+    const int gradient = operation == BNFAST_BACKWARD || operation == BNFAST_JVP;
+    /* what rounding a centre of up to 5 leaves is rounded itself, to float64 and to the dtype */
+    const long double rest = 5 * ((long double)epsilon() + DBL_EPSILON / (long double)epsilon());
+    for (ptrdiff_t i = 0; i < n; i++) {
+        const long double gamma = parameter_at(&of.gamma, i, 1), beta = parameter_at(&of.beta, i, 0);
+        const long double vgamma = parameter_at(&of.vgamma, i, 0), vbeta = parameter_at(&of.vbeta, i, 0);
+        if (operation == BNFAST_MOMENTS || operation == BNFAST_FORWARD)
+            expect("mean", i, mean[i], (long double)get(center, i) + a[i], 5 * DBL_EPSILON / (long double)epsilon());
+        if (of.m2 && (operation == BNFAST_MOMENTS || operation == BNFAST_FORWARD) && m2[i] != b[i])
+            fail("m2", i, m2[i], b[i]);
+        if (operation == BNFAST_MOMENTS)
+            continue;
+        long double s = inv_std[i];
+        if (operation == BNFAST_FORWARD) {
+            s = 1 / sqrtl((long double)b[i] / count + of.eps);
+            expect("inv_std", i, inv_std[i], s, s);
+        }
+        if (operation == BNFAST_EVAL)
+            s = of.var ? 1 / sqrtl((long double)of.var[i] + of.eps) : 1;
+        const long double slope = gamma * s;
+        if (operation == BNFAST_FORWARD || operation == BNFAST_EVAL) {
+            /* at x = mean the map gives beta */
+            expect("scale", i, get(of.c.scale, i), slope, fabsl(slope));
+            const long double at_mean = ((long double)mean[i] - get(of.c.center, i)) * slope + get(of.c.shift, i);
+            expect("shift", i, (double)at_mean, beta, fabsl(beta) + fabsl(slope) * rest);
+            continue;
+        }
+        const long double lo = (long double)given_mean[i] - (k->itemsize == 4 ? (float)given_mean[i] : given_mean[i]);
+        const long double u_hat = (b[i] - lo * a[i]) * s;
+        if (!few) {
+            expect("dbeta", i, dbeta[i], a[i], 0);
+            expect("dgamma", i, dgamma[i], u_hat, (3 + fabsl(u_hat)) * (DBL_EPSILON / (long double)epsilon()));
+        }
+        if (!gradient) {
+            expect("scale", i, get(of.c.scale, i), slope, fabsl(slope));
+            if (get(of.c.center, i) != 0 || get(of.c.shift, i) != 0)
+                fail("shift", i, get(of.c.shift, i), 0);
+            continue;
+        }
+        const long double hat = vgamma - slope * u_hat / count;
+        const long double at_means = ((long double)a[i] / count - get(of.c.u_center, i)) * slope +
+                                     ((long double)mean[i] - get(of.c.center, i)) * s * hat + get(of.c.shift, i);
+        expect("u_scale", i, get(of.c.u_scale, i), slope, fabsl(slope));
+        expect("hat_scale", i, get(of.c.hat_scale, i), hat, fabsl(vgamma) + fabsl(slope * u_hat));
+        expect("scale", i, get(of.c.scale, i), s, fabsl(s));
+        expect("shift", i, (double)at_means, vbeta, fabsl(vbeta) + (fabsl(slope) + fabsl(s * hat)) * rest);
+    }
+    for (int i = 0; i < (gradient ? 6 : operation == BNFAST_MOMENTS ? 0 : 3); i++)
+        note(*array[i], (size_t)(n * k->itemsize));
+    note(mean, (size_t)n * 8), note(inv_std, (size_t)n * 8);
+    release_buffers();
+}
+
+static void small_leaves(ptrdiff_t n)
+{
+    const double count_a = 5, count_b = 11;
+    double *mean_a = new_doubles(n, 1), *m2_a = new_doubles(n, 2), *mean_b = new_doubles(n, 1),
+           *m2_b = new_doubles(n, 2);
+    double *old_mean = new_doubles(n, 0), *old_m2 = new_doubles(n, 0);
+    memcpy(old_mean, mean_a, (size_t)n * 8), memcpy(old_m2, m2_a, (size_t)n * 8);
+
+    k->merge_moments(n, count_a, mean_a, m2_a, count_b, mean_b, m2_b);
+    for (ptrdiff_t i = 0; i < n; i++) {
+        const long double d = (long double)mean_b[i] - old_mean[i], all = count_a + count_b;
+        expect("merged mean", i, mean_a[i], old_mean[i] + d * count_b / all, 3);
+        expect("merged m2", i, m2_a[i], old_m2[i] + m2_b[i] + d * d * count_a * count_b / all, 30);
+    }
+    note(mean_a, (size_t)n * 8), note(m2_a, (size_t)n * 8);
+    memcpy(old_mean, mean_a, (size_t)n * 8), memcpy(old_m2, m2_a, (size_t)n * 8);
+    k->merge_sums(n, mean_a, m2_a, mean_b, m2_b);
+    for (ptrdiff_t i = 0; i < n; i++) {
+        expect("merged sum", i, mean_a[i], (long double)old_mean[i] + mean_b[i], 9);
+        expect("merged dot", i, m2_a[i], (long double)old_m2[i] + m2_b[i], 90);
+    }
+    void *rounded = new_buffer(n, (size_t)k->itemsize);
+    k->round_values(n, m2_b, rounded);
+    for (ptrdiff_t i = 0; i < n; i++)
+        if (get(rounded, i) != (k->itemsize == 4 ? (double)(float)m2_b[i] : m2_b[i]))
+            fail("rounded", i, get(rounded, i), m2_b[i]);
+
+    const ptrdiff_t step = 3, offsets[BNFAST_SAMPLES] = {4, 0, 1, 3, 2};
+    const void *x = new_values(n > 0 ? (n - 1) * step + 5 : 0, 0);
+    k->typical_values(n, step, x, offsets, rounded);
+    for (ptrdiff_t i = 0; i < n; i++) {
+        int below = 0, equal = 0;
+        for (int j = 0; j < BNFAST_SAMPLES; j++) {
+            below += get(x, i * step + j) < get(rounded, i);
+            equal += get(x, i * step + j) == get(rounded, i);
+        }
+        if (equal < 1 || below > 2 || below + equal < 3)
+            fail("typical", i, get(rounded, i), 0);
+    }
+
+    const void *a = new_values(n, 0), *b = new_values(n, 0);
+    for (int two = 0; two < 2; two++) {
+        k->floor(a, two ? b : NULL, rounded, n);
+        bnfast_stream_fence();
+        for (ptrdiff_t i = 0; i < n; i++)
+            expect("floor", i, get(rounded, i), get(a, i) + (two ? (long double)get(b, i) : 0), two ? 2 : 0);
+    }
+    release_buffers();
+}
+
+/* Planar runs of several channels hold whole vectors (plan.c, PLANAR_INNER). */
+enum { SHORTEST_RUN = 16 };
+
+static void leaves_of_size(ptrdiff_t n)
+{
+    snprintf(context, sizeof context, "leaves %s itemsize %td place %d shift %td size %td", k->isa, k->itemsize, where,
+             shift, n);
+    small_leaves(n);
+    for (int operation = BNFAST_MOMENTS; operation <= BNFAST_JVP; operation++)
+        for (int few = 0; operation != BNFAST_FLOOR && few < 2; few++)
+            coefficients(n, (bnfast_operation)operation, few);
+    if (n == 0)
+        return; /* a segment has elements */
+    static const ptrdiff_t row_counts[] = {1, 2, 7, 37};
+    for (int i = 0; i < 4; i++) {
+        reductions(row_counts[i], n, i % 2 * 3);
+        for (int n_channels = 1; n_channels < 4; n_channels += 2)
+            for (int beside = 0; beside < (n >= SHORTEST_RUN ? 2 : 1); beside++)
+                planar_reductions(row_counts[i], n_channels, n, i % 2 * 3, beside, i % 2);
+    }
+    for (int gradient = 0; gradient < 2; gradient++)
+        for (int stream = 0; stream < 2; stream++)
+            for (int in_place = 0; in_place < (gradient ? 3 : 2); in_place++) {
+                map(1, 1, n, 0, gradient, stream, in_place, stream);
+                map(9, 0, n, 0, gradient, stream, in_place, 0);
+                map(6, 0, n, 2, gradient, stream, in_place, stream);
+                if (n >= SHORTEST_RUN)
+                    map(2, 3, n, 1, gradient, stream, in_place, stream);
+            }
+}
+
+/* ---- jobs -------------------------------------------------------------------------------------------------------- */
+
+typedef struct {
+    const bnfast_job *job;
+    const bnfast_phase *phase;
+    bnfast_share *shares;
+    int thread;
+} worker;
+
+static void *work(void *argument)
+{
+    const worker *w = argument;
+    const int n = w->job->n_threads;
+    for (int s = 0; s < n; s++)
+        for (ptrdiff_t i; (i = bnfast_take(&w->shares[(w->thread + s) % n])) >= 0;)
+            w->phase->task(w->job, i, w->thread);
+    return NULL;
+}
+
+/* Every task once, those of a share in order, shares of neighbours and as even as can be. */
+static void check_shares(void)
+{
+    for (int n_shares = 1; n_shares <= 7; n_shares++)
+        for (ptrdiff_t n_tasks = 0; n_tasks <= 1000; n_tasks = n_tasks < 30 ? n_tasks + 1 : n_tasks * 5 + 3)
+            for (int backwards = 0; backwards < 2; backwards++) {
+                bnfast_share shares[7];
+                ptrdiff_t next = 0;
+                snprintf(context, sizeof context, "%td tasks in %d shares", n_tasks, n_shares);
+                bnfast_share_out(shares, n_shares, n_tasks, backwards);
+                for (int s = 0; s < n_shares; s++) {
+                    const ptrdiff_t n = shares[s].end - shares[s].begin;
+                    if (shares[s].begin != next || n < n_tasks / n_shares || n > n_tasks / n_shares + 1)
+                        fail("share", s, (double)shares[s].begin, (double)next);
+                    for (ptrdiff_t i = 0; i < n; i++) {
+                        const ptrdiff_t task = bnfast_take(&shares[s]);
+                        if (task != next + (backwards ? n - 1 - i : i))
+                            fail("task", i, (double)task, (double)(next + (backwards ? n - 1 - i : i)));
+                    }
+                    for (int i = 0; i < 3; i++)
+                        if (bnfast_take(&shares[s]) != -1)
+                            fail("task too many in share", s, 0, -1);
+                    next += n;
+                }
+                if (next != n_tasks)
+                    fail("tasks", n_shares, (double)next, (double)n_tasks);
+            }
+}
+
+static int max_threads = 3, on_threads; /* on_threads: else one after another, the last first, threads in turn */
+
+static void run(const bnfast_job *job)
+{
+    for (int p = 0; p < job->n_phases; p++) {
+        const bnfast_phase *phase = &job->phases[p];
+        if (!on_threads || job->n_threads == 1) {
+            for (ptrdiff_t i = phase->n_tasks - 1; i >= 0; i--)
+                phase->task(job, i, (int)(i % job->n_threads));
+            continue;
+        }
+        pthread_t threads[64];
+        worker workers[64];
+        bnfast_share shares[64];
+        bnfast_share_out(shares, job->n_threads, phase->n_tasks, phase->backwards);
+        for (int t = 0; t < job->n_threads; t++) {
+            workers[t] = (worker){job, phase, shares, t};
+            if (pthread_create(&threads[t], NULL, work, &workers[t]) != 0)
+                abort();
+        }
+        for (int t = 0; t < job->n_threads; t++)
+            pthread_join(threads[t], NULL);
+    }
+}
+
+typedef struct {
+    bnfast_operation operation;
+    ptrdiff_t outer, channels, inner;
+    int n_threads, stream, in_place; /* in_place: out is x, 2: u */
+    int few;                         /* leave out what may be left out: gamma, beta, vgamma, vbeta, m2 or var */
+    ptrdiff_t poisoned;              /* this channel has a NaN and an Inf; -1: none */
+    ptrdiff_t left_out;              /* this channel's results are not in the digest; -1: all are */
+    const unsigned char *bytes;      /* of x and u, again and again; NULL: numbers near 3 */
+    size_t n_bytes;
+} example;
+
+static int has_u(bnfast_operation operation)
+{
+    return operation == BNFAST_BACKWARD || operation == BNFAST_BACKWARD_EVAL || operation == BNFAST_JVP;
+}
+
+static void fill(void *p, ptrdiff_t n, const example *e)
+{
+    if (e->n_bytes > 0)
+        for (size_t i = 0; i < (size_t)(n * k->itemsize); i++)
+            ((unsigned char *)p)[i] = e->bytes[i % e->n_bytes];
+}
+
+static void expect_job(const example *e, const bnfast_job *job, const void *x, const void *u, double *given_mean,
+                       double *given_inv_std);
+
+static uint64_t run_job(const example *e)
+{
+    const ptrdiff_t n = e->outer * e->channels * e->inner, channels = e->channels;
+    digest = 14695981039346656037u;
+    snprintf(context, sizeof context,
+             "job %d (%td, %td, %td) %s itemsize %td place %d shift %td threads %d stream %d in place %d few %d "
+             "poisoned %td",
+             e->operation, e->outer, channels, e->inner, k->isa, k->itemsize, where, shift, e->n_threads, e->stream,
+             e->in_place, e->few, e->poisoned);
+    random_state = 88172645463325252u;
+    void *x = new_values(n, 3),
+         *u = has_u(e->operation) || (e->operation == BNFAST_FLOOR && !e->few) ? new_values(n, 0.5) : NULL;
+    fill(x, n, e);
+    if (u)
+        fill(u, n, e);
+    if (e->poisoned >= 0) {
+        put(x, e->poisoned * e->inner, (double)NAN);
+        put(x, n - (channels - e->poisoned - 1) * e->inner - 1, -(double)INFINITY);
+    }
+    void *old_x = new_buffer(n, (size_t)k->itemsize), *old_u = new_buffer(u ? n : 0, (size_t)k->itemsize);
+    memcpy(old_x, x, (size_t)(n * k->itemsize));
+    if (u)
+        memcpy(old_u, u, (size_t)(n * k->itemsize));
+    double *mean = new_doubles(channels, 3), *inv_std = new_doubles(channels, 2),
+           *given_mean = new_doubles(channels, 0), *given_inv_std = new_doubles(channels, 0);
+    memcpy(given_mean, mean, (size_t)channels * 8), memcpy(given_inv_std, inv_std, (size_t)channels * 8);
+    int infinite = 0;
+    bnfast_job job = {.kernels = k,
+                      .operation = e->operation,
+                      .outer = e->outer,
+                      .channels = channels,
+                      .inner = e->inner,
+                      .x = x,
+                      .u = u,
+                      .eps = 1e-5,
+                      .mean = mean,
+                      .inv_std = inv_std,
+                      .n_threads = e->n_threads};
+    if (e->operation != BNFAST_MOMENTS)
+        job.out = e->in_place == 2 && u ? u : e->in_place ? x : new_values(n, 9);
+    if (!e->few) {
+        job.gamma = new_parameter(channels, 2), job.beta = new_parameter(channels, 0);
+        if (e->operation == BNFAST_JVP)
+            job.vgamma = new_parameter(channels, 0), job.vbeta = new_parameter(channels, 0);
+        job.infinite = e->operation == BNFAST_EVAL ? &infinite : NULL; /* others do not say */
+    }
+    if (!e->few || e->operation == BNFAST_MOMENTS)
+        job.m2 = new_doubles(channels, 0);
+    if (e->operation == BNFAST_EVAL && !e->few)
+        job.var = new_doubles(channels, 2);
+    if (has_u(e->operation) && !(e->few && e->operation == BNFAST_JVP))
+        job.dbeta = new_doubles(channels, 0), job.dgamma = new_doubles(channels, 0);
+    /* caches of any size: they decide about blocks, and about copying them together */
+    bnfast_set_caches((ptrdiff_t)1 << (15 + e->channels % 6), (ptrdiff_t)1 << (15 + e->outer % 11));
+    bnfast_plan(&job);
+    if (e->stream && !e->in_place)
+        job.stream = job.out != NULL;
+    void *workspace = NULL;
+    if (posix_memalign(&workspace, 64, (size_t)job.workspace_bytes) != 0)
+        abort();
+    /* A guard page right behind it, too; and what is not written before it is read is a NaN. */
+    job.workspace = where == HEAP ? workspace : new_buffer((job.workspace_bytes + 63) / 64 * 64, 1);
+    if (where == SHIFTED)
+        job.workspace = workspace;
+    if (where != HEAP) /* there Valgrind sees it */
+        memset(job.workspace, 0xFF, (size_t)job.workspace_bytes);
+    run(&job);
+    expect_job(e, &job, old_x, old_u, given_mean, given_inv_std);
+    for (ptrdiff_t i = 0; job.out && i < e->outer * channels; i++)
+        if (i % channels != e->left_out)
+            note_values((const char *)job.out + i * e->inner * k->itemsize, e->inner, k->itemsize);
+    const double *const results[] = {mean, inv_std, job.m2, job.dbeta, job.dgamma};
+    for (int i = 0; i < 5; i++)
+        for (ptrdiff_t c = 0; results[i] && c < channels; c++)
+            if (c != e->left_out)
+                note_values(results[i] + c, 1, 8);
+    if (e->left_out < 0)
+        note(&infinite, sizeof infinite);
+    if ((job.out != x && memcmp(x, old_x, (size_t)(n * k->itemsize)) != 0) ||
+        (u && job.out != u && memcmp(u, old_u, (size_t)(n * k->itemsize)) != 0))
+        fail("an input was modified", 0, 0, 0);
+    free(workspace);
+    release_buffers();
+    return digest;
+}
+
+/* Whether every value is finite and of a size for which the bounds below were made. */
+static int ordinary(const void *x, ptrdiff_t first, ptrdiff_t rows, ptrdiff_t stride, ptrdiff_t length)
+{
+    for (ptrdiff_t r = 0; r < rows; r++)
+        for (ptrdiff_t j = 0; j < length; j++) {
+            const double value = get(x, first + r * stride + j);
+            if (!(value == 0 || (fabs(value) < 1e6 && fabs(value) > 1e-6)))
+                return 0;
+        }
+    return 1;
+}
+
+static void expect_job(const example *e, const bnfast_job *job, const void *x, const void *u, double *given_mean,
+                       double *given_inv_std)
+{
+    const ptrdiff_t inner = e->inner, stride = e->channels * inner;
+    const bnfast_operation operation = e->operation;
+    const long double count = (long double)e->outer * inner;
+    for (ptrdiff_t c = 0; c < e->channels; c++) {
+        if (e->poisoned == c || !ordinary(x, c * inner, e->outer, stride, inner) ||
+            (has_u(operation) && !ordinary(u, c * inner, e->outer, stride, inner)))
+            continue;
+        long double mean = 0, m2 = 0, largest = 0, sum = 0, dot = 0, size = 0, size_dot = 0, rest = 0, rest_dot = 0;
+#define EACH \
+    for (ptrdiff_t r = 0; r < e->outer; r++) \
+        for (ptrdiff_t at = r * stride + c * inner; at < r * stride + (c + 1) * inner; at++)
+        EACH
+        {
+            add(&mean, &rest, get(x, at));
+            largest = fmaxl(largest, fabsl((long double)get(x, at)));
+        }
+        mean = (mean + rest) / count;
+        rest = 0;
+        EACH add(&m2, &rest, ((long double)get(x, at) - mean) * ((long double)get(x, at) - mean));
+        m2 += rest;
+        rest = 0;
+        const long double gamma = parameter_at(&job->gamma, c, 1), beta = parameter_at(&job->beta, c, 0);
+        long double center = mean, inv_std = 1 / sqrtl(m2 / count + (long double)job->eps);
+        if (operation == BNFAST_MOMENTS || operation == BNFAST_FORWARD) {
+            expect("mean", c, job->mean[c], mean, largest);
+            if (job->m2)
+                expect("m2", c, job->m2[c], m2, m2 + largest * largest * (long double)epsilon() * count);
+            if (operation == BNFAST_FORWARD)
+                expect("inv_std", c, job->inv_std[c], inv_std,
+                       inv_std * (1 + largest * largest * (long double)epsilon() * inv_std * inv_std));
+        }
+        if (operation != BNFAST_MOMENTS && operation != BNFAST_FORWARD) {
+            center = given_mean[c];
+            inv_std = operation == BNFAST_EVAL
+                          ? (job->var ? 1 / sqrtl((long double)job->var[c] + (long double)job->eps) : 1)
+                          : (long double)given_inv_std[c];
+        }
+        if (has_u(operation)) {
+            EACH
+            {
+                const long double v = get(u, at), hat = ((long double)get(x, at) - center) * inv_std;
+                add(&sum, &rest, v), add(&dot, &rest_dot, v * hat), size += fabsl(v),
+                    size_dot += fabsl(v * hat) + fabsl(v * inv_std);
+            }
+            sum += rest, dot += rest_dot;
+            if (job->dbeta) {
+                expect("dbeta", c, job->dbeta[c], sum, size);
+                expect("dgamma", c, job->dgamma[c], dot,
+                       size_dot + size * largest * (long double)epsilon() * fabsl(inv_std));
+            }
+        }
+        if (job->out == NULL)
+            continue;
+        EACH
+        {
+            const double got = get(job->out, at);
+            const long double hat = ((long double)get(x, at) - center) * inv_std,
+                              v = u && job->u ? (long double)get(u, at) : 0;
+            /* the mean is a rounded float64, whatever the data are */
+            const long double spread = fabsl(hat) + largest * (DBL_EPSILON / epsilon()) * fabsl(inv_std) + 1;
+            switch (operation) {
+            case BNFAST_FORWARD:
+            case BNFAST_EVAL:
+                expect("y", at, got, gamma * hat + beta, fabsl(gamma) * spread * (1 + fabsl(hat)) + fabsl(beta));
+                break;
+            case BNFAST_BACKWARD_EVAL:
+                expect("dx", at, got, gamma * inv_std * v, fabsl(gamma * inv_std * v));
+                break;
+            case BNFAST_BACKWARD:
+            case BNFAST_JVP: {
+                const long double vgamma = parameter_at(&job->vgamma, c, 0), vbeta = parameter_at(&job->vbeta, c, 0);
+                expect("dx or dy", at, got,
+                       gamma * inv_std * (v - sum / count - hat * (dot / count)) + vgamma * hat + vbeta,
+                       fabsl(gamma * inv_std) * (fabsl(v) + size / count + spread * (size_dot / count)) +
+                           fabsl(vgamma) * spread + fabsl(vbeta));
+                break;
+            }
+            default: /* the floor */
+                expect("floor", at, got, (long double)get(x, at) + v, fabsl((long double)get(x, at)) + fabsl(v));
+            }
+        }
+#undef EACH
+    }
+    if (e->operation == BNFAST_EVAL && job->infinite) {
+        int any = 0;
+        for (ptrdiff_t i = 0; i < e->outer * stride; i++)
+            any |= isinf(get(x, i)) != 0;
+        if (*job->infinite != any)
+            fail("infinite", 0, *job->infinite, any);
+    }
+}
+
+static const char *only_isa;
+
+static int next_isa(int i) /* the i-th or a later one that can run here and was asked for; -1: none */
+{
+    for (; bnfast_isa_name(i) != NULL; i++)
+        if (bnfast_isa_supported(i) && (only_isa == NULL || strcmp(only_isa, bnfast_isa_name(i)) == 0))
+            return i;
+    return -1;
+}
+
+/* The same example for every instruction set, on one thread and on several: same bits. */
+static uint64_t run_everywhere(example e, ptrdiff_t itemsize)
+{
+    uint64_t first = 0;
+    int known = 0;
+    for (int i = next_isa(0); i >= 0; i = next_isa(i + 1)) {
+        if (bnfast_select(bnfast_isa_name(i)) != 0)
+            abort();
+        k = bnfast_active(itemsize);
+        for (int threads = 1; threads <= max_threads; threads++) {
+            e.n_threads = threads;
+            const uint64_t bits = run_job(&e);
+            if (known && bits != first) {
+                fprintf(stderr, "%s: other bits than the first instruction set on one thread\n", context);
+                abort();
+            }
+            first = bits, known = 1;
+        }
+    }
+    return first;
+}
+
+#ifndef FUZZ
+
+static const ptrdiff_t shapes[][3] = {
+    {1, 1, 1},    {1, 1, 16},    {2, 1, 1},    {2, 3, 1},    {5, 7, 1},    {33, 3, 1},   {130, 3, 1},  {300, 65, 1},
+    {17, 130, 1}, {70, 64, 1},   {64, 3, 5},   {3, 33, 15},  {130, 2, 15}, {2, 5, 16},   {3, 4, 17},   {2, 9, 49},
+    {5, 3, 130},  {1, 2, 4099},  {3, 1, 9000}, {40, 5, 900}, {40, 256, 1}, {30, 320, 1}, {21, 264, 3}, {600, 130, 1},
+    {7, 19, 23},  {2, 2, 70000}, {66, 1, 1},   {4097, 1, 1}, {257, 64, 1}, {513, 80, 2}, {8, 40, 31},  {1, 2100, 1}};
+enum { N_SHAPES = sizeof shapes / sizeof shapes[0] };
+
+static void all_jobs(int poison, ptrdiff_t largest)
+{
+    uint64_t all = 0;
+    for (int s = 0; s < N_SHAPES; s++) {
+        const ptrdiff_t *shape = shapes[s];
+        if (shape[0] * shape[1] * shape[2] > largest)
+            continue;
+        for (int operation = BNFAST_MOMENTS; operation <= BNFAST_JVP; operation++)
+            for (int option = 0; option < 4; option++)
+                for (ptrdiff_t itemsize = 4; itemsize <= 8; itemsize += 4) {
+                    where = (place)((s + option) % N_PLACES);
+                    shift = (s * 5 + option + operation) % 16;
+                    example e = {.operation = (bnfast_operation)operation,
+                                 .outer = shape[0],
+                                 .channels = shape[1],
+                                 .inner = shape[2],
+                                 .stream = option == 1,
+                                 .few = option == 3,
+                                 .in_place = operation == BNFAST_FLOOR ? 0
+                                             : option == 2             ? 1 + (operation % 2)
+                                                                       : 0,
+                                 .poisoned = -1,
+                                 .left_out = -1};
+                    if (!poison)
+                        all = all * 1099511628211u ^ run_everywhere(e, itemsize);
+                    for (ptrdiff_t c = 0; poison && c < least(shape[1], 5); c++) {
+                        e.poisoned = -1, e.left_out = (c * 31) % shape[1];
+                        const uint64_t without = run_everywhere(e, itemsize);
+                        e.poisoned = e.left_out;
+                        if (run_everywhere(e, itemsize) != without) {
+                            fprintf(stderr, "%s: a NaN moved other channels' bits\n", context);
+                            abort();
+                        }
+                    }
+                }
+    }
+    if (!poison)
+        printf("jobs: %016llx\n", (unsigned long long)all);
+}
+
+int main(int argc, char **argv)
+{
+    signal(SIGSEGV, on_signal);
+    int leaves = 0, jobs = 0, poison = 0;
+    ptrdiff_t sizes = 130, largest = (ptrdiff_t)1 << 20;
+    for (int i = 1; i < argc; i++) {
+        leaves |= strcmp(argv[i], "leaves") == 0;
+        jobs |= strcmp(argv[i], "jobs") == 0;
+        poison |= strcmp(argv[i], "poison") == 0;
+        if (strncmp(argv[i], "isa=", 4) == 0)
+            only_isa = argv[i] + 4;
+        if (strncmp(argv[i], "sizes=", 6) == 0)
+            sizes = atoi(argv[i] + 6);
+        if (strncmp(argv[i], "largest=", 8) == 0)
+            largest = atoi(argv[i] + 8);
+        if (strncmp(argv[i], "threads=", 8) == 0)
+            max_threads = atoi(argv[i] + 8), on_threads = 1;
+    }
+    if (next_isa(0) < 0 || max_threads < 1 || max_threads > 64) {
+        fprintf(stderr, "driver: no such instruction set here, or not 1 to 64 threads\n");
+        return 2;
+    }
+    if (jobs)
+        check_shares();
+    for (ptrdiff_t itemsize = 4; leaves && itemsize <= 8; itemsize += 4) {
+        uint64_t first = 0;
+        int known = 0;
+        for (int i = next_isa(0); i >= 0; i = next_isa(i + 1)) {
+            if (bnfast_select(bnfast_isa_name(i)) != 0)
+                return 2;
+            k = bnfast_active(itemsize);
+            digest = 14695981039346656037u;
+            random_state = 88172645463325252u;
+            for (ptrdiff_t n = 0; n <= sizes; n++) {
+                for (int p = BEHIND; p < N_PLACES; p++) {
+                    where = (place)p, shift = p == SHIFTED ? n % 16 : 0;
+                    leaves_of_size(n);
+                }
+            }
+            where = SHIFTED; /* every alignment a line has, at the sizes around the vectors */
+            for (shift = 0; shift < 16; shift++)
+                for (ptrdiff_t n = 1; n <= 129 && n <= sizes; n = n < 8 ? n + 1 : n % 2 ? n * 2 - 3 : n + 1)
+                    leaves_of_size(n);
+            where = BEHIND;
+            for (ptrdiff_t n = 500; n <= 2100 && sizes >= 130; n += 533) /* more columns than a leaf takes at once */
+                leaves_of_size(n);
+            printf("leaves %s itemsize %td: %016llx\n", k->isa, k->itemsize, (unsigned long long)digest);
+            if (known && digest != first) {
+                fprintf(stderr, "leaves %s itemsize %td: other bits than the first instruction set\n", k->isa,
+                        k->itemsize);
+                return 1;
+            }
+            first = digest, known = 1;
+        }
+    }
+    if (jobs)
+        all_jobs(0, largest);
+    if (poison)
+        all_jobs(1, largest);
+    puts("done");
+    return 0;
+}
+
+#else
+
+int LLVMFuzzerTestOneInput(const unsigned char *data, size_t n);
+
+/* operation, shape, places, options; the rest are the bytes of x and u. */
+int LLVMFuzzerTestOneInput(const unsigned char *data, size_t n)
+{
+    enum { HEADER = 12 };
+    if (n < HEADER)
+        return 0;
+    where = (place)(data[8] % N_PLACES), shift = data[9] % 16;
+    on_threads = 0;
+    example e = {.operation = (bnfast_operation)(data[0] % 7),
+                 .outer = 1 + data[1] + data[2] % 4 * 200,
+                 .channels = 1 + data[3] + data[4] % 2 * 40,
+                 .inner = 1 + data[5] % (data[6] % 2 ? 16 : 200),
+                 .stream = data[10] & 1,
+                 .few = data[10] >> 1 & 1,
+                 .in_place = (data[10] >> 2) % 3,
+                 .poisoned = -1,
+                 .left_out = -1,
+                 .bytes = data + HEADER,
+                 .n_bytes = n - HEADER};
+    if (e.operation == BNFAST_FLOOR)
+        e.in_place = 0;
+    while (e.outer * e.channels * e.inner > 20000)
+        e.outer = (e.outer + 1) / 2, e.channels = (e.channels + 1) / 2;
+    if (data[10] & 128) /* numbers near 3, for which there is a reference */
+        e.n_bytes = 0;
+    run_everywhere(e, data[11] % 2 ? 4 : 8);
+    return 0;
+}
+
+#endif

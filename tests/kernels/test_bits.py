@@ -1,0 +1,205 @@
+"""Same bits everywhere: for every number of threads, instruction set, alignment and process."""
+
+import digests
+import numpy as np
+import pytest
+from campaign import short_and_long
+from digests import CASES, ISAS, LARGEST, N_THREADS, arguments, case_name, digest, digest_of, digest_of_all, results
+from layouts import LAYOUTS
+from scripts import completed
+from tolerances import assert_same_bits
+
+import bnfast
+from bnfast import _core
+from bnfast import functional as F
+
+every_case = pytest.mark.parametrize("case", CASES, ids=case_name)
+
+
+@every_case
+def test_bits_do_not_depend_on_threads_or_instruction_set(case, dtype):
+    found = digests.digests(case, dtype)
+    assert len(found) == len(ISAS) * len(N_THREADS)
+    unlike = {key for key, value in found.items() if value != found[ISAS[0], 1]}
+    assert not unlike, f"these differ from {ISAS[0]} on one thread: {sorted(unlike)}"
+
+
+@pytest.fixture
+def caches():
+    """Sets the sizes of the caches that bnfast believes in."""
+    before = _core.cache_bytes()
+    yield _core.set_cache_bytes
+    _core.set_cache_bytes(*before)
+
+
+CACHES = [(2**15, 2**16), (2**17, 2**18), (2**20, 2**18), (2**22, 2**40)]  # the second level, the last one
+FEW_ROWS = [((12, 2048), 1, "C"), ((256 + 7, 1024), 1, "C")]  # and few in the last segment
+
+
+@pytest.mark.parametrize("case", CASES + FEW_ROWS, ids=case_name)
+def test_bits_do_not_depend_on_the_caches(caches, case, dtype):
+    """They decide about blocks of channels, about copying them together, and about streaming stores."""
+    expected = digest_of(case, dtype, 2)
+    for l2, last_level in CACHES:
+        caches(l2, last_level)
+        for n_threads in (1, 2):
+            assert digest_of(case, dtype, n_threads) == expected, (l2, last_level, n_threads)
+
+
+def random_shapes(n):
+    """(N, C, ...) of rank 2 to 5, the first large enough for 16 threads."""
+    rng = np.random.default_rng(50)
+    for i in range(n):
+        elements = 2**19 + 2**14 if i % 5 == 0 else int(2 ** rng.uniform(16, 18.5))
+        inner = [(), (7, 7), (1,), (3, 5, 2), (28, 28), (2,), (49,), (4, 4), (200,)][int(rng.integers(9))]
+        channels = int(2 ** rng.uniform(0, 8))
+        yield (max(2, elements // (channels * int(np.prod(inner)))), channels, *inner)
+
+
+@pytest.mark.parametrize("n_shapes", short_and_long(1, 50))
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_bits_do_not_depend_on_1_to_16_threads(make_data, dtype, layout, n_shapes):
+    for shape in random_shapes(n_shapes):
+        data = make_data(shape, dtype).placed(layout)
+        found = set()
+        for n_threads in range(1, 17):
+            with bnfast.num_threads(n_threads):
+                found.add(digest(results(*data, axis=layout.axis)))
+        assert len(found) == 1, shape
+
+
+def test_the_cases_are_large_enough_for_every_team():
+    sizes = [int(np.prod(shape)) for shape, _, _ in CASES]
+    assert max(sizes) >= LARGEST >= N_THREADS[-1] * 2**15
+    assert sum(size >= 2**16 for size in sizes) >= 25
+
+
+def test_digests_see_a_single_bit(dtype):
+    """The guard's guard: a digest of results that differ in one bit is another one."""
+    case = CASES[-1]
+    arrays = [np.array(a) for a in results(*arguments(case, dtype), axis=case[1])]
+    before = digest(arrays)
+    for array in arrays:
+        array.reshape(-1).view(np.uint8)[-1] ^= 1
+        assert digest(arrays) != before
+        array.reshape(-1).view(np.uint8)[-1] ^= 1
+    assert digest(arrays) == before
+
+
+def at(array, offset):
+    """A copy that begins `offset` elements after a multiple of 64 bytes."""
+    memory = np.empty(array.size + 64, array.dtype)
+    start = -memory.ctypes.data % 64 // array.itemsize + offset
+    moved = memory[start : start + array.size].reshape(array.shape)
+    moved[...] = array
+    assert moved.ctypes.data % 64 == offset * array.itemsize % 64
+    return moved
+
+
+OFFSET_CASES = [
+    ((5, 4, 33), 1, "C"),
+    ((600, 3), 1, "C"),
+    ((17, 70), 1, "C"),
+    ((9, 5, 7), 1, "C"),
+    ((70_000, 3), 1, "C"),
+]
+
+
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, id=case_name(case)) for case in OFFSET_CASES]
+    + [
+        pytest.param(case, id=case_name(case), marks=pytest.mark.campaign)
+        for case in CASES
+        if case[1] == 1 and case[2] == "C"
+    ],
+)
+def test_bits_do_not_depend_on_alignment(isa, dtype, case):
+    x, dy, v, *parameters = arguments(case, dtype)
+    expected = digest(results(x, dy, v, *parameters, axis=1))
+    for offset in range(16):
+        assert digest(results(*(at(a, offset) for a in (x, dy, v)), *parameters, axis=1)) == expected
+        assert digest(results(at(x, offset), at(dy, 15 - offset), v, *parameters, axis=1)) == expected
+        out = at(x, offset)
+        assert digest([F.batch_norm(x, out=out)[0]]) == digest([F.batch_norm(x)[0]])
+
+
+@pytest.mark.parametrize(
+    "shape", [(3, 2, -1), (20, -1, 49), (-1, 3), (-1, 64), (-1, 67), (-1, 20, 7), (1000, -16)], ids=str
+)
+def test_bits_do_not_depend_on_streaming_stores(isa, dtype, shape):
+    """Results that would displace much of the last-level cache are written around it; those over an input are not.
+
+    -1: as many as it takes, -16: in whole sixteens, so that blocks of columns begin where cache lines do.
+    """
+    last_level = _core.cache_bytes()[1]
+    if last_level > 2**28:
+        pytest.skip(f"a last-level cache of {last_level >> 20} MiB would need too much memory")
+    step = -min(shape)
+    length = (last_level // 4 // np.dtype(dtype).itemsize // -np.prod(shape) + 17) * step
+    x = np.random.default_rng(0).standard_normal([length if n < 0 else n for n in shape], dtype)
+    assert x.nbytes > last_level // 4  # x and y together: more than half of it
+    y, mean, inv_std = F.batch_norm(x)
+    dx = F.batch_norm_backward(y, x, mean, inv_std)[0]
+    dy, odd = y.copy(), at(x, 3)
+    assert_same_bits(F.batch_norm_backward(dy, x, mean, inv_std, out=odd)[0], dx, "dx, streamed to odd addresses")
+    assert_same_bits(F.batch_norm_backward(dy, x, mean, inv_std, out=dy)[0], dx, "dx over dy")
+    for n_threads in (1, 3):
+        with bnfast.num_threads(n_threads):
+            assert_same_bits(F.batch_norm(x, out=odd)[0], y, f"y, streamed to odd addresses by {n_threads} threads")
+    assert_same_bits(F.batch_norm(x, out=x)[0], y, "y over x")
+
+
+@pytest.mark.parametrize("shape", [(3, 2, -1), (20, -1, 49)], ids=str)
+def test_bits_of_eval_do_not_depend_on_streaming_stores(isa, shape):
+    """Planar and without a reduction: written around the cache where x and y exceed all of it."""
+    last_level = _core.cache_bytes()[1]
+    if last_level > 2**27:
+        pytest.skip(f"a last-level cache of {last_level >> 20} MiB would need too much memory")
+    length = last_level // 2 // 4 // -np.prod(shape) + 17
+    x = np.random.default_rng(0).standard_normal([length if n < 0 else n for n in shape], np.float32)
+    assert 2 * x.nbytes > last_level
+    mean, var, odd = np.full(x.shape[1], 0.1), np.full(x.shape[1], 0.7), at(x, 3)
+    y = F.batch_norm_eval(x, mean, var)
+    assert_same_bits(F.batch_norm_eval(x, mean, var, out=odd), y, "y, streamed to odd addresses")
+    assert_same_bits(F.batch_norm_eval(x, mean, var, out=x), y, "y over x")
+
+
+@pytest.fixture(scope="module")
+def digest_here():
+    return digest_of_all()
+
+
+@pytest.mark.parametrize(("isa_name", "n_threads"), [("baseline", 2), ("avx2", 1), ("avx512", 3)])
+def test_a_fresh_process_gives_the_same_bits(digest_here, isa_name, n_threads):
+    if isa_name not in ISAS:
+        pytest.skip(f"{isa_name} is not compiled in or not on this CPU")
+    run = completed([digests.__file__, "--digest"], BNFAST_ISA=isa_name, BNFAST_NUM_THREADS=str(n_threads))
+    assert run.stdout.split() == [isa_name, str(n_threads), digest_here], run.stderr
+
+
+@pytest.mark.campaign
+def test_twenty_fresh_processes_give_the_same_bits(digest_here):
+    for i in range(20):
+        isa, n_threads = ISAS[i % len(ISAS)], 1 + i % 7
+        run = completed(
+            [digests.__file__, "--digest"], BNFAST_ISA=isa, BNFAST_NUM_THREADS=str(n_threads), PYTHONHASHSEED=str(i),
+            PADDING="x" * (37 * i), MALLOC_ARENA_MAX=str(1 + i % 3), MALLOC_PERTURB_=str(i),
+        )  # fmt: skip
+        assert run.stdout.split() == [isa, str(n_threads), digest_here], run.stderr
+
+
+@pytest.mark.parametrize("name", ["sse9", "AVX2", "avx2 "])
+def test_an_unknown_instruction_set_is_an_error_at_import(name):
+    run = completed("import bnfast", BNFAST_ISA=name)
+    assert run.returncode != 0
+    message = run.stderr.splitlines()[-1]
+    assert "BNFAST_ISA" in message
+    assert repr(name) in message
+    for known in _core.isas():
+        assert known in message
+
+
+def test_an_empty_instruction_set_takes_the_widest():
+    run = completed("import bnfast; print(bnfast.config()['isa'])", BNFAST_ISA="")
+    assert run.stdout.split() == [ISAS[-1]], run.stderr
