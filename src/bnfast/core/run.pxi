@@ -56,12 +56,15 @@ cdef void run(bnfast_job *job, bnfast_share *shares) noexcept:
                 run_phase_alone(job, phase)
                 continue
             bnfast_share_out(shares, n_threads, phase.n_tasks, phase.backwards)
+            bnfast_late_region_begins()
             for thread in prange(n_threads, schedule="static", chunksize=1, num_threads=n_threads):
                 bnfast_rivals_exclude_me()
                 workers_own = bnfast_float_control()
                 bnfast_set_float_control(control)
                 run_shares(job, phase, shares, thread)
+                bnfast_late_nothing_left(thread)
                 bnfast_set_float_control(workers_own)
+            bnfast_late_region_ends()
 
 
 cdef void run_shares(bnfast_job *job, bnfast_phase *phase, bnfast_share *shares, int thread) noexcept nogil:
@@ -91,7 +94,7 @@ cpdef int team_for(Py_ssize_t elements) except -1:
     cdef bnfast_budget budget
     find_budget(&budget)
     cdef int team = min(budget.n, max(1, elements // SHARE))
-    if team > 1 and not budget.in_code and not bnfast_waking_pays(elements):
+    if team > 1 and not budget.in_code and (not bnfast_waking_pays(elements) or bnfast_late_better_alone(elements)):
         return 1
     return team if budget.chosen else bnfast_rivals_leave(team, elements)
 
