@@ -2,11 +2,14 @@
 
 import asyncio
 import contextvars
+import copy
 import gc
+import pickle
 import sys
 import threading
 import time
 import tracemalloc
+import warnings
 import weakref
 
 import numpy as np
@@ -15,6 +18,7 @@ from layers import CHANNELS, EPS, assert_close, batch, everything, in_threads, n
 
 import bnfast
 from bnfast import BatchNorm, moments
+from bnfast import functional as F
 
 # --- modes ---------------------------------------------------------------------------------------------------
 
@@ -409,10 +413,12 @@ def test_out_beside_x_in_one_buffer_leaves_x_for_backward():
 @pytest.mark.parametrize("view", [np.s_[:], np.s_[::2], np.s_[::-1]], ids=["dense", "with_gaps", "reversed"])
 @pytest.mark.parametrize("training", [True, False])
 def test_x_is_kept_by_reference_and_not_copied(view, training):
-    """White box: what the layer keeps is in `_contents.value.forward.x`."""
+    """White box: what the layer keeps is in `_contents.value.forward.x`, a view whose shape nobody else can change."""
     bn, x = BatchNorm(CHANNELS).train(training), batch(16, dtype=np.float32)[view]
     bn(x)
-    assert bn._contents.value.forward.x is x
+    kept = bn._contents.value.forward.x
+    assert kept is not x
+    assert (kept.__array_interface__, kept.strides) == (x.__array_interface__, x.strides)
 
 
 @pytest.mark.parametrize("release", ["forward", "backward", "no_grad", "pullback"])
@@ -597,14 +603,43 @@ def test_x_that_was_changed_meanwhile_is_noticed(give):
 
 @pytest.mark.filterwarnings("ignore:Setting the shape:DeprecationWarning")
 @pytest.mark.parametrize("shape", [(CHANNELS, 8), (24, 1), (2, 12), (24,), (2, 4, CHANNELS)])
-def test_x_that_was_reshaped_in_place_is_noticed(shape):
-    bn, x = BatchNorm(CHANNELS), batch()
+def test_x_may_be_reshaped_in_place(shape):
+    bn, x, dy = BatchNorm(CHANNELS), batch(), np.sin(batch())
+    bn(x)
+    expected = bn.backward(dy)
     _, pullback = bn.vjp(x)
     bn(x)
     x.shape = shape
     for backward in (bn.backward, pullback):
-        with pytest.raises(RuntimeError, match="x has another shape"):
-            backward(np.ones_like(x))
+        np.testing.assert_array_equal(backward(dy), expected)
+
+
+class Reshapes:
+    """Changes another array while it is converted."""
+
+    def __init__(self, x, shape):
+        self.x, self.shape = x, shape
+
+    def __array__(self, dtype=None, copy=None):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            self.x.shape = self.shape
+        return np.ones(self.shape)
+
+
+def test_an_argument_that_reshapes_x_during_the_call_does_no_harm():
+    x = np.random.default_rng(0).normal(size=(2000, 3, 1))
+    bn = BatchNorm(3)
+    bn(x)
+    with pytest.raises(ValueError, match=r"dy: expected shape \(2000, 3, 1\)"):
+        bn.backward(Reshapes(x, (3, 2000, 1)))
+    x.shape = (2000, 3, 1)
+    _, mean, inv_std = F.batch_norm(x)
+    with pytest.raises((RuntimeError, ValueError), match="shape"):
+        F.batch_norm_backward(Reshapes(x, (3, 2000, 1)), x, mean, inv_std)
+    x.shape = (2000, 3, 1)
+    with pytest.raises((RuntimeError, ValueError), match=r"shape|got"):
+        F.batch_norm(x, Reshapes(x, (6000,)))
 
 
 @pytest.mark.parametrize("place", [0, -1, "all"])
@@ -614,6 +649,17 @@ def test_the_ends_of_x_are_watched(place):
         bn = BatchNorm(size)
         bn(x)
         x.reshape(-1)[slice(None) if place == "all" else place] += 1
+        with pytest.raises(RuntimeError, match="x has changed"):
+            bn.backward(x)
+
+
+@pytest.mark.parametrize("size", [4, 6, 10, 13, 15, 16])
+def test_every_element_of_a_small_x_is_watched(size):
+    for i in range(size):
+        x = np.arange(1.0, size + 1).reshape(-1, 1)
+        bn = BatchNorm(1)
+        bn(x)
+        x[i] += 1
         with pytest.raises(RuntimeError, match="x has changed"):
             bn.backward(x)
 
@@ -628,6 +674,30 @@ def test_an_out_into_the_x_of_a_living_forward_is_always_found():
     for backward in (first, bn.backward):
         with pytest.raises(RuntimeError, match="x is gone: the forward's out"):
             backward(x)
+
+
+def test_a_pullback_shows_its_gradients_whatever_waits():
+    bn, x = BatchNorm(CHANNELS), batch(dtype=np.float32)
+    bn(x)
+    _, pullback = bn.vjp(x)
+    assert bn.gradients() == {}
+    pullback(x)
+    shown = raw(bn.grad_gamma), raw(bn.grad_beta)
+    assert None not in shown
+    bn.backward(x)
+    assert (raw(bn.grad_gamma), raw(bn.grad_beta)) == shown
+
+
+def test_a_training_forward_replaced_under_no_grad_and_in_eval_mode_is_not_forgotten():
+    bn, x, v = BatchNorm(CHANNELS), batch(dtype=np.float32), batch(seed=1, dtype=np.float32)
+    bn(x)
+    with bnfast.no_grad():
+        bn(v)
+    bn.eval()(v)
+    with pytest.raises(RuntimeError, match="eval mode took the place"):
+        bn.train().backward(x)
+    bn(x)
+    bn.backward(x)
 
 
 def test_vjp_into_x_is_refused_at_once():
@@ -736,6 +806,39 @@ def test_no_grad_nests_and_decorates():
     assert keeps()
 
 
+def test_no_grad_decorates_functions_only():
+    def generator():
+        yield
+
+    async def coroutine():
+        pass
+
+    async def both():
+        yield
+
+    for function in (generator, coroutine, both):
+        with pytest.raises(TypeError, match="no_grad: expected a function"):
+            bnfast.no_grad()(function)
+
+
+def test_a_generator_that_is_closed_elsewhere_leaves_no_grad_as_it_is_there():
+    bn, x = BatchNorm(CHANNELS), batch(dtype=np.float32)
+
+    def inside():
+        with bnfast.no_grad():
+            yield
+
+    generator = inside()
+    contextvars.copy_context().run(next, generator)
+    generator.close()
+    bn(x)
+    bn.backward(x)
+    with bnfast.no_grad():
+        bn(x)
+    with pytest.raises(RuntimeError, match="under no_grad"):
+        bn.backward(x)
+
+
 def test_no_grad_is_of_its_context():
     """What Python's context variables do in threads and tasks."""
 
@@ -802,6 +905,25 @@ def test_names_of_other_libraries_are_refused_with_the_right_one(theirs, ours):
     assert everything(bn) == before
     bn.my_own = 3  # attributes of the user's own stay possible
     assert bn.my_own == 3
+
+
+def test_options_cannot_be_deleted_nor_pullbacks_copied():
+    bn = trained()
+    with pytest.raises(AttributeError, match="axis: fixed when the layer was made"):
+        del bn.axis
+    for keep in (copy.copy, copy.deepcopy, pickle.dumps):
+        with pytest.raises(TypeError, match="a pullback belongs to one forward"):
+            keep(bn.vjp(batch())[1])
+
+
+def test_gamma_and_beta_do_not_share_memory():
+    flat, bn = np.ones(2 * CHANNELS, np.float32), BatchNorm(CHANNELS)
+    bn.gamma = flat[:CHANNELS]
+    before = everything(bn)
+    with pytest.raises(ValueError, match="beta: expected memory of its own"):
+        bn.beta = flat[CHANNELS - 1 : 2 * CHANNELS - 1]
+    assert everything(bn) == before
+    bn.beta = flat[CHANNELS:]
 
 
 def test_eps_and_momentum_belong_to_the_next_forward():

@@ -30,7 +30,7 @@ def integer(value: SupportsIndex, name: str) -> int:
 def number(value: float, name: str) -> float:
     """The value as a float; TypeError for a bool, a string and what is no number."""
     try:
-        if isinstance(value, (bool, str)):
+        if isinstance(value, (bool, np.bool_, str, bytes)):
             raise TypeError
         return float(value)
     except (TypeError, ValueError):
@@ -78,11 +78,13 @@ def channel_array(
         raise
     except Exception as error:  # whatever an object's __array__ raises
         raise type_error(f"{name}: expected an array, got {type(value).__name__} ({error})") from error
+    if isinstance(value, np.ma.MaskedArray):
+        raise type_error(f"{name}: expected an array without a mask, got {type(value).__name__}")
     if array.dtype.kind not in "fiu":
         raise type_error(f"{name}: expected real numbers, got dtype {array.dtype}")
     if array.shape != (channels,):
         raise value_error(f"{name}: expected shape ({channels},), got {array.shape}")
-    with np.errstate(over="ignore"):
+    with np.errstate(all="ignore"):
         converted = np.array(array, dtype=dtype, order="C")
     if lost := np.flatnonzero(np.isfinite(array) & np.isinf(converted)).tolist():
         raise value_error(f"{name}: expected values that {dtype} can hold, got {array[lost[0]]} in channel {lost[0]}")

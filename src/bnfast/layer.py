@@ -1,4 +1,4 @@
-"""The layer: parameters, modes, forward and backward around `bnfast.functional`.
+"""The layer: parameters, modes, forward and backward around the extension's steps.
 
 A forward leaves a record, `Forward`, of all that its backward needs: x itself and copies of the rest. `backward` uses
 up the last one; `vjp` hands out one as a function. Whatever else a call changes is exchanged at once (core/layer.pxi).
@@ -178,10 +178,13 @@ class BatchNorm(LayerState):
 
     def __setattr__(self, name: str, value: object) -> None:
         if name in FIXED:
-            raise AttributeError(
-                f"{name}: fixed when the layer was made, as {getattr(self, name)!r}; make another layer"
-            )
+            raise AttributeError(f"{name}: fixed when the layer was made; make another layer")
         super().__setattr__(name, value)
+
+    def __delattr__(self, name: str) -> None:
+        if name in FIXED:
+            raise AttributeError(f"{name}: fixed when the layer was made")
+        super().__delattr__(name)
 
     # (not by __getattr__, which would make every other attribute slower)
     weight = _OthersName("gamma")
@@ -301,7 +304,7 @@ class BatchNorm(LayerState):
                 self._contents, self._options, x, self._gamma, self._beta, self._eps, self._momentum, self._training,
                 keep, update, out, living,
             )  # fmt: skip
-        gathers = partial(gather, calibration, self.axis, self.nonfinite == "skip") if update else None
+        gathers = partial(gather, self._calibration, calibration, self.nonfinite) if update else None
         return _core.forward_in_calibration(
             self._contents, self._options, x, self._gamma, self._beta, self._eps, self._training, keep, out, living,
             gathers,
@@ -408,7 +411,10 @@ class BatchNorm(LayerState):
     def _parameter(self, value: Array | None, name: str) -> Array:
         if self.affine not in (True, name):
             raise AttributeError(f"{name}: this layer was made with affine={self.affine!r}")
-        return self._check_parameter(value, name)
+        array, other = self._check_parameter(value, name), self._beta if name == "gamma" else self._gamma
+        if other is not None and _core.shares_memory(array, other):
+            raise ValueError(f"{name}: expected memory of its own, got a part of the other parameter's")
+        return array
 
     def _check_parameter(self, value: Array | None, name: str) -> Array:
         """The array itself, once it is one that can be trained."""
@@ -451,7 +457,7 @@ class BatchNorm(LayerState):
         if value is not None:
             if parameter is None:
                 raise AttributeError(f"{name}: this layer was made with affine={self.affine!r}")
-            if not isinstance(value, np.ndarray) or value.dtype != self.dtype or value.shape != parameter.shape:
+            if type(value) is not np.ndarray or value.dtype != self.dtype or value.shape != parameter.shape:
                 value = channel_array(value, name, self.num_features, self.dtype)
 
         def with_gradient(found: _core.Contents) -> _core.Contents:
@@ -506,6 +512,9 @@ class Pullback:
         Parameters, result and errors are those of `BatchNorm.backward`.
         """
         return self._layer._backward(self._forward, dy, out, accumulate, last=False)
+
+    def __reduce__(self) -> Any:
+        raise TypeError("a pullback belongs to one forward of one layer, and cannot be copied or pickled")
 
     def __repr__(self) -> str:
         return f"<backward of a forward of {self._forward.x.shape} through {self._layer!r}>"

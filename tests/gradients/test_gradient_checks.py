@@ -579,7 +579,7 @@ def snapshot(bn):
     held = (bn.gamma, bn.beta, bn.grad_gamma, bn.grad_beta, bn.running_mean, bn.running_var)
     return (
         [None if array is None else array.tobytes() for array in held],
-        [*map(id, held)],
+        [*map(id, held[:4])],
         id(bn._contents.value),
         bn.training,
         bn.num_batches_tracked,

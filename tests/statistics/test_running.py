@@ -1,11 +1,13 @@
 """Running statistics of a layer, and calibration."""
 
+import copy
+
 import numpy as np
 import pytest
 from layers import CHANNELS, assert_close, batch, everything, raw, statistics, trained
 
 import bnfast
-from bnfast import BatchNorm, moments
+from bnfast import BatchNorm, Moments, moments
 
 # --- running statistics --------------------------------------------------------------------------------------
 
@@ -144,6 +146,65 @@ def test_small_batches_inside_calibrate(training):
     assert bn.num_batches_tracked == 2
     assert_close(bn.running_mean, x.mean(0))
     assert_close(bn.running_var, x.var(0, ddof=1))
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+def test_a_batch_is_gathered_as_it_was_where_out_is_x(rows):
+    bn, x = BatchNorm(1, dtype=np.float64), np.arange(8.0).reshape(8, 1)
+    bn.running_mean, bn.running_var = [100.0], [4.0]
+    with bn.calibrate():
+        for part in np.split(x.copy(), 8 // rows):
+            bn(part, out=part)
+    assert_close(bn.running_mean, x.mean(0))
+    assert_close(bn.running_var, x.var(0, ddof=1))
+
+
+def test_a_forward_that_began_before_a_calibration_loses_nothing_of_it(monkeypatch):
+    """It commits inside the block, from another thread; here from inside its own step."""
+    bn, x, forward_of = BatchNorm(1, dtype=np.float64), np.array([[100.0], [104.0]]), bnfast.layer._core.forward_of
+
+    def slow(*arguments):
+        with bn.calibrate():
+            bn(x)
+            found = forward_of(*arguments)
+            bn(x - 100)
+        return found
+
+    monkeypatch.setattr(bnfast.layer._core, "forward_of", slow)
+    bn(x)
+    assert (bn.running_mean.tolist(), bn.num_batches_tracked) == ([52.0], 2)
+
+
+def test_what_one_calibration_gathered_is_not_of_the_next():
+    bn, x = BatchNorm(1, dtype=np.float64), np.array([[100.0], [104.0]])
+    again = bn.calibrate()
+    with pytest.raises(ZeroDivisionError), again:  # noqa: PT012
+        bn(x)
+        1 / 0  # noqa: B018
+    with pytest.raises(RuntimeError, match="at least 2 values"), again:
+        pass
+
+
+def test_a_calibration_entered_twice_goes_on_and_ends():
+    bn, x = BatchNorm(1, dtype=np.float64), np.array([[1.0], [3.0]])
+    twice = bn.calibrate()
+    with twice:
+        with pytest.raises(RuntimeError, match="calibrated already"):
+            twice.__enter__()
+        bn(x)
+    assert bn.running_mean.tolist() == [2.0]
+    calibrated_again = bn.calibrate()
+    with calibrated_again:
+        bn(x + 1)
+    assert bn.running_mean.tolist() == [3.0]
+
+
+def test_a_forward_in_eval_mode_inside_calibrate_leaves_gradients_alone():
+    bn = trained().eval()
+    before = raw(bn.grad_gamma)
+    with bn.calibrate():
+        bn(batch(dtype=np.float32))
+    assert raw(bn.grad_gamma) == before is not None
 
 
 def test_a_look_inside_calibrate_is_not_gathered():
@@ -294,6 +355,14 @@ def test_calibrate_of_layers_commits_all_or_none():
         for bn in layers:
             bn(x)
     assert all(bn.statistics_in_use == "exact" for bn in layers)
+    with bnfast.calibrate(layers) as entered:  # the list is the caller's
+        for bn in entered:
+            bn(x + 1)
+        entered.clear()
+    assert_close(layers[2].running_mean, x.mean(0) + 1)
+    with bnfast.calibrate(layers[0]):  # one will do
+        layers[0](x)
+    assert_close(layers[0].running_mean, x.mean(0))
 
 
 def test_calibrate_of_layers_refuses_what_it_cannot_do():
@@ -393,6 +462,27 @@ def test_skip_leaves_a_batch_out_where_it_is_not_finite(value, momentum):
     assert bn.num_batches_skipped.tolist() == [0, 0, 0]
 
 
+def test_a_variance_beyond_float64_is_not_finite():
+    x = np.array([[1e200, 1.0], [-1e200, 2.0]])
+    bn = BatchNorm(2, nonfinite="skip", dtype=np.float64)
+    bn(x)
+    assert bn.num_batches_skipped.tolist() == [1, 0]
+    with pytest.raises(FloatingPointError, match="channel 0"):
+        BatchNorm(2, nonfinite="raise", dtype=np.float64)(x)
+
+
+def test_counts_of_what_was_skipped_belong_to_all_statistics():
+    bn, x = BatchNorm(3, nonfinite="skip", dtype=np.float64), batch()
+    for _ in range(2):
+        with bn.calibrate():
+            bn(x)
+            bn(spoilt(np.nan))
+    for which in ("running", "exact"):
+        assert bn.use_statistics(which).num_batches_skipped.tolist() == [0, 2, 0]
+    bn.running_mean = bn.running_mean + 1
+    assert bn.num_batches_skipped.tolist() == [0, 2, 0]
+
+
 def test_skip_in_a_calibration_leaves_out_the_whole_batch():
     bn, x = BatchNorm(3, nonfinite="skip", dtype=np.float64), batch()
     with bn.calibrate():
@@ -410,8 +500,14 @@ def test_raise_raises_before_anything_has_changed(value):
         with pytest.raises(FloatingPointError, match=r"x: expected a batch with finite statistics .* in channel 1"):
             call(spoilt(value))
         assert everything(bn) == before
-    with pytest.raises(FloatingPointError), bn.calibrate():
-        bn(spoilt(value))
+    for mode in (True, False):
+        for rows in (slice(None), slice(2, 3)):  # a batch of one value, too
+            with pytest.raises(FloatingPointError), bn.train(mode).calibrate():
+                bn(spoilt(value)[rows])
+    with pytest.raises(RuntimeError, match="at least 2 values"), bn.calibrate():
+        bn(spoilt(value), update=False)  # a look
+    bare = BatchNorm(CHANNELS, track_running_stats=False, nonfinite="raise").eval()
+    bare(spoilt(value))
     bn.eval()(spoilt(value))  # in training forwards only
     assert statistics(bn) == before[0]
 
@@ -428,9 +524,23 @@ def test_the_last_batch_is_there_to_look_at():
     before = raw(bn.batch_mean)
     bn.eval()(x + 5)
     assert raw(bn.batch_mean) == before
-    for name in ("batch_mean", "batch_var", "running_mean", "running_var"):
-        with pytest.raises(ValueError, match="read-only"):
-            getattr(bn, name)[0] = 1.0
+    for layer in (bn, BatchNorm(3), copy.copy(bn), bn.use_statistics(moments(x))):
+        layer.running_mean = layer.running_mean
+        for name in ("batch_mean", "batch_var", "running_mean", "running_var"):
+            if getattr(layer, name) is not None:
+                with pytest.raises(ValueError, match="read-only"):
+                    getattr(layer, name)[0] = 1.0
+
+
+def test_exact_statistics_that_cannot_be_used_are_refused():
+    bn = trained()
+    before = everything(bn)
+    for mean, m2 in (([np.nan, 0, 0], [1, 1, 1]), ([0, 0, 0], [np.inf, 1, 1])):
+        with pytest.raises(ValueError, match="channel 0"):
+            bn.use_statistics(Moments(4, mean, m2))
+    with pytest.raises(ValueError, match="count"):
+        bn.use_statistics(Moments(2**63, [0, 0, 0], [1, 1, 1]))
+    assert everything(bn) == before
 
 
 @pytest.mark.parametrize("name", ["running_mean", "running_var"])
@@ -441,6 +551,18 @@ def test_statistics_that_cannot_be_used_are_not_set(name, value):
     with pytest.raises(ValueError, match=f"{name}: expected finite values.* got {value} in channel 2"):
         setattr(bn, name, [1.0, 2.0, value])
     assert everything(bn) == before
+
+
+def test_the_count_of_what_was_skipped_stays_at_its_end():
+    bn, most = BatchNorm(CHANNELS, nonfinite="skip", dtype=np.float64), np.full(CHANNELS, 2**63 - 1)
+    kept = {**bn.__getstate__(), "counts": (None, most)}
+    bn.__setstate__(kept)
+    bn(spoilt(np.nan))
+    assert (bn.num_batches_skipped == most).all()
+    with bn.calibrate():
+        bn(spoilt(np.nan))
+        bn(batch())
+    assert (bn.num_batches_skipped == most).all()
 
 
 def test_the_count_of_batches_stays_at_its_end():

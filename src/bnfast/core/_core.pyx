@@ -26,6 +26,7 @@ from cpython.contextvars cimport get_value
 from cpython.number cimport PyNumber_Index
 from cpython.mem cimport PyMem_RawFree, PyMem_RawMalloc
 from cython.parallel cimport prange
+from libc.limits cimport LLONG_MAX
 from libc.math cimport sqrt
 from libc.stdint cimport uintptr_t
 from libc.string cimport memcmp, memcpy, memset

@@ -100,7 +100,7 @@ cpdef double as_eps(object eps) except? -1.0:
     if type(eps) is float and 0.0 <= <double>eps < 1e300:
         return eps
     try:
-        if isinstance(eps, (bool, str)):
+        if isinstance(eps, (bool, np.bool_, str, bytes)):
             raise TypeError
         value = float(eps)
     except (TypeError, ValueError):

@@ -65,6 +65,7 @@ cdef extern from "kernels/job.h" nogil:
 
 cdef extern from "numpy/arrayobject.h":
     cnp.ndarray PyArray_NewLikeArray(cnp.ndarray prototype, cnp.NPY_ORDER order, void *dtype, int subok)
+    cnp.ndarray PyArray_View(cnp.ndarray array, void *dtype, void *type)
 
 cdef extern from "runtime/openmp.h" nogil:
     long bnfast_openmp_version() noexcept

@@ -15,7 +15,8 @@ KEEP_NOTHING, KEEP_LAST, KEEP_PULLBACK = range(3)
 
 cdef void take_sample(cnp.ndarray x, unsigned long long *sample) noexcept:
     """The bits of some elements spread over the array, the first and the last among them."""
-    cdef Py_ssize_t size = cnp.PyArray_SIZE(x), itemsize = cnp.PyArray_ITEMSIZE(x), step = (size - 1) // (SAMPLES - 1)
+    cdef Py_ssize_t size = cnp.PyArray_SIZE(x), itemsize = cnp.PyArray_ITEMSIZE(x)
+    cdef Py_ssize_t step = max(1, (size - 1) // (SAMPLES - 1))
     cdef Py_ssize_t i, position, offset
     cdef int axis
     cdef bint dense = cnp.PyArray_IS_C_CONTIGUOUS(x) or cnp.PyArray_IS_F_CONTIGUOUS(x)
@@ -23,7 +24,7 @@ cdef void take_sample(cnp.ndarray x, unsigned long long *sample) noexcept:
     if size == 0:
         return
     for i in range(SAMPLES):
-        position = i * step if i < SAMPLES - 1 else size - 1
+        position = min(i * step, size - 1) if i < SAMPLES - 1 else size - 1
         if dense:
             offset = position * itemsize
         else:
@@ -49,7 +50,7 @@ cdef class Forward:
     Nothing of it changes but `gone`, which says what was written over x, and `used`.
     """
 
-    cdef readonly cnp.ndarray x
+    cdef readonly cnp.ndarray x     # a view, whose shape nobody else can change
     cdef cnp.ndarray block
     cdef bint has_gamma, has_beta
     cdef Running running          # the statistics it took as constants; None: those of the batch
@@ -94,9 +95,6 @@ cdef class Forward:
         cdef unsigned long long now[SAMPLES]
         if self.gone is not None:
             raise RuntimeError(f"backward: x is gone: {self.gone} was written into its memory")
-        if (cnp.PyArray_NDIM(self.x) <= self.axis or cnp.PyArray_DIM(self.x, self.axis) != self.channels
-                or cnp.PyArray_SIZE(self.x) != self.count * self.channels):  # in place: it is the user's own array
-            raise RuntimeError(f"backward: x has another shape, {shape_of(self.x)}, than in its forward")
         take_sample(self.x, now)
         if memcmp(now, self.sample, sizeof(now)) != 0:
             raise RuntimeError("backward: x has changed since its forward; keep it as it is until the backward, "
@@ -136,8 +134,7 @@ cdef int note_overwritten(object out, tuple living, str what) except -1:
 
 # --- running statistics ---------------------------------------------------------------------------------------
 
-cdef enum:
-    MOST_BATCHES = 0x7fffffffffffffff  # num_batches_tracked stays there
+cdef long long MOST_BATCHES = LLONG_MAX  # counts of batches stay there
 
 
 @cython.auto_pickle(False)
@@ -147,7 +144,6 @@ cdef class Running:
     """Mean and variance of each channel as eval mode uses them, (C,) float64, read-only, and what they are made of."""
 
     cdef cnp.ndarray block         # (2, C)
-    cdef object views              # (mean, var), once asked for
     cdef readonly long long batches  # that came by
     cdef readonly object averaged    # (C,) int64: those of them that were averaged in a channel; None: all
     cdef readonly object skipped     # (C,) int64: those that were left out as they were not finite; None: none
@@ -162,19 +158,11 @@ cdef class Running:
 
     @property
     def mean(self):
-        return self.view(0)
+        return self.block[0]
 
     @property
     def var(self):
-        return self.view(1)
-
-    cdef object view(self, int i):
-        """The same array every time."""
-        with cython.critical_section(self):
-            if self.views is None:
-                self.views = self.block[0], self.block[1]
-            found = self.views[i]
-        return found
+        return self.block[1]
 
     cdef tuple counts_in_full(self):
         """`averaged` and `skipped` as arrays of their own."""
@@ -214,7 +202,8 @@ cdef class Running:
         for i in range(channels):
             if some_skipped and not is_finite(batch_mean[i], batch_m2[i]):
                 new_mean[i], new_var[i] = old_mean[i], old_var[i]
-                skips[i] += 1
+                if skips[i] < MOST_BATCHES:
+                    skips[i] += 1
                 continue
             if cumulative:
                 weight = 1.0 / (1.0 + (self.batches if counts == NULL else counts[i]))
@@ -251,7 +240,7 @@ cdef class Contents:
     cdef public object gathered        # (calibration, Moments, batches) of the one that is going on, or None
     cdef public Forward forward        # the last one, until its backward
     cdef public str absent             # why there is none
-    cdef public bint replaced          # `forward`, of eval mode, took the place of one in training that waited for its backward
+    cdef public bint replaced          # one in training waited for its backward, and another one took its place
     cdef cnp.ndarray batch             # the block of the last forward that took statistics, or None
     cdef Py_ssize_t batch_count
     cdef public tuple gradients        # of gamma and beta, as they are seen: arrays or None
@@ -286,25 +275,25 @@ cdef class Contents:
         cdef Contents new = self.copy()
         if forward.running is None:
             new.batch, new.batch_count = forward.block, forward.count
+        if keep != KEEP_PULLBACK:
+            new.replaced = self.replaced or (self.forward is not None and self.forward.training)
         if keep == KEEP_LAST:
             new.forward, new.absent = forward, None
             if forward.training:
                 new.replaced, new.gradients = False, (None, None)
-            else:
-                new.replaced = self.replaced if self.forward is None or not self.forward.training else True
         elif keep == KEEP_NOTHING:
-            new.forward, new.absent, new.replaced = None, "a forward under no_grad", False
+            new.forward, new.absent = None, "a forward under no_grad"
         return new
 
-    cdef Contents after_backward(self, Forward forward, tuple gradients, bint accumulate):
-        """After the backward of a forward; if that was the last one, it is used up."""
+    cdef Contents after_backward(self, Forward forward, bint last, tuple gradients, bint accumulate):
+        """After the backward of a forward. last: through `backward`, which uses the last forward up."""
         cdef Contents new = self.copy()
         if self.forward is forward:
             new.forward, new.absent, new.replaced = None, "a forward whose backward has been called", False
         if accumulate:
             gradients = (added(self.sums[0], gradients[0]), added(self.sums[1], gradients[1]))
         new.sums = gradients
-        if new.forward is None or not new.forward.training:  # else it is stale already: the next forward came between
+        if not last or new.forward is None or not new.forward.training:  # else a training forward came between
             new.gradients = gradients
         return new
 
@@ -330,7 +319,7 @@ cdef Forward new_forward(AtomicReference contents, Options options, x, gamma, be
     """One that has not been computed, of checked data; gamma and beta of one moment."""
     cdef Forward forward = Forward.__new__(Forward)
     cdef cnp.ndarray g, b
-    forward.x = as_samples(as_input(x, options.axis, options.channels), "x")
+    forward.x = PyArray_View(as_samples(as_input(x, options.axis, options.channels), "x"), NULL, NULL)
     forward.axis, forward.eps, forward.training = as_axis(options.axis, forward.x), eps, training
     forward.channels = options.channels
     forward.count = cnp.PyArray_SIZE(forward.x) // options.channels
@@ -365,7 +354,7 @@ cdef tuple forward_with_batch(AtomicReference contents, Options options, x, gamm
     job.eps = as_positive_eps(eps)
     forward.set_parameters(&job)
     job.mean, job.inv_std, job.m2 = forward.row(MEAN), forward.row(INV_STD), forward.row(M2)
-    y = mapped(&job, forward.x, None, forward.axis, given_out)
+    y = mapped(&job, forward.x, None, forward.axis, forward.channels, given_out)
     done(forward, out, living)
     if options.raises and training:
         forward.check_finite()
@@ -383,7 +372,7 @@ cdef tuple forward_with_running(AtomicReference contents, Options options, x, ga
     job.eps = eps
     forward.set_parameters(&job)
     job.mean, job.var = forward.running.row(0), forward.running.row(1)
-    y = mapped(&job, forward.x, None, forward.axis, given_out)
+    y = mapped(&job, forward.x, None, forward.axis, forward.channels, given_out)
     done(forward, out, living)
     return y, forward
 
@@ -406,19 +395,21 @@ def forward_of(AtomicReference contents, Options options, x, gamma, beta, eps, m
 def forward_in_calibration(AtomicReference contents, Options options, x, gamma, beta, eps, bint training, int keep,
                            out, tuple living, gathers):
     """The same in a calibration, with the statistics of the batch if it has two values a channel. gathers: what makes
-    contents of those after the forward and of the forward, or None."""
+    contents of those after the forward and of the moments of the batch; or None."""
     cdef Forward forward
     cdef Contents found
-    if cnp.PyArray_SIZE(as_input(x, options.axis, options.channels)) < 2 * options.channels:
-        y, forward = forward_with_running(contents, options, x, gamma, beta, eps, training, out, living)
+    cdef cnp.ndarray data = as_input(x, options.axis, options.channels)
+    if cnp.PyArray_SIZE(data) < 2 * options.channels:
+        batch = moments(data, options.axis)  # before `out`, which may be x
+        y, forward = forward_with_running(contents, options, data, gamma, beta, eps, training, out, living)
     else:
-        y, forward = forward_with_batch(contents, options, x, gamma, beta, eps, True, out, living)
-        forward.training = training
+        y, forward = forward_with_batch(contents, options, data, gamma, beta, eps, training, out, living)
+        batch = forward.count, *forward.moments
     while True:
         found = contents.value
         new = found.after_forward(forward, keep)
         if gathers is not None:
-            new = gathers(new, forward)
+            new = gathers(new, batch)
         if contents.swap(found, new, NULL, 0):
             return y, forward
 
@@ -440,7 +431,7 @@ def backward_of(Forward forward, dy, out, tuple living, dtype):
         job.mean, job.inv_std = forward.running.row(0), values(sums) + 2 * forward.channels
         for i in range(forward.channels):
             job.inv_std[i] = 1.0 / sqrt(forward.running.row(1)[i] + forward.eps)
-    dx = mapped(&job, forward.x, u, forward.axis, given_out)
+    dx = mapped(&job, forward.x, u, forward.axis, forward.channels, given_out)
     if out is not None:
         note_overwritten(out, (*living, forward), "the backward's out")
     return dx, rounded(job.dgamma, forward.channels, type_number), rounded(job.dbeta, forward.channels, type_number)
@@ -453,7 +444,7 @@ cdef int commit_training(AtomicReference contents, Options options, Forward forw
         found = contents.value
         new = found.after_forward(forward, keep)
         new.running = found.running.after(forward, momentum, options.unbiased, options.skips)
-        new.averages = new.gathered = None
+        new.averages = None
         if contents.swap(found, new, NULL, 0):
             return 0
 
@@ -473,7 +464,7 @@ def commit_backward(AtomicReference contents, Forward forward, bint last, tuple 
     cdef bint used = False, done = False
     while not done:
         found = contents.value
-        new = found.after_backward(forward, gradients, accumulate)
+        new = found.after_backward(forward, last, gradients, accumulate)
         with cython.critical_section(contents):
             used = last and forward.used
             if not used and contents.referent is found:
@@ -521,10 +512,14 @@ cdef class Calibration:
 
     def __enter__(self):
         cdef Py_ssize_t i
+        cdef bint free
         token = object()  # of this block: what another one has gathered is not its own
-        if self.token is not None:
-            self.check_ended()
-        self.token = token
+        with cython.critical_section(self):
+            free = self.token is None
+            if free:
+                self.token = token
+        if not free:  # of this object there is a block already
+            raise RuntimeError("calibrate: this layer is being calibrated already")
         for i in range(len(self.currents)):
             if not (<AtomicReference>self.currents[i]).swap(None, token, NULL, 0):
                 self.end(i)
@@ -532,14 +527,28 @@ cdef class Calibration:
                 raise RuntimeError("calibrate: this layer is being calibrated already")
         return self.entered
 
-    cdef int check_ended(self) except -1:
-        """That no block of this object is going on."""
-        for current in self.currents:
-            if (<AtomicReference>current).referent is self.token:
-                raise RuntimeError("calibrate: this layer is being calibrated already")
-        return 0
+    def __exit__(self, kind, error, trace):
+        token = self.token
+        self.end(len(self.currents))
+        self.token = None
+        if kind is None:
+            self.finish(token)
+
+
+@cython.auto_pickle(False)
+cdef class CountedContext:
+    """A context manager that counts a context variable up and down.
+
+    In C, as a calibration is: no signal handler runs between its steps, so none leaves it entered.
+    """
+
+    cdef object variable
+
+    def __init__(self, variable):
+        self.variable = variable
+
+    def __enter__(self):
+        self.variable.set(self.variable.get() + 1)
 
     def __exit__(self, kind, error, trace):
-        self.end(len(self.currents))
-        if kind is None:
-            self.finish(self.token)
+        self.variable.set(max(0, self.variable.get() - 1))  # another context's, if a generator is closed there

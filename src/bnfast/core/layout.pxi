@@ -123,7 +123,7 @@ cpdef bint shares_memory(a, x) except -1:
         return True
 
 
-cdef bint overlaps_itself(cnp.ndarray array):
+cdef bint overlaps_itself(cnp.ndarray array) except? -1:
     """Whether two elements of the array share memory."""
     if cnp.PyArray_IS_C_CONTIGUOUS(array) or cnp.PyArray_IS_F_CONTIGUOUS(array):
         return False
@@ -143,3 +143,8 @@ cdef bint overlaps_itself(cnp.ndarray array):
         offsets += (np.arange(n) * stride).reshape([-1 if i == axis else 1 for i in range(offsets.ndim)])
     gaps = np.diff(np.sort(offsets, axis=None))
     return bool((gaps < cnp.PyArray_ITEMSIZE(array)).any())
+
+
+def elements_overlap(cnp.ndarray array not None):
+    """Whether two elements of the array share memory."""
+    return overlaps_itself(array)

@@ -1,8 +1,13 @@
 # The operations. Each reads check, allocate, compute, return: an error leaves nothing half done.
 
-cdef cnp.ndarray mapped(bnfast_job *job, cnp.ndarray x, cnp.ndarray u, int axis, cnp.ndarray out):
+cdef cnp.ndarray mapped(bnfast_job *job, cnp.ndarray x, cnp.ndarray u, int axis, Py_ssize_t channels, cnp.ndarray out):
     """The result like x of a job whose statistics and parameters are set: in `out`, which is checked, or a new array."""
-    cdef cnp.ndarray data = packed(x, axis, job), result
+    cdef cnp.ndarray data, result
+    # the conversion of another argument may have run anybody's code since x was looked at
+    if (cnp.PyArray_NDIM(x) <= axis or cnp.PyArray_DIM(x, axis) != channels
+            or (u is not None and not same_shape(u, x)) or (out is not None and not same_shape(out, x))):
+        raise RuntimeError("x: expected an array that keeps its shape during the call")
+    data = packed(x, axis, job)
     if u is not None:
         u = packed_like(u, data)
     result = target_of(out, data, u)
@@ -57,7 +62,7 @@ def batch_norm(x, gamma, beta, axis, eps, out):
     mean, inv_std = new_statistics(channels), new_statistics(channels)
     job.gamma, job.beta = parameter(g), parameter(b)
     job.mean, job.inv_std = values(mean), values(inv_std)
-    return mapped(&job, data, None, channel_axis, given_out), mean, inv_std
+    return mapped(&job, data, None, channel_axis, channels, given_out), mean, inv_std
 
 
 def batch_norm_eval(x, mean, var, gamma, beta, axis, eps, out):
@@ -77,7 +82,7 @@ def batch_norm_eval(x, mean, var, gamma, beta, axis, eps, out):
 
     job.gamma, job.beta = parameter(g), parameter(b)
     job.mean, job.var = values(m), values(v)
-    return mapped(&job, data, None, channel_axis, given_out)
+    return mapped(&job, data, None, channel_axis, channels, given_out)
 
 
 def affine(x, center, scale, shift, out, bint search):
@@ -135,7 +140,7 @@ def batch_norm_backward(dy, x, mean, inv_std, gamma, axis, training, out):
 
     job.gamma, job.mean, job.inv_std = parameter(g), values(m), values(s)
     job.dgamma, job.dbeta = values(sums), values(sums) + channels
-    dx = mapped(&job, data, u, channel_axis, given_out)
+    dx = mapped(&job, data, u, channel_axis, channels, given_out)
     return (dx, rounded(job.dgamma, channels, cnp.PyArray_TYPE(data)),
             rounded(job.dbeta, channels, cnp.PyArray_TYPE(data)))
 
@@ -158,7 +163,7 @@ def batch_norm_jvp(v, x, mean, inv_std, gamma, axis, vgamma, vbeta, out):
 
     job.gamma, job.vgamma, job.vbeta = parameter(g), parameter(vg), parameter(vb)
     job.mean, job.inv_std = values(m), values(s)
-    return mapped(&job, data, u, channel_axis, given_out)
+    return mapped(&job, data, u, channel_axis, channels, given_out)
 
 
 def memory_floor(cnp.ndarray x, cnp.ndarray u, cnp.ndarray out):

@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 from .. import _core
 from .._checks import channel_array, flag, integer, whole_number
 from ..statistics.moments import Moments
-from ..statistics.running import FLOAT64, RunningStatistics, check_variance, with_statistics
+from ..statistics.running import FLOAT64, RunningStatistics, check_finite, check_variance, with_statistics
 from .files import FORMAT, StateError, decode, encode, read, replace
 
 __all__ = ["Kept", "LayerState", "described", "kept_from"]
@@ -104,7 +104,9 @@ class LayerState(RunningStatistics):
     # --- copies and pickles ---
 
     def __getstate__(self) -> dict[str, Any]:
-        attributes = {name: value for name, value in self.__dict__.items() if name not in (*NOT_PICKLED, *OPTIONS)}
+        found = super().__getstate__()  # with the slots that a subclass may have
+        plain, slots = found if isinstance(found, tuple) else (found, {})
+        attributes = {name: value for name, value in plain.items() if name not in (*NOT_PICKLED, *OPTIONS)} | slots
         return {"format": FORMAT, "attributes": attributes, **self._kept()._asdict()}
 
     def __setstate__(self, pickled: dict[str, Any]) -> None:
@@ -115,7 +117,10 @@ class LayerState(RunningStatistics):
         except Exception as error:  # whatever checks raise that were not made for states
             raise StateError(f"pickle: {error}") from error
         fresh = self._made_of(kept, strict=False)
-        self.__dict__.update({**attributes, **fresh.__dict__})
+        self.__dict__.update(fresh.__dict__)
+        for name, value in attributes.items():  # of the user's own; in slots, too
+            if name not in fresh.__dict__:
+                object.__setattr__(self, name, value)
 
     # --- files ---
 
@@ -245,6 +250,8 @@ class LayerState(RunningStatistics):
         for name, array in parameters.items():
             if array is not None:
                 new = channel_array(kept.values[name], name, self.num_features, self.dtype, StateError, StateError)
+                if strict:
+                    check_finite(new, name, StateError)
                 self._check_parameter(array, "gamma" if name == "weight" else "beta")  # it may have changed since
                 copies.append((array, new))
         if not self.track_running_stats:
@@ -277,9 +284,7 @@ class LayerState(RunningStatistics):
         mean = channel_array(mean, "running_mean", n, FLOAT64, StateError, StateError)
         var = channel_array(var, "running_var", n, FLOAT64, StateError, StateError)
         if strict:
-            if not np.isfinite(mean).all():
-                channel = int(np.flatnonzero(~np.isfinite(mean))[0])
-                raise StateError(f"running_mean: expected finite values, got {mean[channel]} in channel {channel}")
+            check_finite(mean, "running_mean", StateError)
             check_variance(var, self.eps, StateError)
         counts = [
             None if count is None else _counts(count, f"num_batches_{name}", n)

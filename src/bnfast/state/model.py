@@ -132,7 +132,27 @@ def _checked_into(into: Mapping[str, Any]) -> dict[str, Any]:
             raise TypeError(f"into: expected writeable arrays, got a read-only one for {name!r:.80}")
     if len({id(value) for value in into.values()}) < len(into):
         raise ValueError("into: expected each layer and array once, got one of them twice")
+    _check_apart(into)
     return dict(into)
+
+
+def _check_apart(into: Mapping[str, Any]) -> None:
+    """That no memory would be filled twice."""
+    arrays: list[tuple[str, Array]] = []
+    for name, value in into.items():
+        arrays += [(name, a) for a in ([value] if isinstance(value, np.ndarray) else value.parameters().values())]
+    extents = sorted((*np.lib.array_utils.byte_bounds(a), i) for i, (_, a) in enumerate(arrays) if a.size)
+    for place, (_, end, i) in enumerate(extents):
+        name, array = arrays[i]
+        if _core.elements_overlap(array):
+            raise ValueError(f"into: expected arrays whose elements do not overlap, got one for {name!r:.80}")
+        for begin, _, j in extents[place + 1 :]:
+            if begin >= end:
+                break
+            if _core.shares_memory(array, arrays[j][1]):
+                raise ValueError(
+                    f"into: expected memory of their own, but {name!r:.80} and {arrays[j][0]!r:.80} share some"
+                )
 
 
 def _encoded(entries: Mapping[str, Any]) -> bytes:

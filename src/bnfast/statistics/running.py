@@ -14,20 +14,27 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from .. import _core
-from .._checks import channel_array
+from .._checks import channel_array, whole_number
 from .moments import Moments
 from .report import StatisticsReport
 
-__all__ = ["RunningStatistics", "calibrate", "check_variance"]
+__all__ = ["RunningStatistics", "calibrate", "check_finite", "check_variance", "gather", "with_statistics"]
 
 Statistics = NDArray[np.float64]
 Counts = NDArray[np.int64]
 FLOAT64 = np.dtype(np.float64)
 
 
+def check_finite(values: NDArray[Any], name: str, error: type[Exception]) -> None:
+    """That there is no NaN and no Inf."""
+    unfit = np.flatnonzero(~np.isfinite(values))
+    if unfit.size:
+        raise error(f"{name}: expected finite values, got {values[unfit[0]]} in channel {unfit[0]}")
+
+
 def check_variance(var: Statistics, eps: float, error: type[Exception]) -> None:
     """That eval mode could divide by it."""
-    with np.errstate(invalid="ignore"):
+    with np.errstate(all="ignore"):
         unfit = np.flatnonzero(~(np.isfinite(var) & (var + eps > 0)))
     if unfit.size:
         raise error(
@@ -60,9 +67,7 @@ class RunningStatistics:
     @running_mean.setter
     def running_mean(self, value: ArrayLike) -> None:
         mean = self._given(value, "running_mean")
-        if not np.isfinite(mean).all():
-            channel = int(np.flatnonzero(~np.isfinite(mean))[0])
-            raise ValueError(f"running_mean: expected finite values, got {mean[channel]} in channel {channel}")
+        check_finite(mean, "running_mean", ValueError)
         self._contents.update(_with_running, mean, None)
 
     @property
@@ -194,6 +199,9 @@ class RunningStatistics:
         self._need_statistics("use_statistics")
         if isinstance(which, Moments):
             exact = self._checked(which, "which")
+            whole_number(exact.count, "which: count", ValueError)
+            check_finite(exact.mean, "which: mean", ValueError)
+            check_variance(exact.var(self._ddof), self.eps, ValueError)
             self._contents.update(lambda found: self._using_exact(found, (exact, max(found.running.batches, 1))))
         elif not isinstance(which, str):
             raise TypeError(f"which: expected 'running', 'exact' or Moments, got {type(which).__name__}")
@@ -295,6 +303,13 @@ def _with_running(found: _core.Contents, mean: Statistics | None, var: Statistic
     return found.replace(running=new, averages=None)
 
 
+def _with_skipped(old: _core.Running, channels: NDArray[np.bool_]) -> _core.Running:
+    """One batch more that was left out of these channels."""
+    before = np.zeros(len(channels), np.int64) if old.skipped is None else old.skipped
+    skipped = before + (channels & (before < np.iinfo(np.int64).max))
+    return _core.Running(old.mean, old.var, old.batches, old.averaged, skipped)
+
+
 def _using_averages(found: _core.Contents) -> _core.Contents:
     return found if found.averages is None else found.replace(running=found.averages, averages=None)
 
@@ -303,7 +318,7 @@ def _using_averages(found: _core.Contents) -> _core.Contents:
 
 
 def calibrate(
-    layers: Iterable[RunningStatistics] | Mapping[Any, RunningStatistics],
+    layers: RunningStatistics | Iterable[RunningStatistics] | Mapping[Any, RunningStatistics],
 ) -> AbstractContextManager[list[RunningStatistics]]:
     """Context manager: the layers gather exact statistics of what passes, in one pass, and use them from its end on.
 
@@ -313,7 +328,7 @@ def calibrate(
 
     Parameters
     ----------
-    layers : iterable of BatchNorm, or dict with them as values
+    layers : iterable of BatchNorm, dict with them as values, or one
 
     Returns
     -------
@@ -339,6 +354,8 @@ def calibrate(
     >>> first.running_mean, second.running_mean.round(3)
     (array([2., 4.]), array([0.5, 0.5]))
     """
+    if isinstance(layers, RunningStatistics):
+        layers = [layers]
     found = list(layers.values() if isinstance(layers, Mapping) else layers)
     if not found:
         raise ValueError("layers: expected at least one layer, got none")
@@ -348,21 +365,31 @@ def calibrate(
         layer._need_statistics("calibrate")
     if len({id(layer) for layer in found}) < len(found):
         raise ValueError("layers: expected each layer once, got one of them twice")
-    return _core.Calibration(tuple(layer._calibration for layer in found), partial(_finish, found), found)
+    return _core.Calibration(tuple(layer._calibration for layer in found), partial(_finish, found), list(found))
 
 
-def gather(calibration: object, axis: int, skip: bool, found: _core.Contents, forward: _core.Forward) -> _core.Contents:
-    """The contents once a batch is gathered. skip: leave one that is not finite out, and count it."""
-    if forward.moments is None:  # of one value a channel, or none
-        batch = Moments(*_core.moments(forward.x, axis))
-    else:
-        batch = Moments(forward.count, *forward.moments)
+def gather(
+    current: "_core.AtomicReference[object]",
+    calibration: object,
+    nonfinite: str,
+    found: _core.Contents,
+    moments: tuple[int, Statistics, Statistics],
+) -> _core.Contents:
+    """The contents once a batch is gathered: its (count, mean, m2). current: the layer's calibration now."""
+    batch = Moments(*moments)
     finite = np.isfinite(batch.mean) & np.isfinite(batch.m2)
-    if skip and not finite.all():
-        old = found.running
-        skipped = (0 if old.skipped is None else old.skipped) + (~finite).astype(np.int64)
-        return found.replace(running=_core.Running(old.mean, old.var, old.batches, old.averaged, skipped))
-    if batch.count == 0:
+    if nonfinite == "raise" and not finite.all():
+        channel = int(np.flatnonzero(~finite)[0])
+        raise FloatingPointError(
+            f"x: expected a batch with finite statistics (nonfinite='raise'), got mean {batch.mean[channel]} in "
+            f"channel {channel}"
+        )
+    if nonfinite == "skip" and not finite.all():
+        return found.replace(
+            running=_with_skipped(found.running, ~finite),
+            averages=None if found.averages is None else _with_skipped(found.averages, ~finite),
+        )
+    if batch.count == 0 or current.value is not calibration:  # over, in another thread
         return found
     if found.gathered is None or found.gathered[0] is not calibration:
         return found.replace(gathered=(calibration, batch, 1))
@@ -373,13 +400,11 @@ def gather(calibration: object, axis: int, skip: bool, found: _core.Contents, fo
 def _finish(layers: list[RunningStatistics], calibration: object) -> None:
     """Called at the end of the block, by a context manager in C that cannot be interrupted half-way."""
 
-    def calibrated(layer: RunningStatistics, place: str, found: _core.Contents) -> _core.Contents:
+    def calibrated(place: int, layer: RunningStatistics, found: _core.Contents) -> _core.Contents:
         gathered = found.gathered
         if gathered is None or gathered[0] is not calibration or gathered[1].count < 2:
-            raise RuntimeError(f"calibrate: expected at least 2 values a channel to pass through {place}")
+            name = "the layer" if len(layers) == 1 else f"layer {place} of {len(layers)}, {layer!r}"
+            raise RuntimeError(f"calibrate: expected at least 2 values a channel to pass through {name}")
         return layer._using_exact(found, gathered[1:]).replace(gathered=None)
 
-    places = ["the layer"] if len(layers) == 1 else [f"layer {i} of {len(layers)}, {x!r}" for i, x in enumerate(layers)]
-    _core.update_all(
-        [(layer._contents, partial(calibrated, layer, place), []) for layer, place in zip(layers, places, strict=True)]
-    )
+    _core.update_all([(layer._contents, partial(calibrated, i, layer), []) for i, layer in enumerate(layers)])
