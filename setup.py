@@ -111,7 +111,7 @@ extension = Extension(
     "bnfast._core",
     sources=[
         "src/bnfast/core/_core.pyx",
-        *(f"src/bnfast/runtime/{name}.c" for name in ("openmp", "budget", "rivals", "waking")),
+        *(f"src/bnfast/runtime/{name}.c" for name in ("openmp", "budget", "rivals", "waking", "late")),
         *(f"src/bnfast/kernels/{name}.c" for name in KERNELS),
     ],
     depends=[str(path) for pattern in ("*.h", "*.pxi") for path in sorted(Path("src/bnfast").rglob(pattern))],

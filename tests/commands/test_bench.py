@@ -12,7 +12,8 @@ import pytest
 
 from bnfast.commands import bench
 from bnfast.commands.bench import compare, contenders, loop, tables, worker
-from bnfast.commands.bench.shapes import OPERATIONS, QUICK, SHAPES, Shape, group
+from bnfast.commands.bench import shapes as table_of_shapes
+from bnfast.commands.bench.shapes import OPERATIONS, QUICK, SHAPES, SIZES, Shape, family, group, named
 
 TINY = "8x16,32x64"
 
@@ -87,6 +88,27 @@ def test_shapes_have_names_of_their_own_and_places_in_memory():
     assert (shape.memory_dims, shape.axis, shape.channels) == ((32, 56, 56, 64), 3, 64)
     assert (SHAPES["32x64x56x56"].memory_dims, SHAPES["32x64x56x56"].axis) == ((32, 64, 56, 56), 1)
     assert len({(s.dims, s.channels_last) for s in SHAPES.values()}) == len(SHAPES)
+
+
+def test_the_sweep_has_every_kind_at_every_size():
+    assert len(SIZES) == 5
+    for kind, shapes in SIZES.items():
+        assert len(shapes) == 8
+        for power, shape in enumerate(shapes):
+            assert 0.7 < shape.size * 4 / (16_384 * 4**power) < 1.4, (kind, shape)
+            assert named(shape.name) == shape
+            assert family(shape) == kind
+
+
+@pytest.mark.parametrize("name", ["8x16", "5x7x2", "5x7x2-cl", "2x3x4x5x6", *SHAPES])
+def test_a_shape_is_known_by_its_name(name):
+    assert named(name).name == name
+
+
+@pytest.mark.parametrize("name", ["8", "8x", "8x0", "8x-1", "08x16", "8x16-cl", "8x16x2-nhwc", "what", "1x5"])
+def test_what_is_no_shape_is_refused(name):
+    with pytest.raises(ValueError, match=name):
+        named(name)
 
 
 # --- Contenders -----------------------------------------------------------------------------------------------
@@ -230,6 +252,34 @@ def test_a_worker_stops_between_its_turns_and_ends():
     assert state(pid) is None
 
 
+def test_other_work_before_a_call_is_not_timed(monkeypatch):
+    calls = []
+    monkeypatch.setattr(worker, "COLD_SECONDS", 0.1)
+    begun = time.perf_counter()
+    seconds = worker.timed_cold(lambda: calls.append(1), 3)
+    assert time.perf_counter() - begun >= 0.3
+    assert seconds < 0.1
+    assert len(calls) == 3
+
+
+@pytest.mark.parametrize("wrap", [lambda a: a, lambda a: (a, None), lambda a: [a], lambda a: {"y": a}])
+def test_the_result_of_a_call_is_read(wrap):
+    array = np.arange(5.0)
+    assert worker.with_reader(lambda: wrap(array), None)() == 10
+    assert worker.with_reader(lambda: None, array)() == 10
+
+
+@linux
+def test_a_worker_measures_with_something_between_its_calls():
+    with worker.Worker("bnfast", "contenders:create", {"name": "bnfast", "threads": 1}) as bnfast:
+        bnfast.about()
+        for between in ("cold", "consumer"):
+            bnfast.ask("prepare", shape="8x16", dtype="float32", fresh=False, between=between)
+            calls = bnfast.ask("calibrate", operation="forward")["calls"]
+            assert calls == worker.COLD_CALLS if between == "cold" else calls > worker.COLD_CALLS
+            assert len(bnfast.ask("measure", operation="forward", samples=2)["seconds"]) == 2
+
+
 @linux
 def test_workers_end_on_an_error():
     numpy = worker.Worker("numpy", "contenders:create", {"name": "numpy", "threads": 1})
@@ -295,7 +345,8 @@ def test_workers_do_not_outlive_the_command(tqdm, how):
 
 # --- The command ----------------------------------------------------------------------------------------------
 
-KEYS = ["format", "date", "command", "machine", "threads", "dtype", "fresh", "rounds", "samples_per_turn"]
+KEYS = ["format", "date", "command", "machine", "threads", "dtype", "fresh", "between", "sizes"]
+KEYS += ["rounds", "samples_per_turn"]
 KEYS += ["contenders", "missing", "results", "geometric_means"]
 RESULT_KEYS = ["shape", "operation", "group", "contender", "median", "q1", "q3", "min", "samples"]
 RESULT_KEYS += ["calls_per_sample", "variant", "bytes", "ratio"]
@@ -328,6 +379,74 @@ def test_the_command_compares_writes_and_draws(tqdm, tmp_path, capsys):
     assert 1200 <= width <= 3000
 
 
+def run_bench(tmp_path, *arguments):
+    """What `bench` writes."""
+    file = tmp_path / "bench.json"
+    assert bench.main([*arguments, "--quick", "--json", str(file)]) == 0
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def test_the_sweep_is_measured_and_drawn(tqdm, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(table_of_shapes, "LARGEST_WHEN_QUICK", 4096)
+    figure = tmp_path / "bench.png"
+    found = run_bench(tmp_path, "--sizes", "--only", "numpy", "--figure", str(figure))
+    assert found["sizes"]
+    assert found["geometric_means"].keys() == {f"{kind} {operation}" for kind in SIZES for operation in OPERATIONS}
+    assert {r["shape"] for r in found["results"]} == {shapes[0].name for shapes in SIZES.values()}
+    assert figure.read_bytes().startswith(b"\x89PNG")
+
+
+def test_cold_calls_are_measured_beside_one_thread(tqdm, tmp_path, capsys):
+    found = run_bench(tmp_path, "--cold", "--only", "bnfast-1", "--shapes", "8x16,5x7x2")
+    assert found["between"] == "cold"
+    assert {r["contender"] for r in found["results"]} == {"bnfast", "bnfast-1"}
+    assert {r["shape"] for r in found["results"]} == {"8x16", "5x7x2"}
+    assert "other work" in capsys.readouterr().out
+
+
+def test_calls_whose_result_is_read_take_longer(tqdm, tmp_path, capsys):
+    """NumPy needs a microsecond for it, and more than that for the rest."""
+    found = run_bench(tmp_path, "--consumer", "--only", "numpy", "--shapes", "8x16")
+    assert found["between"] == "consumer"
+    assert min(r["min"] for r in found["results"]) > 1e-6
+    assert "its result is read" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ("", {"bnfast", "floor", "onednn", "torch", "torch.compile", "numpy"}),
+        ("--quick", {"bnfast", "floor", "onednn", "torch", "numpy"}),
+        ("--cold", {"bnfast", "bnfast-1", "onednn", "torch"}),
+        ("--sizes --quick", {"bnfast", "onednn", "torch"}),
+        ("--cold --only numpy", {"bnfast", "numpy"}),
+    ],
+)
+def test_who_runs_by_default(tqdm, monkeypatch, arguments, expected):
+    plans = []
+    monkeypatch.setattr(compare, "compare", lambda plan, *_: plans.append(plan) or sys.exit(7))
+    with pytest.raises(SystemExit, match="7"):
+        bench.main(arguments.split())
+    assert set(plans[0].contenders) == expected
+
+
+def test_a_plan_is_explained_if_the_build_can(monkeypatch, capsys):
+    monkeypatch.delattr(contenders._core, "explain", raising=False)
+    assert bench.main(["--explain", "8x16"]) == 1
+    assert "does not explain" in capsys.readouterr().err
+    monkeypatch.setattr(
+        contenders._core, "explain", lambda operation, x, axis: f"{operation} of {x.shape}\naxis {axis}", raising=False
+    )
+    assert bench.main(["--explain", "8x16x5-cl"]) == 0
+    out = capsys.readouterr().out
+    for operation in OPERATIONS:
+        assert f"8x16x5-cl float32, {operation}\n    {operation} of (8, 5, 16)\n    axis 2\n" in out
+    monkeypatch.setattr(contenders._core, "explain", lambda *_: {"tasks": 3})
+    assert bench.main(["--explain", "8x16", "--dtype", "float64"]) == 0
+    assert '"tasks": 3' in capsys.readouterr().out
+
+
 def test_a_missing_contender_is_named(tqdm, tmp_path, monkeypatch, capsys):
     stub = tmp_path / "torch.py"
     stub.write_text("raise ImportError")
@@ -348,6 +467,11 @@ def test_a_missing_contender_is_named(tqdm, tmp_path, monkeypatch, capsys):
         ("--threads 0", "--threads"),
         ("--dtype int8", "--dtype"),
         ("--loop --fresh", "--loop"),
+        ("--loop --cold", "--loop"),
+        ("--cold --consumer", "--consumer"),
+        ("--sizes --shapes 8x16", "--sizes"),
+        ("--explain 8", "--explain"),
+        ("--explain 8x16 --cold", "--explain"),
     ],
 )
 def test_bad_arguments(arguments, named, capsys):

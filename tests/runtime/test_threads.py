@@ -41,7 +41,9 @@ def run_python(script, *arguments, head=HEAD, error_ok=False, **environment):
 
 @pytest.fixture
 def free(monkeypatch):
-    """No setting of this process is in force, and the environment says 8, which an OMP_THREAD_LIMIT may lessen."""
+    """No setting of this process is in force, and the environment says 8."""
+    if _core.openmp_thread_limit() < 100:
+        pytest.skip("this build, or OMP_THREAD_LIMIT, grants too few threads to tell settings by")
     monkeypatch.setattr(threads, "_context", contextvars.ContextVar("test", default=None))
     _core.set_thread_sources(threads._context, threads._available_cpus)
     _core.set_environment_threads(8, False)
@@ -651,7 +653,9 @@ def two_that_sleep(free):
     _core.set_environment_threads(2, False)
     _core.set_spin_count(1 << 30)
     assert 1 < _core.seconds_awake() < 600
+    _core.set_patience(10**9)
     yield
+    _core.set_patience(-1)
     _core.set_spin_count(loading.SPIN_COUNT)
     _core.pretend_last_call(3600)
 
@@ -734,6 +738,81 @@ bnfast.moments(np.ones((20_000, 64), np.float32))
 print(small, tasks() - before)
 """
     assert run_python(script, BNFAST_NUM_THREADS="2")[0] == "0 1"
+
+
+# --- where they come late, because other processes have the CPUs ----------------------------------------------
+
+
+@pytest.fixture
+def two_that_are_awake(two_that_sleep):
+    """As before, in the midst of a burst; waits count from a second on, and one is pretended to be the last."""
+    _core.set_patience(10**6)
+    _core.pretend_last_call(0, MUCH)
+
+
+def in_new_thread(function):
+    """The same for a function that leaves traces in its thread."""
+    return in_thread(lambda: (_core.pretend_last_call(0, MUCH), function())[1])
+
+
+def teams_after_waiting(worked, waited):
+    """Teams of calls that follow at once, each in a new thread. (One that does not run for 5 ms comes too late.)"""
+
+    def team():
+        _core.pretend_late(int(worked), int(waited))
+        return _core.team_for(LITTLE)
+
+    return {in_new_thread(team) for _ in range(20)}
+
+
+@needs_libgomp
+def test_who_had_to_wait_for_others_goes_on_alone_for_a_while(two_that_are_awake):
+    second = 1_000_000
+    assert 1 in teams_after_waiting(10, 1.1 * second)
+    assert 1 in teams_after_waiting(9 * second, 8 * second)
+    assert teams_after_waiting(10, 0.9 * second) == {2}  # as long as it takes to wake one
+    assert teams_after_waiting(2 * second, 1.5 * second) == {2}  # one more task than threads
+
+
+@needs_libgomp
+def test_it_tries_again_after_milliseconds(two_that_are_awake):
+    def team():
+        _core.pretend_late(10, 1_100_000)
+        end = time.monotonic() + 20
+        while _core.team_for(LITTLE) == 1 and time.monotonic() < end:
+            time.sleep(0.001)
+        return _core.team_for(LITTLE)
+
+    assert in_new_thread(team) == 2
+
+
+@needs_libgomp
+def test_large_work_and_a_number_set_in_code_are_worth_waiting(two_that_are_awake):
+    def teams():
+        _core.pretend_late(10, 1_100_000)
+        with bnfast.num_threads(2):
+            in_code = _core.team_for(LITTLE)
+        return _core.team_for(20 * MUCH), in_code
+
+    assert in_new_thread(teams) == (2, 2)
+
+
+@needs_libgomp
+def test_a_team_is_timed(two_that_are_awake):
+    """With no patience at all every wait is too long, if it is longer than the work: some are, sooner or later."""
+    x = np.ones((LITTLE // 64, 64), np.float32)
+
+    def alone_after_a_call():
+        end = time.monotonic() + 20
+        while time.monotonic() < end:
+            _core.pretend_last_call(0, MUCH)
+            bnfast.moments(x)
+            if _core.team_for(LITTLE) == 1:
+                return True
+        return False
+
+    _core.set_patience(0)
+    assert in_thread(alone_after_a_call)
 
 
 # --- config, show_config, python -m bnfast -------------------------------------------------------------------

@@ -37,6 +37,7 @@ include "externs.pxi"
 cnp.import_array()
 bnfast_openmp_init()
 bnfast_rivals_init()
+bnfast_late_init()
 bnfast_read_caches()
 
 include "arguments.pxi"

@@ -118,6 +118,15 @@ cdef extern from "runtime/budget.h" nogil:
     void bnfast_age_cpus(long long nanoseconds) noexcept
     void bnfast_forget_cpus() noexcept
 
+cdef extern from "runtime/late.h" nogil:
+    void bnfast_late_init() noexcept
+    void bnfast_late_region_begins() noexcept
+    void bnfast_late_nothing_left(int thread) noexcept
+    void bnfast_late_region_ends() noexcept
+    int bnfast_late_better_alone(long long elements) noexcept
+    void bnfast_late_pretend(long long worked, long long waited) noexcept
+    void bnfast_late_set_patience(long long microseconds) noexcept
+
 cdef extern from "runtime/waking.h" nogil:
     void bnfast_waking_init(long spin_count) noexcept
     int bnfast_waking_pays(long long elements) noexcept

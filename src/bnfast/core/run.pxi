@@ -78,12 +78,15 @@ cdef void run(bnfast_job *job, char *memory) noexcept:
             bnfast_gate_close(&phase.gate)
             bnfast_share_out(phase.shares, n_threads, job.phases[p].n_tasks, job.phases[p].backwards)
         if first < job.n_phases:
+            bnfast_late_region_begins()
             for thread in prange(n_threads, schedule="static", chunksize=1, num_threads=n_threads):
                 bnfast_rivals_exclude_me()
                 workers_own = bnfast_float_control()
                 bnfast_set_float_control(control)
                 run_shares(job, memory, first, thread)
+                bnfast_late_nothing_left(thread)
                 bnfast_set_float_control(workers_own)
+            bnfast_late_region_ends()
 
 
 cdef void run_shares(bnfast_job *job, char *memory, int first, int thread) noexcept nogil:
@@ -119,7 +122,7 @@ cpdef int team_for(Py_ssize_t elements) except -1:
     cdef bnfast_budget budget
     find_budget(&budget)
     cdef int team = min(budget.n, max(1, elements // SHARE))
-    if team > 1 and not budget.in_code and not bnfast_waking_pays(elements):
+    if team > 1 and not budget.in_code and (not bnfast_waking_pays(elements) or bnfast_late_better_alone(elements)):
         return 1
     return team if budget.chosen else bnfast_rivals_leave(team, elements)
 

@@ -22,6 +22,16 @@ def set_spin_count(long turns):
     bnfast_waking_init(turns)
 
 
+def pretend_late(long long worked, long long waited):
+    """As if a region had ended in which this thread worked and then waited for others so many us. For tests."""
+    bnfast_late_pretend(worked, waited)
+
+
+def set_patience(long long microseconds):
+    """How long others may be waited for before they count as late; a negative number: what is usual. For tests."""
+    bnfast_late_set_patience(microseconds)
+
+
 def pretend_last_call(double seconds_ago, long long elements=0):
     """As if this thread's last large call had ended so long ago, and so many elements were the burst's. For tests."""
     bnfast_waking_pretend(<long long>(seconds_ago * 1e9), elements)

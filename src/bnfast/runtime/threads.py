@@ -10,9 +10,10 @@ The first of these that says something counts:
 
 Below 3, what OpenMP itself would use in the calling thread is a limit too, so that threadpoolctl's limits hold.
 OMP_THREAD_LIMIT always is. A call on little data uses one thread whatever is said here. So does, from 3 on, one that is
-not large enough to wake sleeping threads for it (waking.c). When several Python threads call at once they share the
-number. Where the user has said nothing (5), CPUs that other threads of the process are using are left to them. No
-result depends on it: the bits are the same for every number of threads.
+not large enough to wake sleeping threads for it (waking.c), or that comes soon after one whose threads were late
+(late.c). When several Python threads call at once they share the number. Where the user has said nothing (5), CPUs that
+other threads of the process are using are left to them. No result depends on it: the bits are the same for every number
+of threads.
 
 Every large call decides anew, in C (budget.c); here are the settings, and what the system grants.
 """

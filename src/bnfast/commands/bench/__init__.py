@@ -31,10 +31,17 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     if args.threads is not None and args.threads < 1:
         parser.error(f"--threads must be at least 1, not {args.threads}")
-    if args.loop and (args.figure or args.only or args.shapes or args.fresh or args.dtype != "float32"):
+    alone = args.figure or args.only or args.shapes or args.fresh or args.cold or args.consumer or args.sizes
+    if args.loop and (alone or args.dtype != "float32" or args.explain):
         parser.error("--loop goes with --threads, --quick and --json only")
-    work = (lambda: run_loop(args, argv)) if args.loop else (lambda: run_comparison(args, argv, parser))
-    return ended("bench", work, (*ERRORS, RuntimeError))
+    if args.explain and (alone or args.json or args.quick):
+        parser.error("--explain goes with --dtype and --threads only")
+    if args.cold and args.consumer:
+        parser.error("--cold and --consumer do not go together")
+    if args.sizes and args.shapes:
+        parser.error("--sizes has shapes of its own; leave out --shapes")
+    work = run_explain if args.explain else run_loop if args.loop else run_comparison
+    return ended("bench", lambda: work(args, argv, parser), (*ERRORS, RuntimeError))
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -49,6 +56,10 @@ def make_parser() -> argparse.ArgumentParser:
     add("--fresh", action="store_true", help="results go to fresh memory instead of out=")
     add("--json", type=Path, metavar="FILE", help="write all figures")
     add("--figure", type=Path, metavar="FILE", help="draw them: PNG")
+    add("--sizes", action="store_true", help="a sweep instead: five kinds of arrays from 16 KB to 256 MB each")
+    add("--cold", action="store_true", help="other work of 300 µs before each call; beside bnfast on one thread")
+    add("--consumer", action="store_true", help="the result is read after each call, and that is timed, too")
+    add("--explain", metavar="SHAPE", help="print how the kernels go about a shape, and measure nothing")
     add("--loop", action="store_true", help="batch normalisation in training loops, beside matrix products, instead")
     return parser
 
@@ -56,24 +67,26 @@ def make_parser() -> argparse.ArgumentParser:
 def run_comparison(args: argparse.Namespace, argv: list[str], parser: argparse.ArgumentParser) -> None:
     """Compare the contenders and report."""
     from .compare import Plan, compare, known_contenders
-    from .figure import draw
-    from .shapes import OPERATIONS, QUICK, SHAPES
+    from .figure import draw, draw_sizes
+    from .shapes import OPERATIONS
     from .tables import table
 
     try:
-        contenders, left_out = known_contenders(args.only, args.quick)
+        contenders, left_out = known_contenders(args.only, args.quick, usual_contenders(args))
     except ValueError as error:
         parser.error(f"--only: {error}")
-    shapes = args.shapes.split(",") if args.shapes else list(QUICK if args.quick else SHAPES)
-    if unknown := [name for name in shapes if name not in SHAPES]:
-        parser.error(f"--shapes: unknown {', '.join(unknown)}; there are {', '.join(SHAPES)}")
+    try:
+        shapes = chosen_shapes(args)
+    except ValueError as error:
+        parser.error(f"--shapes: {error}")
     require(["tqdm", "matplotlib"] if args.figure else ["tqdm"], "bench")
     for path in filter(None, (args.json, args.figure)):
         check_writable(path)
     from tqdm import tqdm
 
     rounds, samples = (3, 3) if args.quick else (7, 5)
-    plan = Plan(shapes, contenders, args.threads or 2, args.dtype, args.fresh, rounds, samples)
+    between = "cold" if args.cold else "consumer" if args.consumer else ""
+    plan = Plan(shapes, contenders, args.threads or 2, args.dtype, args.fresh, rounds, samples, between, args.sizes)
     with tqdm(total=len(shapes) * len(OPERATIONS), leave=False, disable=None) as bar:
 
         def tick(text: str) -> None:
@@ -87,11 +100,51 @@ def run_comparison(args: argparse.Namespace, argv: list[str], parser: argparse.A
     print(table(report))
     write_json(args.json, report)
     if args.figure:
-        args.figure.write_bytes(draw(report))
+        args.figure.write_bytes(draw_sizes(report) if args.sizes else draw(report))
         print(f"\nFigure: {args.figure}")
 
 
-def run_loop(args: argparse.Namespace, argv: list[str]) -> None:
+def usual_contenders(args: argparse.Namespace) -> tuple[str, ...] | None:
+    """Those that run where --only names none; None: all there are."""
+    if args.cold:
+        return ("bnfast", "bnfast-1", "onednn", "torch")
+    return ("bnfast", "onednn", "torch") if args.sizes else None
+
+
+def chosen_shapes(args: argparse.Namespace) -> list[str]:
+    """Names of the shapes to measure; ValueError for one that is none."""
+    from .shapes import LARGEST_WHEN_COLD, LARGEST_WHEN_QUICK, QUICK, SHAPES, SIZES, named
+
+    if args.shapes:
+        return [named(name).name for name in args.shapes.split(",")]
+    if args.sizes or args.cold:
+        largest = LARGEST_WHEN_QUICK if args.quick else 1 << 62 if args.sizes else LARGEST_WHEN_COLD
+        return [shape.name for shapes in SIZES.values() for shape in shapes if shape.size <= largest]
+    return list(QUICK if args.quick else SHAPES)
+
+
+def run_explain(args: argparse.Namespace, argv: list[str], parser: argparse.ArgumentParser) -> None:
+    """Print what the kernels would do with a shape."""
+    from ... import _core
+    from .contenders import Case
+    from .shapes import OPERATIONS, named
+
+    try:
+        shape = named(args.explain)
+    except ValueError as error:
+        parser.error(f"--explain: {error}")
+    explain = getattr(_core, "explain", None)
+    if explain is None:
+        raise RuntimeError("this build of bnfast does not explain what its kernels do")
+    case = Case(shape, args.dtype)
+    for operation in OPERATIONS:
+        print(f"{shape.name} {args.dtype}, {operation}")
+        found = explain(operation, case.x, case.axis)
+        for line in (found if isinstance(found, str) else json.dumps(found, indent=1, default=str)).splitlines():
+            print(f"    {line}")
+
+
+def run_loop(args: argparse.Namespace, argv: list[str], parser: argparse.ArgumentParser) -> None:
     """Measure the training loops and report."""
     from .loop import measure_loops, table
 

@@ -14,8 +14,8 @@ import numpy as np
 
 from ... import _core
 from ...runtime.config import __version__
-from .contenders import CONTENDERS
-from .shapes import OPERATIONS, SHAPES, Shape, group
+from .contenders import ALONE, CONTENDERS
+from .shapes import OPERATIONS, Shape, family, group, named
 from .worker import Worker, WorkerError
 
 __all__ = ["BASE", "Plan", "compare", "geometric_means", "machine", "summary"]
@@ -33,6 +33,8 @@ class Plan(NamedTuple):
     fresh: bool = False
     rounds: int = 7
     samples: int = 5  # in a turn
+    between: str = ""  # what happens around a call: "cold" or "consumer" (worker.py)
+    sizes: bool = False  # whether the shapes are those of the sweep
 
 
 def machine() -> dict[str, Any]:
@@ -43,11 +45,14 @@ def machine() -> dict[str, Any]:
             if line.startswith("model name"):
                 cpu = line.partition(":")[2].strip()
                 break
+    l2_bytes, last_level_bytes = _core.cache_bytes()
     return {
         "cpu": cpu,
         "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         "isa": _core.isa(),
+        "l2_bytes": l2_bytes,
+        "last_level_bytes": last_level_bytes,
         "bnfast": __version__,
         "python": platform.python_version(),
         "numpy": np.__version__,
@@ -128,13 +133,14 @@ def compare(plan: Plan, argv: Sequence[str], tick: Callable[[str], object]) -> d
     with contextlib.ExitStack() as stack:
         workers: dict[str, Worker] = {}
         for name in plan.contenders:
+            threads = 1 if name == ALONE else plan.threads
             workers[name] = stack.enter_context(
                 Worker(
                     name,
                     "contenders:create",
-                    {"name": name, "threads": plan.threads, "dtype": plan.dtype},
-                    environment(plan.threads),
-                    openmp_as_it_comes=name not in (BASE, "floor"),
+                    {"name": name, "threads": threads, "dtype": plan.dtype},
+                    environment(threads),
+                    openmp_as_it_comes=name not in (BASE, ALONE, "floor"),
                 )
             )
         for name, worker in list(workers.items()):
@@ -143,10 +149,10 @@ def compare(plan: Plan, argv: Sequence[str], tick: Callable[[str], object]) -> d
                 worker.stop()
         for shape in plan.shapes:
             tick(shape)
-            ready = prepared(workers, plan, SHAPES[shape], missing)
+            ready = prepared(workers, plan, named(shape), missing)
             for operation in OPERATIONS:
                 tick(f"{shape} {operation}")
-                raw += turns(ready, plan, SHAPES[shape], operation, missing)
+                raw += turns(ready, plan, named(shape), operation, missing)
                 tick("")
     results = with_ratios(raw)
     return {
@@ -155,6 +161,8 @@ def compare(plan: Plan, argv: Sequence[str], tick: Callable[[str], object]) -> d
         "threads": plan.threads,
         "dtype": plan.dtype,
         "fresh": plan.fresh,
+        "between": plan.between,
+        "sizes": plan.sizes,
         "rounds": plan.rounds,
         "samples_per_turn": plan.samples,
         "contenders": about,
@@ -188,7 +196,7 @@ def prepared(workers: dict[str, Worker], plan: Plan, shape: Shape, missing: dict
     ready = dict(workers)
     for name, worker in list(ready.items()):
         with dropping(ready, name, missing, f", {shape.name}"):
-            worker.send("prepare", shape=shape.name, dtype=plan.dtype, fresh=plan.fresh)
+            worker.send("prepare", shape=shape.name, dtype=plan.dtype, fresh=plan.fresh, between=plan.between)
     for name, worker in list(ready.items()):
         with dropping(ready, name, missing, f", {shape.name}"):
             worker.receive()
@@ -222,7 +230,7 @@ def turns(
         {
             "shape": shape.name,
             "operation": operation,
-            "group": group(shape, operation),
+            "group": f"{family(shape)} {operation}" if plan.sizes else group(shape, operation),
             "contender": name,
             **summary(seconds[name]),
             "samples": len(seconds[name]),
@@ -234,10 +242,17 @@ def turns(
     ]
 
 
-def known_contenders(only: str | None, quick: bool) -> tuple[list[str], dict[str, str]]:
-    """(contenders to run, in their order; those left out and why). Raises ValueError for an unknown name."""
+def known_contenders(
+    only: str | None, quick: bool, usual: Sequence[str] | None = None
+) -> tuple[list[str], dict[str, str]]:
+    """(contenders to run, in their order; those left out and why). Raises ValueError for an unknown name.
+
+    usual: those to run where `only` names none, instead of all but `ALONE`.
+    """
+    if only is None and usual is not None:
+        return [name for name in CONTENDERS if name in usual], {}
     if only is None:
-        names = [name for name in CONTENDERS if not (quick and name == "torch.compile")]
+        names = [name for name in CONTENDERS if name != ALONE and not (quick and name == "torch.compile")]
         return names, {"torch.compile": "compiles for minutes, so --quick leaves it out"} if quick else {}
     wanted = set(filter(None, only.split(",")))
     if unknown := sorted(wanted - CONTENDERS.keys()):

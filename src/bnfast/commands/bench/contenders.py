@@ -16,11 +16,11 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ... import __version__, _core, reference
+from ... import __version__, _core, config, reference
 from ... import functional as F
 from .shapes import OPERATIONS, Shape
 
-__all__ = ["CONTENDERS", "Case", "Contender", "Operation", "Unavailable", "check", "create"]
+__all__ = ["ALONE", "CONTENDERS", "Case", "Contender", "Operation", "Unavailable", "check", "create"]
 
 Array = NDArray[Any]
 
@@ -145,7 +145,7 @@ class Bnfast:
     """This package."""
 
     def __init__(self, threads: int) -> None:
-        self.about = f"bnfast {__version__}, {_core.isa()}"
+        self.about = f"bnfast {__version__}, {_core.isa()} (idle threads: {config()['idle_threads']})"
 
     def operations(self, case: Case) -> dict[str, Operation]:
         out = None if case.fresh else case.out
@@ -430,9 +430,12 @@ def first_line(error: BaseException) -> str:
     return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
+ALONE = "bnfast-1"
+
 CONTENDERS: dict[str, type[Contender]] = {
     "floor": Floor,
     "bnfast": Bnfast,
+    ALONE: Bnfast,  # on one thread, whatever the others have
     "onednn": OneDnn,
     "torch": Torch,
     "torch.compile": TorchCompile,

@@ -2,14 +2,16 @@
 
 import io
 
-from .shapes import OPERATIONS, SHAPES
+from .contenders import ALONE
+from .shapes import OPERATIONS, SIZES, family, named
 from .tables import OP_TITLES, Report, contenders_of
 
-__all__ = ["draw"]
+__all__ = ["draw", "draw_sizes"]
 
 STYLES = {  # colour (Okabe and Ito's), marker
     "floor": ("#999999", "|"),
     "bnfast": ("#0072B2", "o"),
+    ALONE: ("#56B4E9", "o"),
     "onednn": ("#009E73", "^"),
     "torch": ("#D55E00", "s"),
     "torch.compile": ("#E69F00", "D"),
@@ -19,7 +21,7 @@ STYLES = {  # colour (Okabe and Ito's), marker
 
 def kind(shape: str) -> tuple[bool, ...]:
     """What the figure keeps apart: planar, channels-last, (N, C), tiny."""
-    found = SHAPES[shape]
+    found = named(shape)
     return found.tiny, found.channels_last, found.interleaved
 
 
@@ -103,3 +105,75 @@ def draw(report: Report) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     return buffer.getvalue()
+
+
+def draw_sizes(report: Report) -> bytes:
+    """The figure of a sweep as a PNG: the others' times over bnfast's against the size, a panel for each operation and
+    kind of array.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
+
+    names = [name for name in contenders_of(report) if name != "bnfast"]
+    kinds = [kind for kind in SIZES if any(family(named(r["shape"])) == kind for r in report["results"])]
+    figure = Figure(figsize=(3.5 * len(kinds) + 1, 10), dpi=110, layout="constrained")
+    panels = figure.subplots(len(OPERATIONS), len(kinds), sharex=True, sharey=True, squeeze=False)
+    m = report["machine"]
+    caches = {"L2": m["l2_bytes"] * min(report["threads"], m["cpus"]), "last level": m["last_level_bytes"]}
+    ratios = [1.0]
+    for row, operation in zip(panels, OPERATIONS, strict=True):
+        for axes, kind in zip(row, kinds, strict=True):
+            for name in names:
+                points = sorted(
+                    (r["bytes"], r["ratio"])
+                    for r in report["results"]
+                    if (r["operation"], r["contender"]) == (operation, name)
+                    and r["ratio"] is not None
+                    and family(named(r["shape"])) == kind
+                )
+                colour, marker = STYLES[name]
+                axes.plot(*zip(*points, strict=True), marker, color=colour, linestyle="-", markersize=6, label=name)
+                ratios += [ratio for _, ratio in points]
+            axes.axhline(1, color="0.35", linewidth=1.6, zorder=1)
+            for name, size in caches.items():
+                axes.axvline(size, color="0.6", linewidth=1, linestyle=(0, (4, 3)), zorder=0)
+                if operation == OPERATIONS[0]:
+                    axes.text(
+                        size, 1.02, name, transform=axes.get_xaxis_transform(), ha="center", fontsize=9, color="0.4"
+                    )
+            axes.set_xscale("log", base=2)
+            axes.set_yscale("log")
+            axes.grid(axis="y", color="0.9")
+            axes.set_axisbelow(True)
+            axes.spines[["top", "right"]].set_visible(False)
+        row[0].set_ylabel(f"{OP_TITLES[operation]}\ntime / time of bnfast", fontsize=12)
+    for axes, kind in zip(panels[0], kinds, strict=True):
+        axes.set_title(kind, fontsize=14, pad=20)
+    first = panels[0][0]
+    first.set_ylim(min(ratios) / 1.15, max(ratios) * 1.15)
+    wide = max(ratios) / min(ratios) > 30
+    first.yaxis.set_major_locator(LogLocator(subs=(1, 3) if wide else (1, 1.5, 2, 3, 5, 7)))
+    first.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    first.yaxis.set_minor_formatter(NullFormatter())
+    first.xaxis.set_major_locator(FixedLocator([2.0**k for k in range(15, 31, 3)]))
+    first.xaxis.set_minor_locator(NullLocator())
+    first.xaxis.set_major_formatter(FuncFormatter(lambda value, _: binary_size(value)))
+    handles, labels = first.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper right", ncols=len(labels), fontsize=13, frameon=False)
+    figure.supxlabel(
+        f"bytes of the arrays of a call together\n{report['date'][:10]}, {m['cpu']}, {report['threads']} threads, "
+        f"{report['dtype']}; above 1 bnfast is faster",
+        fontsize=12,
+        color="0.35",
+    )
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()
+
+
+def binary_size(size: float) -> str:
+    """For instance 256 KB."""
+    for unit, scale in (("GB", 1 << 30), ("MB", 1 << 20)):
+        if size >= scale:
+            return f"{size / scale:g} {unit}"
+    return f"{size / 1024:g} KB"

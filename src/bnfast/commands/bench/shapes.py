@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-__all__ = ["OPERATIONS", "QUICK", "SHAPES", "Shape", "group"]
+__all__ = ["OPERATIONS", "QUICK", "SHAPES", "SIZES", "Shape", "family", "group", "named"]
 
 OPERATIONS = ("forward", "backward", "eval")
 
@@ -76,6 +76,51 @@ SHAPES = {
         *(Shape(dims, tiny=True) for dims in ((8, 16), (32, 64))),
     )
 }
+
+# A sweep: arrays of about 16 KB, 64 KB, ... 256 MB of float32, each kind at every size.
+SIZES = {
+    "(N, C)": tuple(
+        Shape(dims)
+        for dims in (
+            *((64, 64), (256, 64), (512, 128), (1024, 256)),
+            *((4096, 256), (8192, 512), (32768, 512), (65536, 1024)),
+        )
+    ),
+    "planar": (
+        planar := tuple(
+            Shape(dims)
+            for dims in (
+                *((1, 64, 8, 8), (2, 64, 12, 12), (6, 64, 14, 14), (8, 64, 24, 24)),
+                *((16, 64, 30, 30), (32, 64, 44, 44), (32, 128, 60, 60), (32, 256, 90, 90)),
+            )
+        )
+    ),
+    "channels last": tuple(shape._replace(channels_last=True) for shape in planar),
+    "many channels": tuple(Shape((16, 4**k)) for k in range(4, 12)),
+    "few channels": tuple(Shape((4**k // 3, 3)) for k in range(6, 14)),
+}
+LARGEST_WHEN_QUICK, LARGEST_WHEN_COLD = 1 << 18, 1 << 22  # elements
+
+
+def named(name: str) -> Shape:
+    """A shape by its name, one of the table or any other. Raises ValueError if it is none."""
+    if name in SHAPES:
+        return SHAPES[name]
+    try:
+        shape = Shape(tuple(int(n) for n in name.removesuffix("-cl").split("x")), name.endswith("-cl"))
+    except ValueError:
+        raise ValueError(f"{name!r} is no shape like 32x64x56x56 or 32x64x56x56-cl") from None
+    if shape.name != name or len(shape.dims) < 2 + shape.channels_last or min(shape.dims) < 1 or len(shape.dims) > 8:
+        raise ValueError(f"{name!r} is no shape like 32x64x56x56 or 32x64x56x56-cl")
+    if shape.size == shape.channels:
+        raise ValueError(f"{name!r} has one value a channel, and training needs two")
+    return shape
+
+
+def family(shape: Shape) -> str:
+    """The kind, in the sweep, that a shape belongs to."""
+    return next(kind for kind, shapes in SIZES.items() if shape in shapes)
+
 
 QUICK = ("32x64x56x56", "32x128x28x28", "32x128x28x28-cl", "8192x512", "32x64")
 

@@ -10,6 +10,11 @@ __all__ = ["OP_TITLES", "Report", "busy", "contenders_of", "duration", "grid", "
 
 OP_TITLES = {"forward": "forward (training)", "backward": "backward", "eval": "forward (eval)"}
 
+BETWEEN = {
+    "cold": "before each call 300 µs of other work on the calling thread, which is not timed",
+    "consumer": "after each call its result is read once, by NumPy on one thread, and that is timed with it",
+}
+
 BUSY = 0.7  # load average at the start above which the report warns
 
 Report = Mapping[str, Any]
@@ -50,6 +55,7 @@ def headline(report: Report) -> str:
         f"Python {m['python']}; {'; '.join(report['contenders'].values())}",
         f"{report['rounds']} rounds, up to {report['samples_per_turn']} samples a turn; results go to {results}",
     ]
+    lines += [BETWEEN[report["between"]]] if report["between"] else []
     lines += busy(m)
     lines += [f"left out: {name}: {why}" for name, why in report["missing"].items()]
     return "\n".join(lines)

@@ -26,6 +26,7 @@ __all__ = ["Worker", "WorkerError", "serve"]
 SAMPLE_SECONDS = 1e-3  # a sample is the mean of enough calls to take this long
 SETTLE_SECONDS = 30e-3  # before a turn is timed: the system finds CPUs again for threads that were stopped
 TURN_SECONDS = 0.5  # a turn ends early after this
+COLD_SECONDS, COLD_CALLS = 300e-6, 20  # other work before each call, and calls of a sample at most
 
 # The GNU OpenMP runtime reads its environment once, when it is loaded, and bnfast asks it to let idle threads sleep.
 # In a process that measures another library, which may use the same runtime, it is loaded first, with its defaults.
@@ -171,19 +172,22 @@ class Worker:
 # --- The side of the contender ----------------------------------------------------------------------------------
 
 
-def calls_per_sample(call: Callable[[], object], seconds: float) -> tuple[int, float]:
-    """(how many calls take so long, the time of one)."""
+Timer = Callable[[Callable[[], object], int], float]
+
+
+def calls_per_sample(call: Callable[[], object], seconds: float, timer: Timer) -> int:
+    """How many calls take so long."""
     call()
     n = 1
     while True:
-        took = timed(call, n)
+        took = timer(call, n)
         if took >= seconds / 4 or n >= 1 << 20:
-            return max(1, round(n * seconds / max(took, 1e-9))), took / n
+            return max(1, round(n * seconds / max(took, 1e-9)))
         n *= 4
 
 
 def timed(call: Callable[[], object], n: int) -> float:
-    """Seconds of n calls."""
+    """Seconds of n calls, one after another."""
     clock = time.perf_counter
     repeat = range(n)
     start = clock()
@@ -192,7 +196,42 @@ def timed(call: Callable[[], object], n: int) -> float:
     return clock() - start
 
 
-def measure(call: Callable[[], object], samples: int, n: int, budget: float) -> list[float]:
+def timed_cold(call: Callable[[], object], n: int) -> float:
+    """Seconds of n calls, other work on this thread before each."""
+    clock = time.perf_counter
+    seconds = 0.0
+    for _ in range(n):
+        other_work(clock() + COLD_SECONDS)
+        start = clock()
+        call()
+        seconds += clock() - start
+    return seconds
+
+
+def other_work(until: float) -> None:
+    """What a loop does between two calls, on one thread: arithmetic on a few numbers."""
+    total = 0.0
+    while time.perf_counter() < until:
+        for i in range(20):
+            total += i * 0.5
+
+
+def with_reader(call: Callable[[], object], out: Any) -> Callable[[], object]:
+    """The call, then one reading of its result by NumPy on this thread. out: where it is if the call returns none."""
+
+    def both() -> object:
+        found = call()
+        if isinstance(found, Mapping):
+            found = next(iter(found.values()))
+        elif isinstance(found, tuple | list):
+            found = found[0]
+        array: Any = out if found is None else found
+        return (array.numpy() if hasattr(array, "numpy") else array).sum()
+
+    return both
+
+
+def measure(call: Callable[[], object], samples: int, n: int, budget: float, timer: Timer) -> list[float]:
     """Seconds a call, one figure for each sample of n calls; fewer samples if the budget is spent."""
     gc.collect()
     gc.disable()
@@ -200,11 +239,11 @@ def measure(call: Callable[[], object], samples: int, n: int, budget: float) -> 
         begun = time.perf_counter()
         call()  # fetches the data
         while time.perf_counter() < begun + SETTLE_SECONDS:
-            call()
+            timer(call, 1)
         seconds: list[float] = []
         end = time.perf_counter() + budget
         while len(seconds) < samples and (not seconds or time.perf_counter() < end):
-            seconds.append(timed(call, n) / n)
+            seconds.append(timer(call, n) / n)
         return seconds
     finally:
         gc.enable()
@@ -216,22 +255,30 @@ class Server:
     def __init__(self, contender: Any) -> None:
         self._contender = contender
         self._operations: dict[str, Any] = {}
+        self._timer: Timer = timed
         self._chosen: dict[str, tuple[Callable[[], object], int]] = {}
 
-    def prepare(self, shape: str, dtype: str, fresh: bool) -> dict[str, Any]:
-        """Make the arrays of a shape, run each variant of each operation once and check its result."""
+    def prepare(self, shape: str, dtype: str, fresh: bool, between: str = "") -> dict[str, Any]:
+        """Make the arrays of a shape, run each variant of each operation once and check its result.
+
+        between: what happens around a call: nothing, "cold" (other work before it), "consumer" (its result is read).
+        """
         from .contenders import Case, check
-        from .shapes import SHAPES
+        from .shapes import named
 
         self._operations, self._chosen = {}, {}
+        self._timer = timed_cold if between == "cold" else timed
         gc.collect()
-        case = Case(SHAPES[shape], dtype, fresh)
+        case = Case(named(shape), dtype, fresh)
         self._operations = self._contender.operations(case)
         for name, operation in self._operations.items():
             for variant in operation.variants:
                 result = operation.result(variant)
                 if result:
                     check(case, name, result)
+            if between == "consumer":
+                calls = {variant: with_reader(call, case.out) for variant, call in operation.variants.items()}
+                self._operations[name] = operation._replace(variants=calls)
         return {"operations": list(self._operations)}
 
     def prepare_tasks(self) -> dict[str, Any]:
@@ -244,8 +291,10 @@ class Server:
         variants = self._operations[operation].variants
         speeds = {}
         for name, call in variants.items():
-            n, _ = calls_per_sample(call, sample_seconds)
-            speeds[name] = statistics.median(measure(call, 3, n, TURN_SECONDS)), n
+            n = calls_per_sample(call, sample_seconds, self._timer)
+            if self._timer is timed_cold:
+                n = min(n, COLD_CALLS)
+            speeds[name] = statistics.median(measure(call, 3, n, TURN_SECONDS, self._timer)), n
         best = min(speeds, key=speeds.__getitem__)
         self._chosen[operation] = variants[best], speeds[best][1]
         return {"variant": best, "calls": speeds[best][1]}
@@ -253,7 +302,7 @@ class Server:
     def measure(self, operation: str, samples: int, budget: float = TURN_SECONDS) -> dict[str, Any]:
         """One turn."""
         call, n = self._chosen[operation]
-        return {"seconds": measure(call, samples, n, budget)}
+        return {"seconds": measure(call, samples, n, budget, self._timer)}
 
 
 def serve(settings: str) -> None:
