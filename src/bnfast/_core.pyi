@@ -8,6 +8,7 @@ from typing import Any, Generic, Self, TypeVar, final
 
 import numpy as np
 from numpy.typing import NDArray
+from typing_extensions import disjoint_base
 
 from .functional import Array, Statistics
 
@@ -62,7 +63,7 @@ def memory_floor(x: Array, u: Array | None, out: Array) -> None: ...
 # --- a layer's step ---
 
 # What `update_all` takes: a reference, what makes new contents of those it refers to, and (target, source) arrays.
-Update = tuple[AtomicReference[Contents], Callable[[Contents], Contents], list[tuple[NDArray[Any], NDArray[Any]]]]
+_Update = tuple[AtomicReference[Contents], Callable[[Contents], Contents], list[tuple[NDArray[Any], NDArray[Any]]]]
 
 KEEP_NOTHING: int
 KEEP_LAST: int
@@ -129,6 +130,7 @@ class Calibration(Generic[_Entered]):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None: ...
 
+@disjoint_base
 class CountedContext:
     def __init__(self, variable: ContextVar[int]) -> None: ...
     def __enter__(self) -> None: ...
@@ -137,7 +139,7 @@ class CountedContext:
     ) -> None: ...
 
 def update_all(
-    updates: list[Update],
+    updates: list[_Update],
     arrays: list[tuple[NDArray[Any], NDArray[Any]]] = ...,
     attributes: list[tuple[dict[str, Any], dict[str, Any]]] = ...,
 ) -> None: ...

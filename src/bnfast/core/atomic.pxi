@@ -87,6 +87,8 @@ cdef class AtomicReference:
         return same
 
 
+@cython.auto_pickle(False)
+@cython.final
 cdef class _Orders:
     """Copies to do, one after another."""
 

@@ -242,7 +242,7 @@ class LayerState(RunningStatistics):
         _core.update_all([update])
         return layer
 
-    def _restoring(self, kept: Kept, strict: bool) -> "_core.Update":
+    def _restoring(self, kept: Kept, strict: bool) -> "_core._Update":
         """For `_core.update_all`: what makes this layer hold what is kept. strict: of statistics that can be used."""
         parameters = {"weight": self._gamma, "bias": self._beta}
         _check_names(kept.values, self.affine, self.track_running_stats)
