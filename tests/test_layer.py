@@ -644,7 +644,7 @@ def test_an_argument_that_reshapes_x_during_the_call_does_no_harm():
 
 @pytest.mark.parametrize("place", [0, -1, "all"])
 def test_the_ends_of_x_are_watched(place):
-    for size in (1, 2, 15, 16, 17, 1000):
+    for size in (1, 2, 15, 16, 17, 31, 32, 33, 1000):
         x = np.arange(2.0 * size).reshape(2, size)
         bn = BatchNorm(size)
         bn(x)
@@ -653,7 +653,20 @@ def test_the_ends_of_x_are_watched(place):
             bn.backward(x)
 
 
-@pytest.mark.parametrize("size", [4, 6, 10, 13, 15, 16])
+@pytest.mark.parametrize("shape", [(64, 3), (64, 32), (128, 64), (256, 20), (32, 16, 8, 8), (16, 1024)])
+def test_a_change_of_an_eighth_of_the_channels_is_noticed(shape):
+    """No row's length is in step with the sample."""
+    for first in range(8):
+        x = np.random.default_rng(0).normal(size=shape)
+        bn = BatchNorm(shape[1])
+        bn(x)
+        x[:, first :: 8 if shape[1] >= 8 else shape[1]] += 1
+        if first < shape[1]:
+            with pytest.raises(RuntimeError, match="x has changed"):
+                bn.backward(x)
+
+
+@pytest.mark.parametrize("size", [4, 6, 10, 13, 15, 16, 31, 32])
 def test_every_element_of_a_small_x_is_watched(size):
     for i in range(size):
         x = np.arange(1.0, size + 1).reshape(-1, 1)
@@ -953,7 +966,7 @@ def test_a_variance_slightly_below_zero_may_be_used_with_eps():
     bn.running_var = [-9.9998e-6]
     assert_close(bn.eval()(np.array([[1.0]])), [[1 / np.sqrt(5.0002e-6)]])
     bn.eps = 1e-6
-    with pytest.raises(ValueError, match=r"running_var: expected finite .*-9.9998e-06 for channel 0"):
+    with pytest.raises(ValueError, match=r"running_var: expected finite .*-9.9998e-06 in channel 0"):
         bn(np.array([[1.0]]))
 
 

@@ -190,6 +190,8 @@ class BatchNorm(LayerState):
     # (not by __getattr__, which would make every other attribute slower)
     weight = _OthersName("gamma")
     bias = _OthersName("beta")
+    grad_weight = _OthersName("grad_gamma")
+    grad_bias = _OthersName("grad_beta")
     epsilon = _OthersName("eps")
     moving_mean = _OthersName("running_mean")
     moving_variance = _OthersName("running_var")

@@ -14,6 +14,8 @@ cdef cnp.ndarray as_floating(object value, str name):
         if hasattr(value, "nnz") and hasattr(value, "toarray"):
             raise TypeError(f"{name}: expected a dense array, got sparse {type(value).__name__}; "
                             f"use {name}.toarray()")
+        if value is None:
+            raise TypeError(f"{name}: expected an array, got None")
         try:
             value = np.asarray(value)
         except ValueError as error:  # a ragged list

@@ -7,16 +7,17 @@
 # --- a forward ------------------------------------------------------------------------------------------------
 
 cdef enum:
-    SAMPLES = 16
+    SAMPLES = 32
 
 # Which forwards are kept: by the layer, for `backward`; by a pullback; by nobody.
 KEEP_NOTHING, KEEP_LAST, KEEP_PULLBACK = range(3)
 
 
 cdef void take_sample(cnp.ndarray x, unsigned long long *sample) noexcept:
-    """The bits of some elements spread over the array, the first and the last among them."""
+    """The bits of some elements, the first and the last among them, the others where multiples of the golden ratio lie:
+    spread over the array, and in step with no row."""
     cdef Py_ssize_t size = cnp.PyArray_SIZE(x), itemsize = cnp.PyArray_ITEMSIZE(x)
-    cdef Py_ssize_t step = max(1, (size - 1) // (SAMPLES - 1))
+    cdef double place
     cdef Py_ssize_t i, position, offset
     cdef int axis
     cdef bint dense = cnp.PyArray_IS_C_CONTIGUOUS(x) or cnp.PyArray_IS_F_CONTIGUOUS(x)
@@ -24,7 +25,13 @@ cdef void take_sample(cnp.ndarray x, unsigned long long *sample) noexcept:
     if size == 0:
         return
     for i in range(SAMPLES):
-        position = min(i * step, size - 1) if i < SAMPLES - 1 else size - 1
+        if size <= SAMPLES:
+            position = min(i, size - 1)
+        elif i == SAMPLES - 1:
+            position = size - 1
+        else:
+            place = i * 0.6180339887498949
+            position = <Py_ssize_t>((place - <int>place) * size)
         if dense:
             offset = position * itemsize
         else:

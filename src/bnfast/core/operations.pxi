@@ -26,7 +26,7 @@ cdef int check_variance(const double *var, Py_ssize_t channels, double eps, str 
     for i in range(channels):
         if not (var[i] + eps > 0.0 and var[i] - var[i] == 0.0):
             raise ValueError(f"{prefix}var: expected finite values with var + eps above 0, got {var[i]} "
-                             f"for channel {i} (eps {eps:g})")
+                             f"in channel {i} (eps {eps:g})")
     return 0
 
 

@@ -64,7 +64,8 @@ def save(path: str | os.PathLike[str], entries: Mapping[str, Any]) -> None:
     (BatchNorm(3, axis=1, eps=1e-05, momentum=0.1), (3, 3), 5)
     """
     if not isinstance(entries, Mapping):
-        raise TypeError(f"entries: expected a dict of names, got {type(entries).__name__}")
+        hint = "; a layer alone is written by its own save" if isinstance(entries, LayerState) else ""
+        raise TypeError(f"entries: expected a dict of names, got {type(entries).__name__}{hint}")
     replace(path, _encoded(entries))
 
 
