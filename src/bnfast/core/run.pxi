@@ -61,22 +61,23 @@ cdef void run(bnfast_job *job, bnfast_share *shares) noexcept:
                 bnfast_rivals_exclude_me()
                 workers_own = bnfast_float_control()
                 bnfast_set_float_control(control)
-                run_shares(job, phase, shares, thread)
-                bnfast_late_nothing_left(thread)
+                bnfast_late_nothing_left(thread, run_shares(job, phase, shares, thread))
                 bnfast_set_float_control(workers_own)
             bnfast_late_region_ends()
 
 
-cdef void run_shares(bnfast_job *job, bnfast_phase *phase, bnfast_share *shares, int thread) noexcept nogil:
-    """A thread's own share of the tasks of a phase, and what is left of the others'."""
+cdef Py_ssize_t run_shares(bnfast_job *job, bnfast_phase *phase, bnfast_share *shares, int thread) noexcept nogil:
+    """A thread's own share of the tasks of a phase, and what is left of the others'; returns how many it did."""
     cdef int i
-    cdef Py_ssize_t task
+    cdef Py_ssize_t task, done = 0
     for i in range(job.n_threads):
         while True:
             task = bnfast_take(&shares[(thread + i) % job.n_threads])
             if task < 0:
                 break
             phase.task(job, task, thread)
+            done += 1
+    return done
 
 
 cdef int find_budget(bnfast_budget *found) except -1:
