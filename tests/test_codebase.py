@@ -49,7 +49,7 @@ MAY_IMPORT = {
     "runtime": {"_checks", "_core", "runtime"},
     "functional": {"_core"},
     "statistics": {"_checks", "_core", "_table", "functional", "statistics"},
-    "grad_mode": set(),
+    "grad_mode": {"_core"},
     "state.files": set(),
     "state.names_of_0_1": set(),
     "state.layer_state": {"_checks", "_core", "state.files", "statistics"},
@@ -60,12 +60,12 @@ MAY_IMPORT = {
     "gradients": {"_checks", "_table", "gradients"},  # and not the layer: it checks anybody's
     "__init__": {"functional", "grad_mode", "gradients", "layer", "runtime", "scaling", "state", "statistics"},
     "commands.figures": set(),
-    "commands.running": set(),
+    "commands.common": set(),
     "commands.network": {"layer"},
-    "commands.demo": {"commands.figures", "commands.network", "commands.running"},
-    "commands.gallery": {"commands.running"},  # and the examples, by name
+    "commands.demo": {"commands.figures", "commands.network", "commands.common"},
+    "commands.gallery": {"commands.common"},  # and the examples, by name
     "commands.bench": {
-        *("__init__", "_core", "commands.bench", "commands.network", "commands.running", "functional", "reference"),
+        *("__init__", "_core", "commands.bench", "commands.network", "commands.common", "functional", "reference"),
         "runtime.config",
     },
     "commands": set(),

@@ -200,7 +200,7 @@ def test_accumulated_gradients_are_the_sum_although_forwards_hide_them():
 
 
 def test_stale_gradients_are_never_seen():
-    """L8: a skipped backward, a load or a reset leaves none to an optimiser."""
+    """A skipped backward, a load or a reset leaves none to an optimiser."""
     bn, x = trained(), batch(dtype=np.float32)
     assert list(bn.gradients()) == ["gamma", "beta"]
     bn(x)
@@ -258,7 +258,7 @@ def test_adding_to_a_gradient_in_place_works():
 
 
 def test_gradients_of_a_float64_layer_are_not_rounded_to_the_data_first():
-    """L12: dy = 3e38 in 500 rows."""
+    """As dy = 3e38 in 500 rows."""
     bn, x = BatchNorm(1, dtype=np.float64), np.zeros((500, 1), np.float32)
     x[::2] = 1
     bn(x)
@@ -268,7 +268,7 @@ def test_gradients_of_a_float64_layer_are_not_rounded_to_the_data_first():
 
 @pytest.mark.parametrize("affine", ["gamma", "beta"])
 def test_one_parameter_without_the_other(affine):
-    """L10: everything follows."""
+    """Everything follows."""
     bn, x, dy = BatchNorm(CHANNELS, affine=affine, dtype=np.float64), batch(), np.sin(batch(seed=2))
     other = {"gamma": "beta", "beta": "gamma"}[affine]
     full = BatchNorm(CHANNELS, dtype=np.float64)
@@ -423,7 +423,7 @@ def test_x_is_kept_by_reference_and_not_copied(view, training):
 
 @pytest.mark.parametrize("release", ["forward", "backward", "no_grad", "pullback"])
 def test_x_is_let_go(release):
-    """L7: by the next forward, its backward, or never held at all; by the end of a pullback."""
+    """By the next forward, its backward, or never held at all; by the end of a pullback."""
     bn = BatchNorm(CHANNELS)
     x = batch(dtype=np.float32)
     gone, dy = weakref.ref(x), np.sin(x)
@@ -517,7 +517,7 @@ def test_repr_names_the_subclass():
 
 
 def test_two_forwards_before_two_backwards():
-    """L1: a discriminator's real and generated batch."""
+    """A discriminator's real and generated batch."""
     real, fake, dy = batch(), batch(seed=1), np.sin(batch(seed=2))
     bn, twin = BatchNorm(CHANNELS, dtype=np.float64), BatchNorm(CHANNELS, dtype=np.float64)
     twin(fake)
@@ -542,7 +542,7 @@ def test_two_forwards_before_two_backwards():
 
 
 def test_a_validation_pass_between_forward_and_backward():
-    """L1: said, instead of a gradient that is not the loss's."""
+    """Said, instead of a gradient that is not the loss's."""
     bn, x, other, dy = BatchNorm(CHANNELS), *(batch(seed=i, dtype=np.float32) for i in range(3))
     bn(x)
     bn.eval()(other)
@@ -563,7 +563,7 @@ def test_a_validation_pass_between_forward_and_backward():
 
 @pytest.mark.parametrize("training", [True, False])
 def test_the_gradient_is_that_of_the_forward_that_was(training):
-    """L2: whatever has changed in the layer since."""
+    """Whatever has changed in the layer since."""
     x, dy = batch(seed=1), np.sin(batch(seed=2))
     bn, twin = trained(dtype=np.float64).train(training), trained(dtype=np.float64).train(training)
     twin(x)
@@ -881,7 +881,6 @@ def test_no_grad_is_of_its_context():
     ],
 )  # fmt: skip
 def test_options_are_fixed(name, value):
-    """L3."""
     bn = trained()
     before = everything(bn), getattr(bn, name)
     with pytest.raises(AttributeError, match=f"{name}: fixed when the layer was made"):
@@ -940,7 +939,6 @@ def test_eps_and_momentum_belong_to_the_next_forward():
 
 
 def test_eps_may_be_zero_in_eval_mode():
-    """L6."""
     bn = BatchNorm(2, eps=0, dtype=np.float64)
     bn.running_var = [4.0, 0.25]
     np.testing.assert_array_equal(bn.eval()(np.array([[2.0, 1.0]])), [[1.0, 2.0]])
@@ -950,7 +948,7 @@ def test_eps_may_be_zero_in_eval_mode():
 
 
 def test_a_variance_slightly_below_zero_may_be_used_with_eps():
-    """L6: x = 1, mean 0, var -9.9998e-6, eps 1.5e-5."""
+    """At x = 1, mean 0, var -9.9998e-6, eps 1.5e-5."""
     bn = BatchNorm(1, eps=1.5e-5, dtype=np.float64)
     bn.running_var = [-9.9998e-6]
     assert_close(bn.eval()(np.array([[1.0]])), [[1 / np.sqrt(5.0002e-6)]])

@@ -40,7 +40,8 @@ SMOKE = [
     "tests/statistics/test_moments.py",
 ]  # fmt: skip
 MORE = [
-    "tests/kernels/test_bits.py", "tests/test_functional.py", "tests/test_layer.py", "tests/scaling/test_scaler.py",
+    "tests/kernels/test_bits.py", "tests/test_functional.py", "tests/test_layer.py", "tests/statistics",
+    "tests/state/test_layer_state.py", "tests/state/test_state_pickles.py", "tests/scaling/test_scaler.py",
     "tests/runtime/test_fork.py", "tests/runtime/test_threads.py", "tests/test_bad_input.py",
     "tests/state/test_state_files.py", "tests/commands/test_demo.py",
 ]  # fmt: skip

@@ -1,7 +1,7 @@
 # The extension module's Python face. Arguments are checked by the extension itself; `object` means "anything, a
 # clear error if it does not fit".
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from types import TracebackType
 from typing import Any, Generic, Self, TypeVar, final
@@ -105,15 +105,15 @@ class Running:
 
 @final
 class Contents:
-    running: Any  # Running, or None for a layer without running statistics
+    in_use: Any  # Running, or None for a layer without running statistics
     averages: Running | None
     exact: tuple[Any, int] | None
     gathered: tuple[object, Any, int] | None
     forward: Forward | None
-    absent: str | None
+    why_no_forward: str | None
     replaced: bool
     gradients: tuple[Array | None, Array | None]
-    sums: tuple[Array | None, Array | None]
+    accumulated: tuple[Array | None, Array | None]
     def __new__(cls, running: Running | None = None) -> Self: ...
     @property
     def batch_moments(self) -> tuple[int, Statistics, Statistics] | None: ...
@@ -122,7 +122,7 @@ class Contents:
 @final
 class Calibration(Generic[_Entered]):
     def __new__(
-        cls, currents: tuple[AtomicReference[object], ...], finish: Callable[[object], None], entered: _Entered
+        cls, tokens: tuple[AtomicReference[object], ...], finish: Callable[[object], None], entered: _Entered
     ) -> Self: ...
     def __enter__(self) -> _Entered: ...
     def __exit__(
@@ -203,6 +203,14 @@ def isas() -> dict[str, tuple[bool, bool]]: ...
 def select_isa(name: str | None = None) -> None: ...
 def cache_bytes() -> tuple[int, int]: ...
 def set_cache_bytes(l2: int, last_level: int) -> None: ...
+def explain(shape: Sequence[int], axis: int, dtype: object, operation: str, n_threads: int) -> dict[str, Any]: ...
+def force_plan(
+    kind: str | None = None,
+    stream: bool | None = None,
+    near: bool | None = None,
+    pack: bool | None = None,
+    written_later: bool | None = None,
+) -> None: ...
 def openmp_version() -> int: ...
 def openmp_library() -> str: ...
 def openmp_max_threads() -> int: ...

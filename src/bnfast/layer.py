@@ -67,8 +67,9 @@ class BatchNorm(LayerState):
         Whether `running_var` collects the unbiased variance (divisor M - 1, PyTorch) or the population's (divisor M,
         Keras, ONNX). The normalisation itself always uses the population's.
     nonfinite : "propagate", "skip" or "raise"
-        What a batch does in training whose mean or variance is not finite in a channel: enter the running statistics as
-        it is; leave those of that channel alone, counted in `num_batches_skipped`; or raise FloatingPointError. y is
+        What a batch does in training, or in a calibration, whose mean or variance is not finite in a channel: enter the
+        statistics as it is; leave those of that channel alone, counted in `num_batches_skipped`; or raise
+        FloatingPointError. y is
         the same in the first two. A calibration leaves out the whole batch for "skip".
     dtype : float32 or float64
         Of `gamma`, `beta` and their gradients. Data may be either, whatever this says; y has the dtype of x.
@@ -348,7 +349,7 @@ class BatchNorm(LayerState):
         forward = contents.forward
         if forward is None:
             raise RuntimeError(
-                f"backward: expected a forward that waits for its backward, got {contents.absent}; "
+                f"backward: expected a forward that waits for its backward, got {contents.why_no_forward}; "
                 "vjp gives a forward whose backward may be called at any time"
             )
         if contents.replaced and self._training:
@@ -461,9 +462,9 @@ class BatchNorm(LayerState):
                 value = channel_array(value, name, self.num_features, self.dtype)
 
         def with_gradient(found: _core.Contents) -> _core.Contents:
-            gradients, sums = list(found.gradients), list(found.sums)
+            gradients, sums = list(found.gradients), list(found.accumulated)
             gradients[place] = sums[place] = value
-            return found.replace(gradients=tuple(gradients), sums=tuple(sums))
+            return found.replace(gradients=tuple(gradients), accumulated=tuple(sums))
 
         self._contents.update(with_gradient)
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bnfast.commands import gallery, running
+from bnfast.commands import common, gallery
 
 SEEDS = 0, 1, 2
-EXTRA_MODULES = sorted(running.EXTRAS)
+EXTRA_MODULES = sorted(common.EXTRAS)
 
 
 @pytest.fixture(autouse=True)
@@ -193,7 +193,7 @@ def test_the_page_is_escaped(monkeypatch):
 def test_a_missing_package_is_named_before_anything_is_written(module, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, module, None)
     assert gallery.main([str(tmp_path / "new")]) == 1
-    assert running.EXTRAS[module] in capsys.readouterr().err
+    assert common.EXTRAS[module] in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 

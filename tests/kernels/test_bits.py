@@ -46,6 +46,63 @@ def test_bits_do_not_depend_on_the_caches(caches, case, dtype):
             assert digest_of(case, dtype, n_threads) == expected, (l2, last_level, n_threads)
 
 
+PLANS = [
+    {"kind": "phases"},
+    {"kind": "phases", "near": True, "stream": True},
+    {"kind": "phases", "near": False},
+    {"kind": "blocks"},
+    {"kind": "blocks", "pack": True, "stream": True},
+    {"kind": "blocks", "pack": False, "near": True, "written_later": True},
+    {"kind": "blocks", "written_later": False, "stream": True},
+]
+
+
+@pytest.mark.parametrize("case", CASES + FEW_ROWS, ids=case_name)
+def test_bits_do_not_depend_on_the_plan(case, dtype):
+    """Every choice of kernels/plan.c, forced, whatever it would choose for these shapes."""
+    expected = digest_of(case, dtype, 2)
+    try:
+        for plan in PLANS:
+            _core.force_plan(**plan)
+            for n_threads in (1, 2):
+                assert digest_of(case, dtype, n_threads) == expected, (plan, n_threads)
+    finally:
+        _core.force_plan()
+
+
+def test_plans_are_explained_and_can_be_forced():
+    def plan(shape, operation="forward", n_threads=1, axis=1):
+        return _core.explain(shape, axis, np.float32, operation, n_threads)
+
+    assert plan((8, 4, 30, 30))["layout"] == "planar"
+    assert plan((8, 30, 30, 4), axis=-1)["layout"] == "interleaved"
+    assert plan((100, 70))["plan"] == "blocks"
+    before, large = _core.cache_bytes(), (256, 1024, 40, 40)
+    try:
+        _core.set_cache_bytes(2**20, 2**25)
+        assert plan(large)["stream"]
+        assert not plan((4, 8, 5, 5))["stream"]
+        assert plan(large, "backward")["written_later"]
+        assert not plan((4, 8, 40, 40), "backward")["written_later"]
+        assert plan((16, 65536))["packed"]  # rows a power of two apart
+        assert not plan((16, 65536 + 48))["packed"]
+        assert plan((2, 500_000))["workspace_bytes"] < 2**20
+        assert plan((2, 500_000), "eval")["workspace_bytes"] < 2**20
+        # what is believed of a last level has its limits
+        _core.set_cache_bytes(2**21, 480 * 2**20)
+        assert plan((32, 64, 112, 112))["stream"]
+        for kind in ("phases", "blocks"):
+            _core.force_plan(kind=kind)
+            assert plan((1000, 320))["plan"] == kind
+            assert plan((8, 64, 20, 20))["plan"] == kind
+            assert kind[:-1] in plan((1000, 320))["words"] or kind == "phases"
+    finally:
+        _core.set_cache_bytes(*before)
+        _core.force_plan()
+    with pytest.raises(ValueError, match="explain: expected an operation"):
+        plan((3, 4), "nonsense")
+
+
 def random_shapes(n):
     """(N, C, ...) of rank 2 to 5, the first large enough for 16 threads."""
     rng = np.random.default_rng(50)

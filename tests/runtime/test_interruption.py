@@ -1,7 +1,7 @@
 """Where memory is refused or a signal arrives, a layer is as before the call or as after it, never between.
 
-tests/test_layer.py interrupts at every point of the Python code and with a timer; here every allocation fails in turn,
-and signals come from outside.
+tests/test_layer_atomic.py interrupts at every point of the Python code and with a timer; here every allocation fails in
+turn, and signals come from outside.
 """
 
 import signal

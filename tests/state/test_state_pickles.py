@@ -1,6 +1,6 @@
 """Pickles: those of 0.1.0 for ever, new ones by their public names, damaged ones refused.
 
-What copies share and keep is in test_layer.py.
+What copies share and keep is in test_layer_state.py.
 """
 
 import json

@@ -386,7 +386,7 @@ def test_calibrate_of_layers_refuses_what_it_cannot_do():
 
 
 def test_a_look_changes_neither_statistics_nor_counts():
-    """L4: a(0, 2), the same once more without update, then b = a + 1: the mean of both is 3/2."""
+    """First a = (0, 2), the same once more without update, then b = a + 1: the mean of both is 3/2."""
     bn, a = BatchNorm(1, momentum=None, dtype=np.float64), np.array([[0.0], [2.0]])
     bn(a)
     before = statistics(bn)
@@ -426,7 +426,6 @@ def spoilt(value, channel=1):
 
 @pytest.mark.parametrize("value", NOT_FINITE)
 def test_weights_of_0_and_1_protect_by_themselves(value):
-    """L5."""
     bn = trained(momentum=0.0, dtype=np.float64)
     before = raw(bn.running_mean), raw(bn.running_var)
     bn(spoilt(value))
@@ -513,7 +512,6 @@ def test_raise_raises_before_anything_has_changed(value):
 
 
 def test_the_last_batch_is_there_to_look_at():
-    """L10."""
     bn, x = BatchNorm(CHANNELS, dtype=np.float64), batch()
     assert bn.batch_mean is bn.batch_var is None
     for forward in (bn, lambda x: bn(x, update=False), bn.vjp):
@@ -566,7 +564,7 @@ def test_the_count_of_what_was_skipped_stays_at_its_end():
 
 
 def test_the_count_of_batches_stays_at_its_end():
-    """L13: an int64 in state dictionaries."""
+    """An int64 in state dictionaries."""
     bn = BatchNorm(CHANNELS, momentum=None, nonfinite="skip")
     most = 2**63 - 1
     bn.load_state_dict({**bn.state_dict(), "num_batches_tracked": most})

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from .common import EXTRAS, check_writable, ended, require
 from .figures import BLUE, VERMILION
 from .network import (
     BATCH_SIZE,
@@ -35,7 +36,6 @@ from .network import (
     load_digits,
     perceptron,
 )
-from .running import EXTRAS, check_writable, ended, require
 
 __all__ = ["main"]
 

@@ -9,7 +9,7 @@ from html import escape
 from pathlib import Path
 from types import ModuleType
 
-from .running import EXTRAS, ended, require
+from .common import EXTRAS, ended, require
 
 __all__ = ["EXAMPLES", "example", "main", "page", "run"]
 

@@ -7,11 +7,12 @@ this module cannot fail: what can go wrong in the extension is found here. One s
     layout.pxi       how an array lies in memory, as (outer, channels, inner); packed copies; overlaps
     run.pxi          a job planned and run: threads, workspace, the only parallel loop
     operations.pxi   the functions under bnfast.functional: check, allocate, compute, return
-    reference.pxi    references to objects, exchanged all at once
+    atomic.pxi       references to objects, exchanged all at once
     layer.pxi        the steps of a layer: forwards and backwards, its running statistics, calibration
-    built.pxi        what was built and what this machine has
+    plan.pxi         the plan of a call in words, and choices forced for tests
+    runtime.pxi      what was built and what this machine has
 
-The included files see each other's names; who uses whom goes down this list, built.pxi aside.
+The included files see each other's names; who uses whom goes down this list, plan.pxi and runtime.pxi aside.
 """
 
 import math
@@ -43,6 +44,7 @@ include "arguments.pxi"
 include "layout.pxi"
 include "run.pxi"
 include "operations.pxi"
-include "reference.pxi"
+include "atomic.pxi"
 include "layer.pxi"
-include "built.pxi"
+include "plan.pxi"
+include "runtime.pxi"

@@ -1,5 +1,5 @@
 # What the extension uses of C: the kernels' jobs (kernels/job.h), one function of NumPy, and the runtime (threads,
-# who else uses the CPUs, OpenBLAS).
+# who else uses the CPUs).
 
 cdef extern from "kernels/job.h" nogil:
     ctypedef struct bnfast_kernels:
@@ -36,6 +36,10 @@ cdef extern from "kernels/job.h" nogil:
         Py_ssize_t n_tasks
         int backwards
 
+    ctypedef enum bnfast_plan_kind:
+        BNFAST_PHASES
+        BNFAST_BLOCKS
+
     ctypedef struct bnfast_job:
         const bnfast_kernels *kernels
         bnfast_operation operation
@@ -56,12 +60,20 @@ cdef extern from "kernels/job.h" nogil:
         double *dgamma
         int *infinite
         int n_threads
+        bnfast_plan_kind kind
+        Py_ssize_t n_segments, segment_rows, segment_length, fold, block_channels, task_channels
+        int near, pack, written_later, asked_for, stream
         Py_ssize_t workspace_bytes
         int n_phases
         bnfast_phase *phases
         char *workspace
 
     void bnfast_plan(bnfast_job *job) noexcept
+    int bnfast_is_planar(const bnfast_job *job) noexcept
+
+    ctypedef struct bnfast_choices:
+        int kind, stream, near, pack, written_later
+    void bnfast_force(const bnfast_choices *choices) noexcept
 
 cdef extern from "numpy/arrayobject.h":
     cnp.ndarray PyArray_NewLikeArray(cnp.ndarray prototype, cnp.NPY_ORDER order, void *dtype, int subok)
@@ -127,6 +139,14 @@ cdef extern from "runtime/shares.h" nogil:
 
     void bnfast_share_out(bnfast_share *shares, int n_shares, Py_ssize_t n_tasks, int backwards) noexcept
     Py_ssize_t bnfast_take(bnfast_share *share) noexcept
+
+cdef extern from "runtime/gate.h" nogil:
+    ctypedef struct bnfast_gate:
+        pass
+
+    void bnfast_gate_close(bnfast_gate *gate) noexcept
+    void bnfast_gate_note(bnfast_gate *gate) noexcept
+    void bnfast_gate_pass(bnfast_gate *gate, Py_ssize_t n_tasks) noexcept
 
 cdef extern from "runtime/rivals.h" nogil:
     void bnfast_rivals_init() noexcept

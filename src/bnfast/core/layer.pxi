@@ -2,7 +2,7 @@
 #
 # All of it is in one `Contents`, which is never changed once others can see it, behind one `AtomicReference`. A call
 # computes first and then exchanges the contents for others made of those it finds: an exception, Ctrl-C included, finds
-# the layer as it was before the call or as it is after it, and threads, signal handlers and forked children need no lock.
+# the layer as it was before the call or as it is after it; threads, signal handlers and forked children need no lock.
 
 # --- a forward ------------------------------------------------------------------------------------------------
 
@@ -232,23 +232,23 @@ cdef object added(sum, gradient):
 @cython.final
 @cython.freelist(8)
 cdef class Contents:
-    """All that the calls of a layer change, of one moment. Whoever has made one may set its fields before it is seen."""
+    """All that the calls of a layer change, of one moment. Whoever has made one sets its fields before it is seen."""
 
-    cdef public Running running        # the statistics in use; None: the layer has none
+    cdef public Running in_use        # the statistics in use; None: the layer has none
     cdef public Running averages       # those of training, set aside while exact ones are in use; else None
     cdef public object exact           # (Moments, batches) of the last calibration, or None
     cdef public object gathered        # (calibration, Moments, batches) of the one that is going on, or None
     cdef public Forward forward        # the last one, until its backward
-    cdef public str absent             # why there is none
+    cdef public str why_no_forward             # why there is none
     cdef public bint replaced          # one in training waited for its backward, and another one took its place
     cdef cnp.ndarray batch             # the block of the last forward that took statistics, or None
     cdef Py_ssize_t batch_count
     cdef public tuple gradients        # of gamma and beta, as they are seen: arrays or None
-    cdef public tuple sums             # the same, as `accumulate` adds to them
+    cdef public tuple accumulated             # the same, as `accumulate` adds to them
 
     def __cinit__(self, Running running=None):
-        self.running, self.absent = running, "no forward"
-        self.gradients = self.sums = (None, None)
+        self.in_use, self.why_no_forward = running, "no forward"
+        self.gradients = self.accumulated = (None, None)
 
     @property
     def batch_moments(self):
@@ -264,10 +264,10 @@ cdef class Contents:
 
     cdef Contents copy(self):
         cdef Contents new = Contents.__new__(Contents)
-        new.running, new.averages, new.exact, new.gathered = self.running, self.averages, self.exact, self.gathered
-        new.forward, new.absent, new.replaced = self.forward, self.absent, self.replaced
+        new.in_use, new.averages, new.exact, new.gathered = self.in_use, self.averages, self.exact, self.gathered
+        new.forward, new.why_no_forward, new.replaced = self.forward, self.why_no_forward, self.replaced
         new.batch, new.batch_count = self.batch, self.batch_count
-        new.gradients, new.sums = self.gradients, self.sums
+        new.gradients, new.accumulated = self.gradients, self.accumulated
         return new
 
     cdef Contents after_forward(self, Forward forward, int keep):
@@ -278,21 +278,21 @@ cdef class Contents:
         if keep != KEEP_PULLBACK:
             new.replaced = self.replaced or (self.forward is not None and self.forward.training)
         if keep == KEEP_LAST:
-            new.forward, new.absent = forward, None
+            new.forward, new.why_no_forward = forward, None
             if forward.training:
                 new.replaced, new.gradients = False, (None, None)
         elif keep == KEEP_NOTHING:
-            new.forward, new.absent = None, "a forward under no_grad"
+            new.forward, new.why_no_forward = None, "a forward under no_grad"
         return new
 
     cdef Contents after_backward(self, Forward forward, bint last, tuple gradients, bint accumulate):
         """After the backward of a forward. last: through `backward`, which uses the last forward up."""
         cdef Contents new = self.copy()
         if self.forward is forward:
-            new.forward, new.absent, new.replaced = None, "a forward whose backward has been called", False
+            new.forward, new.why_no_forward, new.replaced = None, "a forward whose backward has been called", False
         if accumulate:
-            gradients = (added(self.sums[0], gradients[0]), added(self.sums[1], gradients[1]))
-        new.sums = gradients
+            gradients = (added(self.accumulated[0], gradients[0]), added(self.accumulated[1], gradients[1]))
+        new.accumulated = gradients
         if not last or new.forward is None or not new.forward.training:  # else a training forward came between
             new.gradients = gradients
         return new
@@ -335,7 +335,7 @@ cdef Forward new_forward(AtomicReference contents, Options options, x, gamma, be
     return forward
 
 
-cdef int done(Forward forward, out, tuple living) except -1:
+cdef int seal(Forward forward, out, tuple living) except -1:
     """Once y is there."""
     cnp.PyArray_CLEARFLAGS(forward.block, cnp.NPY_ARRAY_WRITEABLE)
     take_sample(forward.x, forward.sample)
@@ -355,7 +355,7 @@ cdef tuple forward_with_batch(AtomicReference contents, Options options, x, gamm
     forward.set_parameters(&job)
     job.mean, job.inv_std, job.m2 = forward.row(MEAN), forward.row(INV_STD), forward.row(M2)
     y = mapped(&job, forward.x, None, forward.axis, forward.channels, given_out)
-    done(forward, out, living)
+    seal(forward, out, living)
     if options.raises and training:
         forward.check_finite()
     return y, forward
@@ -367,13 +367,13 @@ cdef tuple forward_with_running(AtomicReference contents, Options options, x, ga
     cdef bnfast_job job = new_job(BNFAST_EVAL)
     cdef Forward forward = new_forward(contents, options, x, gamma, beta, eps, training, PARAMETERS)
     cdef cnp.ndarray y, given_out = as_out(out, forward.x)
-    forward.running = (<Contents>contents.value).running
+    forward.running = (<Contents>contents.value).in_use
     check_variance(forward.running.row(1), options.channels, eps, "running_")
     job.eps = eps
     forward.set_parameters(&job)
     job.mean, job.var = forward.running.row(0), forward.running.row(1)
     y = mapped(&job, forward.x, None, forward.axis, forward.channels, given_out)
-    done(forward, out, living)
+    seal(forward, out, living)
     return y, forward
 
 
@@ -443,7 +443,7 @@ cdef int commit_training(AtomicReference contents, Options options, Forward forw
     while True:
         found = contents.value
         new = found.after_forward(forward, keep)
-        new.running = found.running.after(forward, momentum, options.unbiased, options.skips)
+        new.in_use = found.in_use.after(forward, momentum, options.unbiased, options.skips)
         new.averages = None
         if contents.swap(found, new, NULL, 0):
             return 0
@@ -488,27 +488,27 @@ cdef class Calibration:
     Python 3.14 on one may run after `__enter__` and before the block: then the end of this object ends the calibration.
     """
 
-    cdef tuple currents
+    cdef tuple tokens
     cdef object finish
     cdef object entered
     cdef object token
 
-    def __cinit__(self, tuple currents, finish, entered):
-        """currents: of each layer the reference to the token of the block that is gathering, or None; finish: called
+    def __cinit__(self, tuple tokens, finish, entered):
+        """tokens: of each layer the reference to the token of the block that is gathering, or None; finish: called
         with the token at the end of a block that did not raise; entered: what `with ... as` gives."""
-        for current in currents:
+        for current in tokens:
             if not isinstance(current, AtomicReference):
                 raise TypeError("expected AtomicReferences")
-        self.currents, self.finish, self.entered = currents, finish, entered
+        self.tokens, self.finish, self.entered = tokens, finish, entered
 
     cdef void end(self, Py_ssize_t n) noexcept:
         cdef Py_ssize_t i
         for i in range(n):
-            (<AtomicReference>self.currents[i]).swap(self.token, None, NULL, 0)
+            (<AtomicReference>self.tokens[i]).swap(self.token, None, NULL, 0)
 
     def __dealloc__(self):
         if self.token is not None:
-            self.end(len(self.currents))
+            self.end(len(self.tokens))
 
     def __enter__(self):
         cdef Py_ssize_t i
@@ -520,8 +520,8 @@ cdef class Calibration:
                 self.token = token
         if not free:  # of this object there is a block already
             raise RuntimeError("calibrate: this layer is being calibrated already")
-        for i in range(len(self.currents)):
-            if not (<AtomicReference>self.currents[i]).swap(None, token, NULL, 0):
+        for i in range(len(self.tokens)):
+            if not (<AtomicReference>self.tokens[i]).swap(None, token, NULL, 0):
                 self.end(i)
                 self.token = None
                 raise RuntimeError("calibrate: this layer is being calibrated already")
@@ -529,7 +529,7 @@ cdef class Calibration:
 
     def __exit__(self, kind, error, trace):
         token = self.token
-        self.end(len(self.currents))
+        self.end(len(self.tokens))
         self.token = None
         if kind is None:
             self.finish(token)

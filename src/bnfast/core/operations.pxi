@@ -1,7 +1,8 @@
 # The operations. Each reads check, allocate, compute, return: an error leaves nothing half done.
 
-cdef cnp.ndarray mapped(bnfast_job *job, cnp.ndarray x, cnp.ndarray u, int axis, Py_ssize_t channels, cnp.ndarray out):
-    """The result like x of a job whose statistics and parameters are set: in `out`, which is checked, or a new array."""
+cdef cnp.ndarray mapped(bnfast_job *job, cnp.ndarray x, cnp.ndarray u, int axis, Py_ssize_t channels,
+                        cnp.ndarray out):
+    """The result like x of a job whose statistics and parameters are set: in `out`, checked, or in a new array."""
     cdef cnp.ndarray data, result
     # the conversion of another argument may have run anybody's code since x was looked at
     if (cnp.PyArray_NDIM(x) <= axis or cnp.PyArray_DIM(x, axis) != channels

@@ -6,6 +6,10 @@ cdef Py_ssize_t SMALL = 1 << 16
 # What a thread of a team should at least have to do, in elements.
 cdef Py_ssize_t SHARE = 1 << 15
 
+# Bytes of workspace that need no allocation.
+cdef enum:
+    WORKSPACE_ON_STACK = 12288
+
 # Of threads.py: the ContextVar of `with num_threads` (to a pair whose first is a number, or None), and () -> int, the
 # CPUs that the system grants. Asked only for work that is not small.
 cdef object threads_in_context = None
@@ -39,44 +43,71 @@ cdef void run_phase_alone(bnfast_job *job, bnfast_phase *phase) noexcept nogil:
         phase.task(job, n - 1 - i if phase.backwards else i, 0)
 
 
-cdef void run(bnfast_job *job, bnfast_share *shares) noexcept:
+# How the threads of a team share the tasks of a phase, and where they wait for its end.
+ctypedef struct shared_phase:
+    bnfast_gate gate
+    bnfast_share shares[1]  # one for each thread
+
+
+cdef size_t phase_bytes(int n_threads) noexcept nogil:
+    return sizeof(bnfast_gate) + n_threads * sizeof(bnfast_share)
+
+
+cdef shared_phase *shared_at(char *memory, int p, int n_threads) noexcept nogil:
+    return <shared_phase *>(memory + p * phase_bytes(n_threads))
+
+
+cdef void run(bnfast_job *job, char *memory) noexcept:
     """The parallel loop: the phases one after another, the tasks of each on job.n_threads threads, without the GIL.
 
+    One region for all phases: a thread goes on when the tasks of a phase are done, whoever did them, so a team is
+    waited for once a call, at its end. memory: phase_bytes for each phase.
     It lets go of the GIL itself: in a function without it, Cython's prange asks CPython whether there is one to let go
     of, and before 3.12 the answer is wrong once there has been a sub-interpreter; the process aborts.
     """
-    cdef int p, thread, n_threads = job.n_threads
-    cdef bnfast_phase *phase
+    cdef int p, thread, n_threads = job.n_threads, first = 0
+    cdef shared_phase *phase
     cdef unsigned long long control, workers_own
     with nogil:
         control = bnfast_float_control()
-        for p in range(job.n_phases):
-            phase = &job.phases[p]
-            if n_threads == 1 or phase.n_tasks == 1:
-                run_phase_alone(job, phase)
-                continue
-            bnfast_share_out(shares, n_threads, phase.n_tasks, phase.backwards)
+        while first < job.n_phases and (n_threads == 1 or job.phases[first].n_tasks == 1):
+            run_phase_alone(job, &job.phases[first])
+            first += 1
+        for p in range(first, job.n_phases):
+            phase = shared_at(memory, p, n_threads)
+            bnfast_gate_close(&phase.gate)
+            bnfast_share_out(phase.shares, n_threads, job.phases[p].n_tasks, job.phases[p].backwards)
+        if first < job.n_phases:
             bnfast_late_region_begins()
             for thread in prange(n_threads, schedule="static", chunksize=1, num_threads=n_threads):
                 bnfast_rivals_exclude_me()
                 workers_own = bnfast_float_control()
                 bnfast_set_float_control(control)
-                bnfast_late_nothing_left(thread, run_shares(job, phase, shares, thread))
+                bnfast_late_nothing_left(thread, run_shares(job, memory, first, thread))
                 bnfast_set_float_control(workers_own)
             bnfast_late_region_ends()
 
 
-cdef Py_ssize_t run_shares(bnfast_job *job, bnfast_phase *phase, bnfast_share *shares, int thread) noexcept nogil:
-    """A thread's own share of the tasks of a phase, and what is left of the others'; returns how many it did."""
-    cdef int i
+cdef Py_ssize_t run_shares(bnfast_job *job, char *memory, int first, int thread) noexcept nogil:
+    """Of each phase from the first-th on, a thread's own share of the tasks, and what is left of the others'.
+
+    -> how many it did.
+    """
+    cdef int i, p
     cdef Py_ssize_t task, done = 0
-    for i in range(job.n_threads):
-        while True:
-            task = bnfast_take(&shares[(thread + i) % job.n_threads])
-            if task < 0:
-                break
-            phase.task(job, task, thread)
-            done += 1
+    cdef shared_phase *phase
+    for p in range(first, job.n_phases):
+        if p > first:
+            bnfast_gate_pass(&phase.gate, job.phases[p - 1].n_tasks)
+        phase = shared_at(memory, p, job.n_threads)
+        for i in range(job.n_threads):
+            while True:
+                task = bnfast_take(&phase.shares[(thread + i) % job.n_threads])
+                if task < 0:
+                    break
+                job.phases[p].task(job, task, thread)
+                bnfast_gate_note(&phase.gate)
+                done += 1
     return done
 
 
@@ -115,9 +146,10 @@ cdef int compute(bnfast_job *job, cnp.ndarray x) except -1:
     """Plans and runs a job whose arrays are set; job.u, if any, lies as x does."""
     cdef Py_ssize_t elements = job.outer * job.channels * job.inner
     cdef Py_ssize_t more
-    cdef char *memory
+    cdef char on_stack[WORKSPACE_ON_STACK]  # an allocation costs small calls a twentieth of their time
+    cdef char *memory = on_stack
     cdef char *at
-    cdef bnfast_share *shares
+    cdef char *shared
     cdef bint small = elements < SMALL
     cdef int budget = 1
     job.kernels = bnfast_active(cnp.PyArray_ITEMSIZE(x))
@@ -126,9 +158,11 @@ cdef int compute(bnfast_job *job, cnp.ndarray x) except -1:
         budget = team_for(elements)
         job.n_threads = bnfast_openmp_enter(budget)
     bnfast_plan(job)
-    # what the threads need besides: their shares, and the parameters as they are now, which others may change meanwhile
-    more = 0 if small else job.n_threads * <Py_ssize_t>sizeof(bnfast_share) + 4 * job.channels * 8
-    memory = <char *>PyMem_RawMalloc(more + job.workspace_bytes + 64)
+    # what the threads need besides: their shares of each phase, and the parameters as they are now, which others may
+    # change meanwhile
+    more = 0 if small else job.n_phases * <Py_ssize_t>phase_bytes(job.n_threads) + 4 * job.channels * 8
+    if more + job.workspace_bytes + 64 > WORKSPACE_ON_STACK:
+        memory = <char *>PyMem_RawMalloc(more + job.workspace_bytes + 64)
     if memory == NULL:
         if not small:
             bnfast_openmp_leave(budget, job.n_threads)
@@ -137,16 +171,17 @@ cdef int compute(bnfast_job *job, cnp.ndarray x) except -1:
     if small:
         run_alone(job)
     else:
-        shares = <bnfast_share *>job.workspace
-        job.workspace += job.n_threads * sizeof(bnfast_share)
+        shared = job.workspace
+        job.workspace += job.n_phases * phase_bytes(job.n_threads)
         at = job.workspace + job.workspace_bytes
         at = kept(&job.gamma, job.channels, at)
         at = kept(&job.beta, job.channels, at)
         at = kept(&job.vgamma, job.channels, at)
         at = kept(&job.vbeta, job.channels, at)
-        run(job, shares)
+        run(job, shared)
         bnfast_openmp_leave(budget, job.n_threads)
-    PyMem_RawFree(memory)
+    if memory != on_stack:
+        PyMem_RawFree(memory)
     if bnfast_openmp_take_shortage():
         warnings.warn("bnfast: the system refused to start threads; calls go on with fewer", RuntimeWarning,
                       stacklevel=3)

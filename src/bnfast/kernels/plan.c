@@ -12,13 +12,26 @@
 /* Shorter runs than this do not fill vectors: their elements are taken as columns. */
 enum { PLANAR_INNER = 16 };
 
+/* Of a last level that is said to be larger others have their part. */
 enum { MOST_LAST_LEVEL = 96 << 20 };
+
+static ptrdiff_t believed_last_level(void) { return least(bnfast_last_level_bytes(), MOST_LAST_LEVEL); }
+
+static bnfast_choices forced = {-1, -1, -1, -1, -1};
+
+void bnfast_force(const bnfast_choices *choices) { forced = *choices; }
+
+static int choice(int forced_one, int own) { return forced_one < 0 ? own : forced_one; }
 
 /* ---- planar ------------------------------------------------------------------------------------------------------ */
 
 /* Elements of a segment: many, as each costs a division or two; fewer for float64, whose sums have nothing wider to
  * go to. LONG_ROW: bytes of a row that is read fast by itself. TASKS: a thread, where there are enough channels. */
 enum { SEGMENT = 16384, SEGMENT_F64 = 4096, LONG_ROW = 3584, PLANAR_TASKS = 4 };
+
+/* Bytes of a row that a block of channels has at least, or the array is better taken in the order of memory, although
+ * it is read twice then: from the last level, as a block that does not stay in L2 would be, too; or from memory. */
+enum { RUN_BYTES = 8192, RUN_BYTES_OUT_OF_L2 = 32768, RUN_BYTES_FROM_MEMORY = 1024 };
 
 static void cut_planar_segments(bnfast_job *job)
 {
@@ -40,20 +53,28 @@ static int is_written_later(const bnfast_job *job)
 }
 
 /* Blocks keep their channels in L2, and what comes next: a quarter each, as more displaces itself (measured: half
- * of L2 took up to 1.2 times as long). With few channels, or nothing to reduce: each step for the whole array. */
+ * of L2 took up to 1.2 times as long). With few channels, short runs far apart, or nothing to reduce: each step for the
+ * whole array. */
 static void choose_planar(bnfast_job *job)
 {
     const int threads = job->n_threads;
     job->block_channels = job->channels;
-    if (!reduces(job) || !(threads == 1 || job->channels % threads == 0 || job->channels >= 4 * threads))
-        return;
-    const ptrdiff_t channel_bytes = job->outer * job->inner * job->kernels->itemsize * arrays_read(job);
+    const int enough = threads == 1 || job->channels % threads == 0 || job->channels >= 4 * threads;
+    const ptrdiff_t run = job->inner * job->kernels->itemsize, channel_bytes = job->outer * run * arrays_read(job);
     const ptrdiff_t share = threads == 1 ? job->channels : quotient_up(job->channels, PLANAR_TASKS * threads);
+    const ptrdiff_t n = most(1, least(bnfast_l2_bytes() / 4 / channel_bytes, share));
+    const ptrdiff_t bytes = channel_bytes * job->channels;
+    const ptrdiff_t enough_of_a_row = bytes > believed_last_level()           ? RUN_BYTES_FROM_MEMORY
+                                      : channel_bytes > bnfast_l2_bytes() / 4 ? RUN_BYTES_OUT_OF_L2
+                                                                              : RUN_BYTES;
+    const int scattered = bytes > bnfast_l2_bytes() * threads && n * run < enough_of_a_row;
+    if (!reduces(job) || choice(forced.kind, enough && !scattered ? BNFAST_BLOCKS : BNFAST_PHASES) == BNFAST_PHASES)
+        return;
     job->kind = BNFAST_BLOCKS;
-    job->block_channels = most(1, least(bnfast_l2_bytes() / 4 / channel_bytes, share));
+    job->block_channels = n;
     job->task_channels = share / job->block_channels * job->block_channels;
     job->asked_for = job->block_channels * channel_bytes <= bnfast_l2_bytes() / 4;
-    job->written_later = is_written_later(job);
+    job->written_later = choice(applies(job) && !maps_u_only(job) ? forced.written_later : -1, is_written_later(job));
 }
 
 /* ---- interleaved ------------------------------------------------------------------------------------------------- */
@@ -119,16 +140,33 @@ static void choose_interleaved(bnfast_job *job)
 {
     const ptrdiff_t bytes = bytes_of_array(job) * arrays_read(job);
     job->block_channels = job->channels;
-    job->near = bytes <= bnfast_l2_bytes() / 2 * job->n_threads;
+    job->near = choice(forced.near, bytes <= bnfast_l2_bytes() / 2 * job->n_threads);
     job->task_columns = TASK_COLUMNS;
-    if (!reduces(job))
+    const ptrdiff_t line = 64 / job->kernels->itemsize;
+    if (!reduces(job)) {
+        /* so many coefficients that they would not stay in L2 between being made and being used */
+        if (job->fold == 1 && bnfast_block_bytes(job, job->channels, columns_of_channel(job)) > bnfast_l2_bytes()) {
+            job->kind = BNFAST_BLOCKS;
+            job->block_channels = most(1, WIDEST_RANGE / (job->inner * job->kernels->itemsize) / line) * line;
+            job->task_channels =
+                job->block_channels * most(1, job->channels / job->block_channels / (4 * job->n_threads));
+        }
         return;
-    if (job->n_threads == 1 && bytes <= bnfast_l2_bytes() / 2) {
+    }
+    if (forced.kind != BNFAST_PHASES && job->n_threads == 1 && bytes <= bnfast_l2_bytes() / 2) {
         job->kind = BNFAST_BLOCKS;
         job->task_channels = job->channels;
         return;
     }
-    const ptrdiff_t n = channels_of_block(job), line = 64 / job->kernels->itemsize;
+    ptrdiff_t n = channels_of_block(job);
+    if (forced.kind == BNFAST_BLOCKS && n == 0 && job->fold == 1)
+        n = least(4 * line, job->channels);
+    if (forced.kind == BNFAST_PHASES)
+        n = 0;
+    if (n == 0)
+        job->pack = 0;
+    else if (applies(job) && period(job) % line == 0)
+        job->pack = choice(forced.pack, job->pack);
     if (n > 0) {
         job->kind = BNFAST_BLOCKS;
         job->block_channels = n;
@@ -146,14 +184,15 @@ static void choose_interleaved(bnfast_job *job)
 /* ---- both -------------------------------------------------------------------------------------------------------- */
 
 /* Whether the result is written around the caches: where the arrays of a call fill half of the last-level cache, what is
- * written first would be gone from it by the end, and would displace meanwhile what is still to be read. Of a last level
- * that is said to be larger than MOST_LAST_LEVEL others have their part. */
+ * written first would be gone from it by the end, and would displace meanwhile what is still to be read. */
 static int is_streamed(const bnfast_job *job)
 {
     const ptrdiff_t bytes = (arrays_read(job) + 1) * bytes_of_array(job);
     return applies(job) && job->out != job->x && job->out != job->u &&
-           bytes >= least(bnfast_last_level_bytes(), MOST_LAST_LEVEL) / 2;
+           choice(forced.stream, bytes >= believed_last_level() / 2);
 }
+
+int bnfast_is_planar(const bnfast_job *job) { return job->inner >= PLANAR_INNER; }
 
 void bnfast_plan(bnfast_job *job)
 {
@@ -163,9 +202,8 @@ void bnfast_plan(bnfast_job *job)
         bnfast_floor_phases(job);
         return;
     }
-    const int planar = job->inner >= PLANAR_INNER;
     job->stream = is_streamed(job);
-    if (planar) {
+    if (bnfast_is_planar(job)) {
         cut_planar_segments(job);
         choose_planar(job);
         bnfast_planar_phases(job);

@@ -8,8 +8,8 @@
 
 #include "block.h"
 
-/* SWEEP: elements of a task where the channels do not matter. */
-enum { SWEEP = 1 << 16, PENDING_BYTES = 256 };
+/* SWEEP: elements of a task where the channels do not matter. REDUCE_BYTES: of a row, that a task reduces at least. */
+enum { SWEEP = 1 << 16, REDUCE_BYTES = 4096, PENDING_BYTES = 256 };
 
 /* Where segment s of a channel begins (row, column of the row), and its extent. */
 static void segment(const bnfast_job *job, ptrdiff_t s, ptrdiff_t *row, ptrdiff_t *begin, ptrdiff_t *n_rows,
@@ -188,14 +188,20 @@ static void centers_task(const bnfast_job *job, ptrdiff_t index, int thread)
     bnfast_choose_centers(job, &block);
 }
 
+/* Channels that a task of the reduce phase takes: so many that their part of a row is read well. */
+static ptrdiff_t channels_together(const bnfast_job *job)
+{
+    return least(job->channels, at_least_one(REDUCE_BYTES / (job->inner * job->kernels->itemsize)));
+}
+
 static void reduce_task(const bnfast_job *job, ptrdiff_t index, int thread)
 {
     (void)thread;
     const bnfast_block block = whole(job);
     /* in the order of memory: rows, channels, pieces of a row */
-    const ptrdiff_t pieces = pieces_of_row(job), i = index / pieces % job->channels;
-    const ptrdiff_t s = index / pieces / job->channels * pieces + index % pieces;
-    reduce(job, &block, s, i, 1, NULL);
+    const ptrdiff_t pieces = pieces_of_row(job), n = channels_together(job), groups = quotient_up(job->channels, n);
+    const ptrdiff_t i = index / pieces % groups * n, s = index / pieces / groups * pieces + index % pieces;
+    reduce(job, &block, s, i, least(n, job->channels - i), NULL);
 }
 
 static void coefficients_task(const bnfast_job *job, ptrdiff_t index, int thread)
@@ -241,7 +247,7 @@ static void steps_phases(bnfast_job *job)
     job->scratch_bytes = job->workspace_bytes = bnfast_block_bytes(job, job->channels, 1);
     if (reduces(job)) {
         add_phase(job, centers_task, 1, FORWARDS);
-        add_phase(job, reduce_task, job->n_segments * job->channels, FORWARDS);
+        add_phase(job, reduce_task, job->n_segments * quotient_up(job->channels, channels_together(job)), FORWARDS);
     }
     add_phase(job, coefficients_task, 1, FORWARDS);
     if (applies(job)) {

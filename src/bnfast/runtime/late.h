@@ -19,8 +19,8 @@ void bnfast_late_region_ends(void);
 /* Whether the calling thread had better work alone, on so many elements. */
 int bnfast_late_better_alone(long long elements);
 
-/* For tests: as if a region had ended in which the caller's tasks took so long, and it waited; microseconds. And how long a caller
- * waits before it calls others late: 200 microseconds; a negative number: those again. */
+/* For tests: as if a region had ended in which the caller's tasks took so long, and it waited; microseconds. And how long
+ * a caller waits before it calls others late: 200 microseconds; a negative number: those again. */
 void bnfast_late_pretend(long long task, long long waited);
 void bnfast_late_set_patience(long long microseconds);
 

@@ -210,7 +210,7 @@ class LayerState(RunningStatistics):
         """What the layer holds, of one moment."""
         found, gamma, beta = self._contents.snapshot((self._gamma, self._beta))
         values = {name: value for name, value in (("weight", gamma), ("bias", beta)) if value is not None}
-        running, averages = found.running, found.averages
+        running, averages = found.in_use, found.averages
         if running is None:
             return Kept(self._given_options(), self.training, values)
         values["running_mean"], values["running_var"] = running.mean.copy(), running.var.copy()
@@ -327,7 +327,7 @@ def _part(state: Mapping[str, ArrayLike], prefix: str) -> dict[str, Any]:
 
 
 def _without_gradients(found: _core.Contents) -> _core.Contents:
-    return found.replace(gradients=(None, None), sums=(None, None))
+    return found.replace(gradients=(None, None), accumulated=(None, None))
 
 
 def _counts(value: Any, name: str, channels: int) -> NDArray[np.int64]:

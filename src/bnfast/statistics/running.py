@@ -61,7 +61,7 @@ class RunningStatistics:
 
         To change it, set it: finite numbers, one a channel, which are copied.
         """
-        running = self._contents.value.running
+        running = self._contents.value.in_use
         return None if running is None else running.mean
 
     @running_mean.setter
@@ -76,7 +76,7 @@ class RunningStatistics:
 
         To change it, set it: finite numbers, above 0 once eps is added, one a channel, which are copied.
         """
-        running = self._contents.value.running
+        running = self._contents.value.in_use
         return None if running is None else running.var
 
     @running_var.setter
@@ -92,14 +92,14 @@ class RunningStatistics:
 
     @property
     def num_batches_tracked(self) -> int:
-        """Batches that came by in training since the last reset or load; it stays at 2**63 - 1."""
-        running = self._contents.value.running
+        """Batches that the statistics in use have seen, in training or in the calibration; it stays at 2**63 - 1."""
+        running = self._contents.value.in_use
         return 0 if running is None else running.batches
 
     @property
     def num_batches_skipped(self) -> Counts:
         """(C,) int64: batches that `nonfinite="skip"` left out of a channel's running statistics."""
-        running = self._contents.value.running
+        running = self._contents.value.in_use
         skipped = None if running is None else running.skipped
         return np.zeros(self.num_features, np.int64) if skipped is None else skipped.copy()
 
@@ -202,7 +202,7 @@ class RunningStatistics:
             whole_number(exact.count, "which: count", ValueError)
             check_finite(exact.mean, "which: mean", ValueError)
             check_variance(exact.var(self._ddof), self.eps, ValueError)
-            self._contents.update(lambda found: self._using_exact(found, (exact, max(found.running.batches, 1))))
+            self._contents.update(lambda found: self._using_exact(found, (exact, max(found.in_use.batches, 1))))
         elif not isinstance(which, str):
             raise TypeError(f"which: expected 'running', 'exact' or Moments, got {type(which).__name__}")
         elif which == "running":
@@ -217,9 +217,9 @@ class RunningStatistics:
         if exact is None:
             raise RuntimeError("use_statistics: expected exact statistics, from calibrate() or as Moments; got none")
         moments, batches = exact
-        running = _core.Running(moments.mean, moments.var(self._ddof), batches, None, found.running.skipped)
-        averages = found.running if found.averages is None else found.averages
-        return found.replace(running=running, averages=averages, exact=exact)
+        running = _core.Running(moments.mean, moments.var(self._ddof), batches, None, found.in_use.skipped)
+        averages = found.in_use if found.averages is None else found.averages
+        return found.replace(in_use=running, averages=averages, exact=exact)
 
     @property
     def statistics_in_use(self) -> Literal["running", "exact"]:
@@ -267,7 +267,7 @@ class RunningStatistics:
         moments = self._checked(exact, "exact") if exact is not None else found.exact and found.exact[0]
         if moments is None:
             raise RuntimeError("statistics_report: expected exact statistics, from calibrate() or as Moments; got none")
-        running = found.running if found.averages is None else found.averages
+        running = found.in_use if found.averages is None else found.averages
         return StatisticsReport.compare(running.mean, running.var, moments.mean, moments.var(self._ddof), self.eps)
 
     def _need_statistics(self, method: str) -> None:
@@ -290,17 +290,17 @@ class RunningStatistics:
 
 def with_statistics(found: _core.Contents, running: _core.Running | None, **others: Any) -> _core.Contents:
     """The contents with new statistics, `others` of them too, and without gradients, which belong to the old ones."""
-    kept = {"exact": None, "averages": None, "gradients": (None, None), "sums": (None, None)}
-    return found.replace(running=running, **{**kept, **others})
+    kept = {"exact": None, "averages": None, "gradients": (None, None), "accumulated": (None, None)}
+    return found.replace(in_use=running, **{**kept, **others})
 
 
 def _with_running(found: _core.Contents, mean: Statistics | None, var: Statistics | None) -> _core.Contents:
     """Set by hand: the other one of the two stays."""
-    old = found.running
+    old = found.in_use
     new = _core.Running(
         old.mean if mean is None else mean, old.var if var is None else var, old.batches, old.averaged, old.skipped
     )
-    return found.replace(running=new, averages=None)
+    return found.replace(in_use=new, averages=None)
 
 
 def _with_skipped(old: _core.Running, channels: NDArray[np.bool_]) -> _core.Running:
@@ -311,7 +311,7 @@ def _with_skipped(old: _core.Running, channels: NDArray[np.bool_]) -> _core.Runn
 
 
 def _using_averages(found: _core.Contents) -> _core.Contents:
-    return found if found.averages is None else found.replace(running=found.averages, averages=None)
+    return found if found.averages is None else found.replace(in_use=found.averages, averages=None)
 
 
 # --- calibration ---
@@ -386,7 +386,7 @@ def gather(
         )
     if nonfinite == "skip" and not finite.all():
         return found.replace(
-            running=_with_skipped(found.running, ~finite),
+            in_use=_with_skipped(found.in_use, ~finite),
             averages=None if found.averages is None else _with_skipped(found.averages, ~finite),
         )
     if batch.count == 0 or current.value is not calibration:  # over, in another thread
