@@ -755,11 +755,11 @@ def in_new_thread(function):
     return in_thread(lambda: (_core.pretend_last_call(0, MUCH), function())[1])
 
 
-def teams_after_waiting(worked, waited):
+def teams_after_waiting(task, waited):
     """Teams of calls that follow at once, each in a new thread. (One that does not run for 5 ms comes too late.)"""
 
     def team():
-        _core.pretend_late(int(worked), int(waited))
+        _core.pretend_late(int(task), int(waited))
         return _core.team_for(LITTLE)
 
     return {in_new_thread(team) for _ in range(20)}
@@ -769,9 +769,9 @@ def teams_after_waiting(worked, waited):
 def test_who_had_to_wait_for_others_goes_on_alone_for_a_while(two_that_are_awake):
     second = 1_000_000
     assert 1 in teams_after_waiting(10, 1.1 * second)
-    assert 1 in teams_after_waiting(9 * second, 8 * second)
+    assert 1 in teams_after_waiting(second, 2.1 * second)
     assert teams_after_waiting(10, 0.9 * second) == {2}  # as long as it takes to wake one
-    assert teams_after_waiting(2 * second, 1.5 * second) == {2}  # one more task than threads
+    assert teams_after_waiting(second, 1.5 * second) == {2}  # one more task than threads
 
 
 @needs_libgomp
@@ -799,7 +799,7 @@ def test_large_work_and_a_number_set_in_code_are_worth_waiting(two_that_are_awak
 
 @needs_libgomp
 def test_a_team_is_timed(two_that_are_awake):
-    """With no patience at all every wait is too long, if it is longer than the work: some are, sooner or later."""
+    """With no patience at all a wait is too long if it is longer than two tasks: some are, sooner or later."""
     x = np.ones((LITTLE // 64, 64), np.float32)
 
     def alone_after_a_call():

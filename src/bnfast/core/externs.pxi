@@ -121,10 +121,10 @@ cdef extern from "runtime/budget.h" nogil:
 cdef extern from "runtime/late.h" nogil:
     void bnfast_late_init() noexcept
     void bnfast_late_region_begins() noexcept
-    void bnfast_late_nothing_left(int thread) noexcept
+    void bnfast_late_nothing_left(int thread, Py_ssize_t tasks) noexcept
     void bnfast_late_region_ends() noexcept
     int bnfast_late_better_alone(long long elements) noexcept
-    void bnfast_late_pretend(long long worked, long long waited) noexcept
+    void bnfast_late_pretend(long long task, long long waited) noexcept
     void bnfast_late_set_patience(long long microseconds) noexcept
 
 cdef extern from "runtime/waking.h" nogil:

@@ -83,16 +83,18 @@ cdef void run(bnfast_job *job, char *memory) noexcept:
                 bnfast_rivals_exclude_me()
                 workers_own = bnfast_float_control()
                 bnfast_set_float_control(control)
-                run_shares(job, memory, first, thread)
-                bnfast_late_nothing_left(thread)
+                bnfast_late_nothing_left(thread, run_shares(job, memory, first, thread))
                 bnfast_set_float_control(workers_own)
             bnfast_late_region_ends()
 
 
-cdef void run_shares(bnfast_job *job, char *memory, int first, int thread) noexcept nogil:
-    """Of each phase from the first-th on, a thread's own share of the tasks, and what is left of the others'."""
+cdef Py_ssize_t run_shares(bnfast_job *job, char *memory, int first, int thread) noexcept nogil:
+    """Of each phase from the first-th on, a thread's own share of the tasks, and what is left of the others'.
+
+    -> how many it did.
+    """
     cdef int i, p
-    cdef Py_ssize_t task
+    cdef Py_ssize_t task, done = 0
     cdef shared_phase *phase
     for p in range(first, job.n_phases):
         if p > first:
@@ -105,6 +107,8 @@ cdef void run_shares(bnfast_job *job, char *memory, int first, int thread) noexc
                     break
                 job.phases[p].task(job, task, thread)
                 bnfast_gate_note(&phase.gate)
+                done += 1
+    return done
 
 
 cdef int find_budget(bnfast_budget *found) except -1:

@@ -22,9 +22,9 @@ def set_spin_count(long turns):
     bnfast_waking_init(turns)
 
 
-def pretend_late(long long worked, long long waited):
-    """As if a region had ended in which this thread worked and then waited for others so many us. For tests."""
-    bnfast_late_pretend(worked, waited)
+def pretend_late(long long task, long long waited):
+    """As if a region had ended in which this thread's tasks took, and it waited for others, so many us. For tests."""
+    bnfast_late_pretend(task, waited)
 
 
 def set_patience(long long microseconds):

@@ -22,7 +22,7 @@ enum { HALF = sizeof(uintptr_t) * 4, NANOSECONDS = 1 << 10 };
 static const uintptr_t LARGEST = ((uintptr_t)1 << HALF) - 1;
 
 static bnfast_counter patience = PATIENCE;
-static pthread_key_t region; /* its begin; then the moment when nothing was left, and the time worked until then */
+static pthread_key_t region; /* its begin; then the moment when nothing was left, and the time of a task until then */
 static pthread_key_t alone;  /* until when, and how long that was from the beginning; 0: nobody has come late */
 static int has_keys;
 
@@ -48,12 +48,12 @@ void bnfast_late_region_begins(void)
         put(region, moment(), 0);
 }
 
-void bnfast_late_nothing_left(int thread)
+void bnfast_late_nothing_left(int thread, ptrdiff_t tasks)
 {
     if (thread != 0 || !has_keys)
         return;
     const uintptr_t now = moment();
-    put(region, now, now - first(region));
+    put(region, now, (now - first(region)) / (uintptr_t)(tasks > 0 ? tasks : 1));
 }
 
 static int is_alone(uintptr_t now)
@@ -62,10 +62,9 @@ static int is_alone(uintptr_t now)
     return time != 0 && ((first(alone) - now) & LARGEST) <= time;
 }
 
-static void judge(uintptr_t now, uintptr_t worked, uintptr_t waited)
+static void judge(uintptr_t now, uintptr_t task, uintptr_t waited)
 {
-    const uintptr_t enough = (uintptr_t)bnfast_value(&patience);
-    if (waited <= enough || (waited <= worked && waited <= 3 * enough) || is_alone(now))
+    if (waited <= (uintptr_t)bnfast_value(&patience) || waited <= 2 * task || is_alone(now))
         return;
     const uintptr_t before = second(alone), since = (now - first(alone)) & LARGEST;
     const uintptr_t twice = since <= 4 * before ? 2 * before : SHORTEST, time = twice < LONGEST ? twice : LONGEST;
@@ -85,10 +84,10 @@ int bnfast_late_better_alone(long long elements)
     return has_keys && elements < WORTH_A_SLICE && second(alone) != 0 && is_alone(moment());
 }
 
-void bnfast_late_pretend(long long worked, long long waited)
+void bnfast_late_pretend(long long task, long long waited)
 {
     if (has_keys)
-        judge(moment(), (uintptr_t)worked, (uintptr_t)waited);
+        judge(moment(), (uintptr_t)task, (uintptr_t)waited);
 }
 
 void bnfast_late_set_patience(long long microseconds)
@@ -100,10 +99,10 @@ void bnfast_late_set_patience(long long microseconds)
 
 void bnfast_late_init(void) {}
 void bnfast_late_region_begins(void) {}
-void bnfast_late_nothing_left(int thread) { (void)thread; }
+void bnfast_late_nothing_left(int thread, ptrdiff_t tasks) { (void)thread, (void)tasks; }
 void bnfast_late_region_ends(void) {}
 int bnfast_late_better_alone(long long elements) { return (void)elements, 0; }
-void bnfast_late_pretend(long long worked, long long waited) { (void)worked, (void)waited; }
+void bnfast_late_pretend(long long task, long long waited) { (void)task, (void)waited; }
 void bnfast_late_set_patience(long long microseconds) { (void)microseconds; }
 
 #endif

@@ -126,7 +126,6 @@ def chosen_shapes(args: argparse.Namespace) -> list[str]:
 def run_explain(args: argparse.Namespace, argv: list[str], parser: argparse.ArgumentParser) -> None:
     """Print what the kernels would do with a shape."""
     from ... import _core
-    from .contenders import Case
     from .shapes import OPERATIONS, named
 
     try:
@@ -136,11 +135,10 @@ def run_explain(args: argparse.Namespace, argv: list[str], parser: argparse.Argu
     explain = getattr(_core, "explain", None)
     if explain is None:
         raise RuntimeError("this build of bnfast does not explain what its kernels do")
-    case = Case(shape, args.dtype)
     for operation in OPERATIONS:
-        print(f"{shape.name} {args.dtype}, {operation}")
-        found = explain(operation, case.x, case.axis)
-        for line in (found if isinstance(found, str) else json.dumps(found, indent=1, default=str)).splitlines():
+        print(f"{shape.name} {args.dtype}, {operation}, {args.threads or 2} threads")
+        found = explain(shape.memory_dims, shape.axis, args.dtype, operation, args.threads or 2)
+        for line in found["words"].splitlines():
             print(f"    {line}")
 
 
