@@ -64,7 +64,7 @@ static void choose_planar(bnfast_job *job)
     const ptrdiff_t share = threads == 1 ? job->channels : quotient_up(job->channels, PLANAR_TASKS * threads);
     const ptrdiff_t n = most(1, least(bnfast_l2_bytes() / 4 / channel_bytes, share));
     const ptrdiff_t bytes = channel_bytes * job->channels;
-    const ptrdiff_t enough_of_a_row = bytes > believed_last_level()           ? RUN_BYTES_FROM_MEMORY
+    const ptrdiff_t enough_of_a_row = bytes > believed_last_level() / 4 * 3   ? RUN_BYTES_FROM_MEMORY
                                       : channel_bytes > bnfast_l2_bytes() / 4 ? RUN_BYTES_OUT_OF_L2
                                                                               : RUN_BYTES;
     const int scattered = bytes > bnfast_l2_bytes() * threads && n * run < enough_of_a_row;
