@@ -209,7 +209,7 @@ def test_bits_do_not_depend_on_streaming_stores(isa, dtype, shape):
 
 @pytest.mark.parametrize("shape", [(3, 2, -1), (20, -1, 49)], ids=str)
 def test_bits_of_eval_do_not_depend_on_streaming_stores(isa, shape):
-    """Planar and without a reduction: written around the cache where x and y exceed all of it."""
+    """Planar and without a reduction: one read and one write."""
     last_level = _core.cache_bytes()[1]
     if last_level > 2**27:
         pytest.skip(f"a last-level cache of {last_level >> 20} MiB would need too much memory")

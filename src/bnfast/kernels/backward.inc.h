@@ -19,8 +19,8 @@ static void FN(sums_wide)(const T *x, const T *u, ptrdiff_t n_rows, ptrdiff_t st
     *sum_ud = FN(fold_lanes)(wide_ud);
 }
 
-/* Whether no product of float32 has overflowed, or lost digits to underflow; least: of n terms the sum should be so much.
- * Without branches, for loops over columns. */
+/* Whether no product of float32 has overflowed, or lost digits to underflow; least: of n terms the sum should be so
+ * much. Without branches, for loops over columns. */
 #define IN_RANGE(least, sum_u, sum_ud) \
     ((sizeof(T) != 4) | (((sum_u) == 0.0) & ((sum_ud) == 0.0)) | \
      (((sum_u) - (sum_u) == 0.0) & ((sum_ud) - (sum_ud) == 0.0) & (((sum_ud) >= (least)) | ((sum_ud) <= -(least)))))

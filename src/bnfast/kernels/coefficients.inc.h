@@ -1,7 +1,7 @@
 /* From merged reductions to results a channel and to the coefficients of the map, all in float64, rounded at the end.
  *
- * With M values a channel, variance = m2 / M, inv_std = 1 / sqrt(variance + eps), hi = mean rounded to the data's dtype,
- * lo = mean - hi:
+ * With M values a channel, variance = m2 / M, inv_std = 1 / sqrt(variance + eps), hi = mean rounded to the data's
+ * dtype, lo = mean - hi:
  *   forward   scale = gamma * inv_std
  *   sums      sum(u), and sum(u * (x - mean)) = sum_ud - lo * sum_u, as d = x - hi there
  *   backward  dx = gamma*inv_std * (dy - dbeta/M - x_hat * dgamma/M)

@@ -88,8 +88,8 @@ struct bnfast_job {
 void bnfast_plan(bnfast_job *job);
 int bnfast_is_planar(const bnfast_job *job); /* the layout that a plan is made for */
 
-/* For tests: what plans choose from now on, -1: by themselves. A choice that a job cannot be run with is passed over. No
- * bit of a result depends on any. */
+/* For tests: what plans choose from now on, -1: by themselves. A choice that a job cannot be run with is passed over.
+ * No bit of a result depends on any. */
 typedef struct {
     int kind, stream, near, pack, written_later;
 } bnfast_choices;

@@ -12,8 +12,8 @@
  * is most of it.
  * Memory traffic: one read. */
 
-/* SAMPLES: elements for a pivot, spread over the segment, a power of two. PIVOT_CHANNELS: pivots at once. FEW_ROWS: columns of float32 with fewer are always done in two passes of float64, as too few roundings average
- * out */
+/* SAMPLES: elements for a pivot, spread over the segment, a power of two. PIVOT_CHANNELS: pivots at once. FEW_ROWS:
+ * columns of float32 with fewer are always done in two passes of float64, as too few roundings average out */
 #define PIVOT_SAMPLES 16
 #define COLUMN_SAMPLES 8
 #define PIVOT_CHANNELS 64

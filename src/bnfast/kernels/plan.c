@@ -64,7 +64,7 @@ static void choose_planar(bnfast_job *job)
     const ptrdiff_t share = threads == 1 ? job->channels : quotient_up(job->channels, PLANAR_TASKS * threads);
     const ptrdiff_t n = most(1, least(bnfast_l2_bytes() / 4 / channel_bytes, share));
     const ptrdiff_t bytes = channel_bytes * job->channels;
-    const ptrdiff_t enough_of_a_row = bytes > believed_last_level()           ? RUN_BYTES_FROM_MEMORY
+    const ptrdiff_t enough_of_a_row = bytes > believed_last_level() / 4 * 3   ? RUN_BYTES_FROM_MEMORY
                                       : channel_bytes > bnfast_l2_bytes() / 4 ? RUN_BYTES_OUT_OF_L2
                                                                               : RUN_BYTES;
     const int scattered = bytes > bnfast_l2_bytes() * threads && n * run < enough_of_a_row;
@@ -112,10 +112,10 @@ static int displaces_itself(const bnfast_job *job, ptrdiff_t bytes)
     return job->outer * (arrays_read(job) + 1) > places;
 }
 
-/* All rows of some channels, which stay in L2 until they are mapped: a range of columns wide enough to be read well, or a
- * narrower one. Where its rows displace each other they are copied together while they are reduced, which pays only if the
- * array itself, or what a phase leaves for the next, does not stay in cache. Returns the channels, in whole lines; 0: each
- * step for the whole array. */
+/* All rows of some channels, which stay in L2 until they are mapped: a range of columns wide enough to be read well, or
+ * a narrower one. Where its rows displace each other they are copied together while they are reduced, which pays only
+ * if the array itself, or what a phase leaves for the next, does not stay in cache. Returns the channels, in whole
+ * lines; 0: each step for the whole array. */
 static ptrdiff_t channels_of_block(bnfast_job *job)
 {
     const ptrdiff_t size = job->kernels->itemsize, line = 64 / size, column_bytes = job->inner * size;
@@ -183,8 +183,8 @@ static void choose_interleaved(bnfast_job *job)
 
 /* ---- both -------------------------------------------------------------------------------------------------------- */
 
-/* Whether the result is written around the caches: where the arrays of a call fill half of the last-level cache, what is
- * written first would be gone from it by the end, and would displace meanwhile what is still to be read. */
+/* Whether the result is written around the caches: where the arrays of a call fill half of the last-level cache, what
+ * is written first would be gone from it by the end, and would displace meanwhile what is still to be read. */
 static int is_streamed(const bnfast_job *job)
 {
     const ptrdiff_t bytes = (arrays_read(job) + 1) * bytes_of_array(job);

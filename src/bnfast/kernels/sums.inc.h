@@ -134,8 +134,8 @@ static ALWAYS_INLINE void FN(sums_of_rows)(const T *x, const T *u, ptrdiff_t n_r
     *sum_vd = FN(fold_wide)(wide_vd);
 }
 
-/* Rows that do not lie in L2: adds a tile of at most TILE_ROWS of them to the sums of `vectors` vectors of columns from c
- * on, or of n < VN columns, in the order of memory, while `ahead` elements on from what is taken is asked for.
+/* Rows that do not lie in L2: adds a tile of at most TILE_ROWS of them to the sums of `vectors` vectors of columns from
+ * c on, or of n < VN columns, in the order of memory, while `ahead` elements on from what is taken is asked for.
  * packed_x, packed_u: (n_rows, .) OUT, rows `packed_stride` apart, the same elements again; or NULL */
 static ALWAYS_INLINE void FN(sums_of_far_tile)(const T *x, const T *u, ptrdiff_t n_rows, ptrdiff_t stride, T *packed_x,
                                                T *packed_u, ptrdiff_t packed_stride, const T *centers, ptrdiff_t c,
@@ -312,15 +312,15 @@ static ALWAYS_INLINE void FN(sums_of_near_tile)(const T *x, const T *u, ptrdiff_
         FN(end_columns)(&second, VN, sum_v + VN, sum_vd + VN);
 }
 
-/* The rows are taken all at once, so that the sums stay in registers; but eight at a time where they displace each other
- * from L1, being a power of two apart. */
+/* The rows are taken all at once, so that the sums stay in registers; but eight at a time where they displace each
+ * other from L1, being a power of two apart. */
 static ALWAYS_INLINE void FN(sums_of_near_columns)(const T *x, const T *u, ptrdiff_t n_rows, ptrdiff_t stride,
                                                    ptrdiff_t n_columns, const T *centers, int with_u, double *sum_v,
                                                    double *sum_vd)
 {
     const ptrdiff_t tile_rows = stride * (ptrdiff_t)sizeof(T) % 2048 == 0 ? 2 * COLUMN_CHAIN : n_rows;
-    /* columns before the first that begins a line of memory, where that is the same one in every row; not for so few that
-     * the parts of vectors at both ends would cost more */
+    /* columns before the first that begins a line of memory, where that is the same one in every row; not for so few
+     * that the parts of vectors at both ends would cost more */
     const ptrdiff_t head = stride % VL == 0 && n_columns >= 16 * VL ? FN(to_line)(x, VL) : 0;
     memset(sum_v, 0, (size_t)n_columns * sizeof *sum_v);
     memset(sum_vd, 0, (size_t)n_columns * sizeof *sum_vd);

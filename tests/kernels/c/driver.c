@@ -4,13 +4,14 @@
  *
  *   driver [leaves] [jobs] [poison] [isa=NAME] [sizes=N] [threads=N]
  *
- * A job's tasks run on N threads of their own, made and joined for each phase: the joins are the barrier that
- * OpenMP's regions are, and ThreadSanitizer sees them, which it does not in libgomp. It prints digests of what was
+ * A job's tasks run on N threads of their own, made and joined for each job, with the gates between phases that the
+ * extension has: ThreadSanitizer sees joins and gates, which it does not in libgomp. It prints digests of what was
  * written, for comparison with other processors and compilers. Built with -DFUZZ it is a target
  * for libFuzzer. The exit status is 1 at the first wrong value; a byte too far is a signal, or the tool's report. */
 
 #define _GNU_SOURCE
 #include "kernels/job.h"
+#include "runtime/gate.h"
 #include "runtime/shares.h"
 
 #include <float.h>
@@ -550,10 +551,16 @@ static void leaves_of_size(ptrdiff_t n)
 
 /* ---- jobs -------------------------------------------------------------------------------------------------------- */
 
+enum { MOST_THREADS = 64, MOST_PHASES = 4 };
+
+typedef struct {
+    bnfast_gate gate;
+    bnfast_share shares[MOST_THREADS];
+} shared_phase;
+
 typedef struct {
     const bnfast_job *job;
-    const bnfast_phase *phase;
-    bnfast_share *shares;
+    shared_phase *phases;
     int thread;
 } worker;
 
@@ -561,9 +568,15 @@ static void *work(void *argument)
 {
     const worker *w = argument;
     const int n = w->job->n_threads;
-    for (int s = 0; s < n; s++)
-        for (ptrdiff_t i; (i = bnfast_take(&w->shares[(w->thread + s) % n])) >= 0;)
-            w->phase->task(w->job, i, w->thread);
+    for (int p = 0; p < w->job->n_phases; p++) {
+        if (p > 0)
+            bnfast_gate_pass(&w->phases[p - 1].gate, w->job->phases[p - 1].n_tasks);
+        for (int s = 0; s < n; s++)
+            for (ptrdiff_t i; (i = bnfast_take(&w->phases[p].shares[(w->thread + s) % n])) >= 0;) {
+                w->job->phases[p].task(w->job, i, w->thread);
+                bnfast_gate_note(&w->phases[p].gate);
+            }
+    }
     return NULL;
 }
 
@@ -600,25 +613,26 @@ static int max_threads = 3, on_threads; /* on_threads: else one after another, t
 
 static void run(const bnfast_job *job)
 {
-    for (int p = 0; p < job->n_phases; p++) {
-        const bnfast_phase *phase = &job->phases[p];
-        if (!on_threads || job->n_threads == 1) {
-            for (ptrdiff_t i = phase->n_tasks - 1; i >= 0; i--)
-                phase->task(job, i, (int)(i % job->n_threads));
-            continue;
-        }
-        pthread_t threads[64];
-        worker workers[64];
-        bnfast_share shares[64];
-        bnfast_share_out(shares, job->n_threads, phase->n_tasks, phase->backwards);
-        for (int t = 0; t < job->n_threads; t++) {
-            workers[t] = (worker){job, phase, shares, t};
-            if (pthread_create(&threads[t], NULL, work, &workers[t]) != 0)
-                abort();
-        }
-        for (int t = 0; t < job->n_threads; t++)
-            pthread_join(threads[t], NULL);
+    if (!on_threads || job->n_threads == 1) {
+        for (int p = 0; p < job->n_phases; p++)
+            for (ptrdiff_t i = job->phases[p].n_tasks - 1; i >= 0; i--)
+                job->phases[p].task(job, i, (int)(i % job->n_threads));
+        return;
     }
+    pthread_t threads[MOST_THREADS];
+    worker workers[MOST_THREADS];
+    shared_phase phases[MOST_PHASES];
+    for (int p = 0; p < job->n_phases; p++) {
+        bnfast_gate_close(&phases[p].gate);
+        bnfast_share_out(phases[p].shares, job->n_threads, job->phases[p].n_tasks, job->phases[p].backwards);
+    }
+    for (int t = 0; t < job->n_threads; t++) {
+        workers[t] = (worker){job, phases, t};
+        if (pthread_create(&threads[t], NULL, work, &workers[t]) != 0)
+            abort();
+    }
+    for (int t = 0; t < job->n_threads; t++)
+        pthread_join(threads[t], NULL);
 }
 
 typedef struct {
