@@ -113,6 +113,11 @@ def test_an_absent_prefix_names_the_layers_that_are_there():
     assert refused(first, {"fc.weight": 1}, "begin with", prefix="bn").endswith("got none")
 
 
+def test_a_whole_models_dictionary_without_a_prefix_is_recognised():
+    state = {f"layer1.bn.{name}": value for name, value in BatchNorm(2).state_dict().items()}
+    refused(BatchNorm(2), state, r"whole model\?.* prefix='layer1.bn'")
+
+
 def test_a_prefix_leaves_no_key_of_the_layer_out():
     state, first, second = of_a_model()
     state["layer1.0.bn1.extra"] = 1

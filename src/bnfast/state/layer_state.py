@@ -305,7 +305,9 @@ def _check_names(values: Mapping[str, Any], affine: bool | str, tracked: bool) -
     expected += ["running_mean", "running_var", "num_batches_tracked"] if tracked else []
     missing, unknown = sorted(set(expected) - values.keys()), sorted(map(str, values.keys() - set(expected)))
     if missing or unknown:
-        raise StateError(f"state: expected the keys {expected}; missing {missing}, unknown {unknown}")
+        layers = [name.removesuffix(".running_mean") for name in unknown if name.endswith(".running_mean")]
+        hint = f"; of a whole model? then name one layer, as in prefix={layers[0]!r}" if layers else ""
+        raise StateError(f"state: expected the keys {expected}; missing {missing}, unknown {unknown}{hint}")
 
 
 def _part(state: Mapping[str, ArrayLike], prefix: str) -> dict[str, Any]:
