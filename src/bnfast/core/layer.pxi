@@ -13,33 +13,37 @@ cdef enum:
 KEEP_NOTHING, KEEP_LAST, KEEP_PULLBACK = range(3)
 
 
+cdef inline Py_ssize_t sampled(Py_ssize_t i, Py_ssize_t size) noexcept:
+    """Where the i-th element of a sample lies: the first, the last, between them where multiples of the golden ratio
+    lie, which is spread over the array and in step with no row. Of few elements all are taken."""
+    cdef double place = i * 0.6180339887498949
+    if size <= SAMPLES:
+        return min(i, size - 1)
+    return size - 1 if i == SAMPLES - 1 else <Py_ssize_t>((place - <int>place) * size)
+
+
 cdef void take_sample(cnp.ndarray x, unsigned long long *sample) noexcept:
-    """The bits of some elements, the first and the last among them, the others where multiples of the golden ratio lie:
-    spread over the array, and in step with no row."""
-    cdef Py_ssize_t size = cnp.PyArray_SIZE(x), itemsize = cnp.PyArray_ITEMSIZE(x)
-    cdef double place
-    cdef Py_ssize_t i, position, offset
+    """The bits of some elements spread over the array."""
+    cdef Py_ssize_t size = cnp.PyArray_SIZE(x), itemsize = cnp.PyArray_ITEMSIZE(x), i, position, offset
+    cdef const char *data = <const char *>cnp.PyArray_DATA(x)
     cdef int axis
-    cdef bint dense = cnp.PyArray_IS_C_CONTIGUOUS(x) or cnp.PyArray_IS_F_CONTIGUOUS(x)
-    memset(sample, 0, SAMPLES * sizeof(unsigned long long))
+    cdef bint dense = cnp.PyArray_ISALIGNED(x) and (cnp.PyArray_IS_C_CONTIGUOUS(x) or cnp.PyArray_IS_F_CONTIGUOUS(x))
     if size == 0:
-        return
-    for i in range(SAMPLES):
-        if size <= SAMPLES:
-            position = min(i, size - 1)
-        elif i == SAMPLES - 1:
-            position = size - 1
-        else:
-            place = i * 0.6180339887498949
-            position = <Py_ssize_t>((place - <int>place) * size)
-        if dense:
-            offset = position * itemsize
-        else:
-            offset = 0
+        memset(sample, 0, SAMPLES * sizeof(unsigned long long))
+    elif dense and itemsize == 4:
+        for i in range(SAMPLES):
+            sample[i] = (<const unsigned int *>data)[sampled(i, size)]
+    elif dense and itemsize == 8:
+        for i in range(SAMPLES):
+            sample[i] = (<const unsigned long long *>data)[sampled(i, size)]
+    else:
+        memset(sample, 0, SAMPLES * sizeof(unsigned long long))
+        for i in range(SAMPLES):
+            position, offset = sampled(i, size), 0
             for axis in range(cnp.PyArray_NDIM(x) - 1, -1, -1):
                 offset += position % cnp.PyArray_DIM(x, axis) * cnp.PyArray_STRIDE(x, axis)
                 position //= cnp.PyArray_DIM(x, axis)
-        memcpy(&sample[i], <const char *>cnp.PyArray_DATA(x) + offset, itemsize)
+            memcpy(&sample[i], data + offset, itemsize)
 
 
 # The rows of a forward's block, in float64: its own copies of the parameters; of a batch also its statistics.
@@ -358,7 +362,7 @@ cdef tuple forward_with_batch(AtomicReference contents, Options options, x, gamm
     cdef Forward forward = new_forward(contents, options, x, gamma, beta, eps, training, ROWS)
     cdef cnp.ndarray y, given_out = as_out(out, forward.x)
     check_count(forward.x, forward.axis)
-    job.eps = as_positive_eps(eps)
+    job.eps = eps if eps > 0.0 else as_positive_eps(eps)
     forward.set_parameters(&job)
     job.mean, job.inv_std, job.m2 = forward.row(MEAN), forward.row(INV_STD), forward.row(M2)
     y = mapped(&job, forward.x, None, forward.axis, forward.channels, given_out)
