@@ -112,7 +112,8 @@ def update_all(list updates, list arrays=[], list attributes=[]):
 
     updates: (reference, function, copies): as `update`, and (target, source) arrays, contiguous and of one shape and
     dtype, copied at the same moment; arrays: (target, source) of one shape and dtype; attributes: (dict, dict of what
-    changes in it). Without a GIL calls of other threads may come between two references, never into one.
+    changes in it). Without a GIL calls of other threads may come between two references, never into one; a reference
+    that one of them has changed is looked at again, and what raises then leaves the ones before it exchanged.
     """
     cdef AtomicReference reference
     cdef _Orders orders
