@@ -627,6 +627,7 @@ class Reshapes:
         return np.ones(self.shape)
 
 
+@pytest.mark.filterwarnings("ignore:Setting the shape:DeprecationWarning")
 def test_an_argument_that_reshapes_x_during_the_call_does_no_harm():
     x = np.random.default_rng(0).normal(size=(2000, 3, 1))
     bn = BatchNorm(3)
