@@ -72,12 +72,7 @@ def channel_array(
     value_error: type[Exception] = ValueError,
 ) -> NDArray[Any]:
     """A new (channels,) array of `dtype` from real numbers that it can hold."""
-    try:
-        array = np.asarray(value)
-    except MemoryError:
-        raise
-    except Exception as error:  # whatever an object's __array__ raises
-        raise type_error(f"{name}: expected an array, got {type(value).__name__} ({error})") from error
+    array = _as_array(value, name, "an array", type_error)
     if isinstance(value, np.ma.MaskedArray):
         raise type_error(f"{name}: expected an array without a mask, got {type(value).__name__}")
     if array.dtype.kind not in "fiu":
@@ -93,12 +88,16 @@ def channel_array(
 
 def whole_number(value: ArrayLike, name: str, error: type[Exception]) -> int:
     """One integer of at least 0 that int64 holds."""
-    try:
-        array = np.asarray(value)
-    except MemoryError:
-        raise
-    except Exception as cause:  # whatever an object's __array__ raises
-        raise error(f"{name}: expected one integer, got {type(value).__name__} ({cause})") from cause
+    array = _as_array(value, name, "one integer", error)
     if array.dtype.kind not in "iu" or array.size != 1 or not 0 <= array.item() <= np.iinfo(np.int64).max:
         raise error(f"{name}: expected one integer of at least 0 and below 2**63, got {value!r:.80}")
     return int(array.item())
+
+
+def _as_array(value: ArrayLike, name: str, expected: str, error: type[Exception]) -> NDArray[Any]:
+    try:
+        return np.asarray(value)
+    except MemoryError:
+        raise
+    except Exception as cause:  # whatever an object's __array__ raises
+        raise error(f"{name}: expected {expected}, got {type(value).__name__} ({cause})") from cause
