@@ -81,8 +81,6 @@ class AtomicReference(Generic[_T]):
 class Forward:
     x: Array
     count: int
-    training: bool
-    gone: str | None
     @property
     def moments(self) -> tuple[Statistics, Statistics] | None: ...
 

@@ -16,14 +16,10 @@ from . import _core, grad_mode
 from ._checks import channel_array, flag, floating_dtype, integer, number, one_of
 from ._core import KEEP_LAST, KEEP_NOTHING, KEEP_PULLBACK
 from .functional import Array
-from .state.layer_state import LayerState
+from .state.layer_state import FIXED, LayerState
 from .statistics.running import gather, with_statistics
 
 __all__ = ["BatchNorm", "Pullback"]
-
-Gradients = tuple[Array | None, Array | None]
-
-FIXED = ("num_features", "axis", "affine", "track_running_stats", "unbiased_running_var", "nonfinite", "dtype")
 
 
 class _OthersName:
@@ -290,10 +286,8 @@ class BatchNorm(LayerState):
         >>> dreal = back_real(np.ones_like(real))
         >>> dfake = back_fake(np.ones_like(fake), accumulate=True)  # grad_gamma, grad_beta: the sums of both
         """
-        if out is not None and _core.shares_memory(out, data := _core.as_data(x, "x")):
-            raise ValueError(
-                f"out: expected memory that is not x's, as the pullback needs x, got {type(data).__name__}"
-            )
+        if out is not None and _core.shares_memory(out, _core.as_data(x, "x")):
+            raise ValueError("out: expected memory that is not x's, as the pullback needs x, got a part of it")
         y, forward = self._forward(x, out, update, KEEP_PULLBACK)
         self._living.add(weakref.ref(forward, self._living.discard))
         return y, Pullback(self, forward)

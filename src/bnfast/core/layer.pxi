@@ -9,8 +9,12 @@
 cdef enum:
     SAMPLES = 32
 
-# Which forwards are kept: by the layer, for `backward`; by a pullback; by nobody.
-KEEP_NOTHING, KEEP_LAST, KEEP_PULLBACK = range(3)
+# Who keeps a forward: nobody; the layer, for `backward`; a pullback. For Python under other names, as a comparison of
+# Python's numbers would cost every forward some look-ups.
+cdef enum:
+    NOBODY, LAYER, PULLBACK
+
+KEEP_NOTHING, KEEP_LAST, KEEP_PULLBACK = NOBODY, LAYER, PULLBACK
 
 
 cdef inline Py_ssize_t sampled(Py_ssize_t i, Py_ssize_t size) noexcept:
@@ -69,8 +73,8 @@ cdef class Forward:
     cdef double eps
     cdef Py_ssize_t channels
     cdef readonly Py_ssize_t count  # values a channel
-    cdef readonly bint training   # the layer's mode
-    cdef readonly str gone
+    cdef bint training            # the layer's mode
+    cdef str gone
     cdef bint used                # by `backward`
     cdef unsigned long long sample[SAMPLES]
     cdef object __weakref__
@@ -245,17 +249,17 @@ cdef object added(sum, gradient):
 cdef class Contents:
     """All that the calls of a layer change, of one moment. Whoever has made one sets its fields before it is seen."""
 
-    cdef public Running in_use        # the statistics in use; None: the layer has none
+    cdef public Running in_use         # the statistics in use; None: the layer has none
     cdef public Running averages       # those of training, set aside while exact ones are in use; else None
     cdef public object exact           # (Moments, batches) of the last calibration, or None
     cdef public object gathered        # (calibration, Moments, batches) of the one that is going on, or None
     cdef public Forward forward        # the last one, until its backward
-    cdef public str why_no_forward             # why there is none
+    cdef public str why_no_forward     # why there is none
     cdef public bint replaced          # one in training waited for its backward, and another one took its place
     cdef cnp.ndarray batch             # the block of the last forward that took statistics, or None
     cdef Py_ssize_t batch_count
     cdef public tuple gradients        # of gamma and beta, as they are seen: arrays or None
-    cdef public tuple accumulated             # the same, as `accumulate` adds to them
+    cdef public tuple accumulated      # the same, as `accumulate` adds to them
 
     def __cinit__(self, Running running=None):
         self.in_use, self.why_no_forward = running, "no forward"
@@ -286,13 +290,13 @@ cdef class Contents:
         cdef Contents new = self.copy()
         if forward.running is None:
             new.batch, new.batch_count = forward.block, forward.count
-        if keep != KEEP_PULLBACK:
+        if keep != PULLBACK:
             new.replaced = self.replaced or (self.forward is not None and self.forward.training)
-        if keep == KEEP_LAST:
+        if keep == LAYER:
             new.forward, new.why_no_forward = forward, None
             if forward.training:
                 new.replaced, new.gradients = False, (None, None)
-        elif keep == KEEP_NOTHING:
+        elif keep == NOBODY:
             new.forward, new.why_no_forward = None, "a forward under no_grad"
         return new
 

@@ -17,7 +17,7 @@ from ..statistics.moments import Moments
 from ..statistics.running import FLOAT64, RunningStatistics, check_finite, check_variance, with_statistics
 from .files import FORMAT, StateError, decode, encode, read, replace
 
-__all__ = ["Kept", "LayerState", "described", "kept_from"]
+__all__ = ["FIXED", "Kept", "LayerState", "described", "kept_from"]
 
 Array = NDArray[Any]
 Values = dict[str, Array]
@@ -33,6 +33,7 @@ OPTIONS = {  # of the constructor, and the types that a file's description may g
     "nonfinite": str,
     "dtype": str,
 }
+FIXED = tuple(name for name in OPTIONS if name not in ("eps", "momentum"))  # once a layer is made
 ADDED = {"nonfinite": "propagate"}  # since format 1, and what layers of before do
 COUNTS = ("averaged", "skipped")  # of `Running`: None, or an array
 NOT_PICKLED = ("_contents", "_options", "_calibration", "_living", "_gamma", "_beta", "_eps", "_momentum", "_training")

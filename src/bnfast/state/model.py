@@ -16,7 +16,7 @@ from .. import _core
 from .._checks import integer
 from ..layer import BatchNorm
 from .files import MODEL_DTYPES, StateError, decode, encode, read, replace
-from .layer_state import OPTIONS, LayerState, described, kept_from
+from .layer_state import FIXED, LayerState, described, kept_from
 
 __all__ = ["load", "save"]
 
@@ -24,8 +24,6 @@ Array = NDArray[Any]
 Entry = LayerState | Array | bool | int | float | str
 BFLOAT16 = "bfloat16"
 MEMBERS = {"array": {"array"}, "bool": {"value"}, "float": {"value"}, "int": {"text"}, "str": {"text"}}  # of each kind
-# Options that `into` does not change; the others a living layer takes from the file.
-FIXED = tuple(name for name in OPTIONS if name not in ("eps", "momentum"))
 
 
 def save(path: str | os.PathLike[str], entries: Mapping[str, Any]) -> None:
