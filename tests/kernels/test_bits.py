@@ -103,6 +103,66 @@ def test_plans_are_explained_and_can_be_forced():
         plan((3, 4), "nonsense")
 
 
+def test_every_phase_of_work_for_two_threads_has_tasks_for_both():
+    for shape in ((512, 128), (1024, 64), (256, 256), (1176, 64), (64, 1024), (4096, 256)):
+        for operation in ("forward", "backward", "eval"):
+            tasks = _core.explain(shape, 1, np.float32, operation, 2)["tasks"]
+            assert tasks[-1] >= 2, (shape, operation, tasks)
+            if operation != "eval" and len(tasks) > 1:  # after the centres, which one task chooses
+                assert tasks[1] >= 2, (shape, operation, tasks)
+
+
+def test_threads_are_for_work_that_is_worth_them():
+    def worth(shape, operation, dtype=np.float32):
+        return _core.explain(shape, 1, dtype, operation, 1)["worth"]
+
+    assert [worth((32, 64), operation) for operation in ("moments", "forward", "eval", "backward")] == [1, 1, 1, 1]
+    assert [worth((1024, 64), operation) for operation in ("moments", "forward", "eval", "backward")] == [2, 2, 2, 3]
+    assert worth((512, 64), "forward") == 1
+    assert worth((512, 64), "forward", np.float64) == 2
+    assert worth((8, 4096), "forward") == 3 > worth((4096, 8), "forward")  # each channel costs, too
+    assert worth((4096, 4096), "forward") > 500
+
+
+def test_results_that_fit_half_of_the_last_level_with_their_data_go_through_the_caches():
+    before = _core.cache_bytes()
+    try:
+        for last_level, stays, leaves in ((2**25, 3000, 3400), (480 * 2**20, 5900, 6400)):
+            _core.set_cache_bytes(2**20, last_level)
+            assert not _core.explain((stays, 1024), 1, np.float32, "forward", 2)["stream"]
+            assert _core.explain((leaves, 1024), 1, np.float32, "forward", 2)["stream"]
+    finally:
+        _core.set_cache_bytes(*before)
+
+
+@pytest.mark.parametrize("offset", [0, 1, 4, 15])
+@pytest.mark.parametrize("n_columns", [16, 48, 100, 512, 1024, 1040])
+def test_a_row_does_not_depend_on_the_rows_that_are_mapped_with_it(make_data, dtype, n_columns, offset):
+    """Four rows share the loads of coefficients, or two where they lie a multiple of 2 KiB apart, or none."""
+    data = make_data((9, n_columns), dtype)
+    x, dy = (placed_at(offset, array) for array in (data.x, data.dy))
+    y, mean, inv_std = F.batch_norm(x, data.gamma, data.beta)
+    var = 1 / inv_std**2
+    y = F.batch_norm_eval(x, mean, var, data.gamma, data.beta, out=placed_at(offset, x))
+    dx = F.batch_norm_backward(dy, x, mean, inv_std, data.gamma, training=False, out=placed_at(offset, x))[0]
+    for n_rows in range(1, 9):
+        for first in (0, 9 - n_rows):
+            rows = slice(first, first + n_rows)
+            some = F.batch_norm_eval(x[rows], mean, var, data.gamma, data.beta)
+            assert np.array_equal(some, y[rows])
+            some = F.batch_norm_backward(dy[rows], x[rows], mean, inv_std, data.gamma, training=False)[0]
+            assert np.array_equal(some, dx[rows])
+
+
+def placed_at(offset, array):
+    """A copy that begins so many elements behind a line of memory."""
+    memory = np.empty(array.size + 64, array.dtype)
+    begin = -memory.ctypes.data % 64 // array.itemsize + offset
+    copy = memory[begin : begin + array.size].reshape(array.shape)
+    copy[...] = array
+    return copy
+
+
 def random_shapes(n):
     """(N, C, ...) of rank 2 to 5, the first large enough for 16 threads."""
     rng = np.random.default_rng(50)

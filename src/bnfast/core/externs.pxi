@@ -5,6 +5,7 @@ cdef extern from "kernels/job.h" nogil:
     ctypedef struct bnfast_kernels:
         const char *isa
         void (*round_values)(Py_ssize_t n, const double *values, void *out) noexcept nogil
+        Py_ssize_t (*usable_variances)(Py_ssize_t n, const double *var, double eps) noexcept nogil
 
     const bnfast_kernels *bnfast_active(Py_ssize_t itemsize) noexcept
     int bnfast_select(const char *isa) noexcept
@@ -68,6 +69,7 @@ cdef extern from "kernels/job.h" nogil:
         bnfast_phase *phases
         char *workspace
 
+    Py_ssize_t bnfast_threads_worth(const bnfast_job *job) noexcept
     void bnfast_plan(bnfast_job *job) noexcept
     int bnfast_is_planar(const bnfast_job *job) noexcept
 

@@ -23,6 +23,8 @@ cdef cnp.ndarray mapped(bnfast_job *job, cnp.ndarray x, cnp.ndarray u, int axis,
 cdef int check_variance(const double *var, Py_ssize_t channels, double eps, str prefix) except -1:
     """That it can be divided by."""
     cdef Py_ssize_t i
+    if bnfast_active(8).usable_variances(channels, var, eps) == channels:
+        return 0
     for i in range(channels):
         if not (var[i] + eps > 0.0 and var[i] - var[i] == 0.0):
             raise ValueError(f"{prefix}var: expected finite values with var + eps above 0, got {var[i]} "

@@ -13,9 +13,9 @@ cdef dict OPERATIONS = {
 def explain(shape, axis, dtype, str operation, int n_threads):
     """What is done, in which pieces, for C-contiguous arrays of a shape and a result in memory of its own.
 
-    -> dict: layout ("planar", "interleaved"), outer, channels, inner, plan ("blocks", "phases"), threads, stream,
-    bytes_of_arrays, workspace_bytes, segments (a channel), block_channels, tasks (of each phase), packed, near,
-    written_later, and words: the same as text, a line for each thing.
+    -> dict: layout ("planar", "interleaved"), outer, channels, inner, plan ("blocks", "phases"), threads, worth (how
+    many threads at most, where they are free), stream, bytes_of_arrays, workspace_bytes, segments (a channel),
+    block_channels, tasks (of each phase), packed, near, written_later, and words: the same as text, a line for each.
     """
     cdef bnfast_job job = new_job(BNFAST_MOMENTS)
     cdef int ndim = len(shape), i, place
@@ -50,6 +50,7 @@ def explain(shape, axis, dtype, str operation, int n_threads):
         "inner": job.inner,
         "plan": "blocks" if job.kind == BNFAST_BLOCKS else "phases",
         "threads": n_threads,
+        "worth": bnfast_threads_worth(&job),
         "stream": bool(job.stream),
         "bytes_of_arrays": arrays * job.outer * job.channels * job.inner * dtype.itemsize,
         "workspace_bytes": job.workspace_bytes,
@@ -86,7 +87,7 @@ cdef str in_words(dict plan, str operation):
         lines.append("the result is written around the caches" if plan["stream"]
                      else "the result is written through the caches")
     lines.append(f"{plan['bytes_of_arrays']} bytes of arrays, {plan['workspace_bytes']} of workspace, "
-                 f"{plan['threads']} threads")
+                 f"{plan['threads']} threads, and the work is worth {plan['worth']} at most")
     return "\n".join(lines)
 
 

@@ -1,11 +1,5 @@
 # Running a job: on how many threads, in which memory, and the only parallel loop.
 
-# Work of fewer elements than this is done at once by the calling thread, which keeps the GIL.
-cdef Py_ssize_t SMALL = 1 << 16
-
-# What a thread of a team should at least have to do, in elements.
-cdef Py_ssize_t SHARE = 1 << 15
-
 # Bytes of workspace that need no allocation.
 cdef enum:
     WORKSPACE_ON_STACK = 12288
@@ -121,46 +115,62 @@ cdef int find_budget(bnfast_budget *found) except -1:
     return 0
 
 
-cpdef int team_for(Py_ssize_t elements) except -1:
-    """How many threads the calling thread may use for work that is not small."""
+cpdef int team_for(Py_ssize_t elements, Py_ssize_t worth=1 << 30) except -1:
+    """How many threads the calling thread may use for so much work, which is worth so many."""
     cdef bnfast_budget budget
     find_budget(&budget)
-    cdef int team = min(budget.n, max(1, elements // SHARE))
+    cdef int team = min(budget.n, worth)
     if team > 1 and not budget.in_code and (not bnfast_waking_pays(elements) or bnfast_late_better_alone(elements)):
         return 1
     return team if budget.chosen else bnfast_rivals_leave(team, elements)
 
 
+cdef Py_ssize_t parameter_bytes(bnfast_parameter *parameter, Py_ssize_t channels) noexcept:
+    """Of a copy, in whole float64s."""
+    return channels * 8 if parameter.wide != NULL else (channels + 1) // 2 * 8 if parameter.narrow != NULL else 0
+
+
 cdef char *kept(bnfast_parameter *parameter, Py_ssize_t channels, char *at) noexcept:
     """Copies a parameter to `at`, and has it read from there; returns what is behind it."""
+    cdef char *behind = at + parameter_bytes(parameter, channels)
     if parameter.wide != NULL:
         memcpy(at, parameter.wide, channels * 8)
         parameter.wide = <const double *>at
     elif parameter.narrow != NULL:
         memcpy(at, parameter.narrow, channels * 4)
         parameter.narrow = <const float *>at
-    return at + channels * 8
+    return behind
 
 
 cdef int compute(bnfast_job *job, cnp.ndarray x) except -1:
     """Plans and runs a job whose arrays are set; job.u, if any, lies as x does."""
     cdef Py_ssize_t elements = job.outer * job.channels * job.inner
     cdef Py_ssize_t more
+    cdef bnfast_parameter *parameters[4]
+    cdef int p
     cdef char on_stack[WORKSPACE_ON_STACK]  # an allocation costs small calls a twentieth of their time
     cdef char *memory = on_stack
     cdef char *at
     cdef char *shared
-    cdef bint small = elements < SMALL
+    cdef Py_ssize_t worth
+    cdef bint small  # done at once by the calling thread, which keeps the GIL
     cdef int budget = 1
+    parameters[0], parameters[1], parameters[2], parameters[3] = &job.gamma, &job.beta, &job.vgamma, &job.vbeta
     job.kernels = bnfast_active(cnp.PyArray_ITEMSIZE(x))
     job.n_threads = 1
+    worth = bnfast_threads_worth(job)
+    small = worth == 1
     if not small:
-        budget = team_for(elements)
+        budget = team_for(elements, worth)
         job.n_threads = bnfast_openmp_enter(budget)
     bnfast_plan(job)
     # what the threads need besides: their shares of each phase, and the parameters as they are now, which others may
     # change meanwhile
-    more = 0 if small else job.n_phases * <Py_ssize_t>phase_bytes(job.n_threads) + 4 * job.channels * 8
+    more = 0
+    if not small:
+        more = job.n_phases * <Py_ssize_t>phase_bytes(job.n_threads)
+        for p in range(4):
+            more += parameter_bytes(parameters[p], job.channels)
     if more + job.workspace_bytes + 64 > WORKSPACE_ON_STACK:
         memory = <char *>PyMem_RawMalloc(more + job.workspace_bytes + 64)
     if memory == NULL:
@@ -174,10 +184,8 @@ cdef int compute(bnfast_job *job, cnp.ndarray x) except -1:
         shared = job.workspace
         job.workspace += job.n_phases * phase_bytes(job.n_threads)
         at = job.workspace + job.workspace_bytes
-        at = kept(&job.gamma, job.channels, at)
-        at = kept(&job.beta, job.channels, at)
-        at = kept(&job.vgamma, job.channels, at)
-        at = kept(&job.vbeta, job.channels, at)
+        for p in range(4):
+            at = kept(parameters[p], job.channels, at)
         run(job, shared)
         bnfast_openmp_leave(budget, job.n_threads)
     if memory != on_stack:

@@ -160,6 +160,14 @@ static void FN(make_coefficients)(ptrdiff_t n, const bnfast_channels *of)
         FN(make_group)(of, first, n - first < GROUP ? n - first : GROUP);
 }
 
+static ptrdiff_t FN(usable_variances)(ptrdiff_t n, const double *restrict var, double eps)
+{
+    int64_t usable = 0;
+    for (ptrdiff_t i = 0; i < n; i++)
+        usable += (var[i] + eps > 0.0) & (var[i] - var[i] == 0.0);
+    return (ptrdiff_t)usable;
+}
+
 static ALWAYS_INLINE T FN(lesser)(T a, T b) { return a < b ? a : b; }
 static ALWAYS_INLINE T FN(greater)(T a, T b) { return a > b ? a : b; }
 

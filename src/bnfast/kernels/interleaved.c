@@ -13,12 +13,7 @@
 #include <stdint.h>
 #include <string.h>
 
-enum {
-    FINISH_CHANNELS = 1024,
-    REDUCE_BYTES = 1 << 19,
-    APPLY_BYTES = 1 << 18,
-    COEFFICIENT_BYTES = 12 << 10 /* of a part of the columns that is mapped at once: a part of L1 */
-};
+enum { COEFFICIENT_BYTES = 12 << 10 /* of a part of the columns that is mapped at once: a part of L1 */ };
 
 static double segment_count(const bnfast_job *job, ptrdiff_t s)
 {
@@ -216,20 +211,11 @@ static ptrdiff_t column_parts(const bnfast_job *job)
     return quotient_up(job->channels * columns_of_channel(job), job->task_columns);
 }
 
-/* Neighbouring segments that make one task: long enough for the memory's prefetchers, and enough tasks for all
- * threads. */
-static ptrdiff_t segments_of_task(const bnfast_job *job)
-{
-    const ptrdiff_t bytes = job->segment_rows * folded_stride(job) * job->kernels->itemsize;
-    const ptrdiff_t n = least(quotient_up(REDUCE_BYTES, bytes), job->n_segments / (4 * job->n_threads));
-    return n < 1 ? 1 : n;
-}
-
 static void reduce_task(const bnfast_job *job, ptrdiff_t index, int thread)
 {
     (void)thread;
     const bnfast_block block = whole(job);
-    const ptrdiff_t parts = column_parts(job), n = segments_of_task(job), begin = index / parts * n;
+    const ptrdiff_t parts = column_parts(job), n = job->task_segments, begin = index / parts * n;
     const ptrdiff_t j = index % parts * job->task_columns;
     if (begin >= job->n_segments) {
         reduce_left(job, &block);
@@ -239,17 +225,12 @@ static void reduce_task(const bnfast_job *job, ptrdiff_t index, int thread)
         reduce(job, &block, s, j, least(job->task_columns, block.width - j));
 }
 
-static int made_by_range(const bnfast_job *job) { return columns_of_channel(job) == 1; }
-
 static void coefficients_task(const bnfast_job *job, ptrdiff_t index, int thread)
 {
     (void)thread;
     const bnfast_block block = whole(job);
-    const ptrdiff_t i = index * FINISH_CHANNELS;
-    if (made_by_range(job))
-        merge_and_make(job, &block, i, least(FINISH_CHANNELS, block.n - i));
-    else
-        merge_and_make(job, &block, 0, block.n);
+    const ptrdiff_t i = index * job->coefficient_channels;
+    merge_and_make(job, &block, i, least(job->coefficient_channels, block.n - i));
 }
 
 static void apply_task(const bnfast_job *job, ptrdiff_t index, int thread)
@@ -278,15 +259,13 @@ static void steps_phases(bnfast_job *job)
 {
     job->scratch_bytes = job->workspace_bytes = bnfast_block_bytes(job, job->channels, columns_of_channel(job));
     if (reduces(job)) {
-        const ptrdiff_t tasks = quotient_up(job->n_segments, segments_of_task(job)) * column_parts(job);
+        const ptrdiff_t tasks = quotient_up(job->n_segments, job->task_segments) * column_parts(job);
         add_phase(job, centers_task, 1, FORWARDS);
         add_phase(job, reduce_task, tasks + (rows_left(job) > 0), FORWARDS);
     }
-    add_phase(job, coefficients_task, made_by_range(job) ? quotient_up(job->channels, FINISH_CHANNELS) : 1, FORWARDS);
-    if (applies(job)) {
-        job->apply_rows = APPLY_BYTES / (folded_stride(job) * job->kernels->itemsize) + 1;
+    add_phase(job, coefficients_task, quotient_up(job->channels, job->coefficient_channels), FORWARDS);
+    if (applies(job))
         add_phase(job, apply_task, quotient_up(folded_rows(job), job->apply_rows) + (rows_left(job) > 0), BACKWARDS);
-    }
 }
 
 void bnfast_interleaved_phases(bnfast_job *job)

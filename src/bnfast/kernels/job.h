@@ -67,15 +67,17 @@ struct bnfast_job {
     ptrdiff_t segment_length; /* planar: elements of a row in a segment */
     ptrdiff_t fold;           /* interleaved: rows seen as one, so that narrow rows fill vectors */
     ptrdiff_t block_channels;
-    ptrdiff_t task_channels; /* of the neighbouring blocks that a task does one after another */
-    ptrdiff_t task_columns;  /* interleaved: of a segment that a task of the reduce phase takes */
-    ptrdiff_t lead;          /* interleaved: columns before the first that begins a cache line of `out` */
-    int near;                /* interleaved: what a thread reduces lies in its L2 */
-    int pack;                /* interleaved: copy a block's rows together while they are reduced */
-    int written_later;       /* planar: a block is written while the next is reduced, in one loop */
-    int asked_for;           /* planar: else, the next block is brought into cache while one is written */
-    ptrdiff_t apply_rows;    /* rows a task of the apply phase takes */
-    int stream;              /* write around the caches */
+    ptrdiff_t task_channels;        /* of the neighbouring blocks that a task does one after another */
+    ptrdiff_t task_columns;         /* interleaved: of a segment that a task of the reduce phase takes */
+    ptrdiff_t task_segments;        /* interleaved: that it takes one after another */
+    ptrdiff_t coefficient_channels; /* that a task of the phase of coefficients makes */
+    ptrdiff_t lead;                 /* interleaved: columns before the first that begins a cache line of `out` */
+    int near;                       /* interleaved: what a thread reduces lies in its L2 */
+    int pack;                       /* interleaved: copy a block's rows together while they are reduced */
+    int written_later;              /* planar: a block is written while the next is reduced, in one loop */
+    int asked_for;                  /* planar: else, the next block is brought into cache while one is written */
+    ptrdiff_t apply_rows;           /* rows a task of the apply phase takes */
+    int stream;                     /* write around the caches */
     ptrdiff_t scratch_bytes;
     ptrdiff_t workspace_bytes;
     int n_phases;
@@ -85,6 +87,7 @@ struct bnfast_job {
     char *workspace;
 };
 
+ptrdiff_t bnfast_threads_worth(const bnfast_job *job); /* before the plan: how many threads the work is worth */
 void bnfast_plan(bnfast_job *job);
 int bnfast_is_planar(const bnfast_job *job); /* the layout that a plan is made for */
 

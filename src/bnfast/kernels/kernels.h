@@ -137,6 +137,8 @@ typedef struct {
 
     /* The results of n channels, and their coefficients. */
     void (*make_coefficients)(ptrdiff_t n, const bnfast_channels *of);
+    /* How many of n variances are finite and, with eps, above 0. */
+    ptrdiff_t (*usable_variances)(ptrdiff_t n, const double *var, double eps);
     /* For each of n channels, `step` apart, the middle one of the BNFAST_SAMPLES values at x + offsets[i], so that one
      * or two outliers are never taken; 0 where it is not finite. out: (n,) OUT */
     void (*typical_values)(ptrdiff_t n, ptrdiff_t step, const void *x, const ptrdiff_t *offsets, void *out);

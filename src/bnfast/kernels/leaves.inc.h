@@ -48,6 +48,7 @@ const bnfast_kernels FN(bnfast_table) = {
     .merge_moments = FN(merge_moments),
     .merge_sums = FN(merge_sums),
     .make_coefficients = FN(make_coefficients),
+    .usable_variances = FN(usable_variances),
     .typical_values = FN(typical_values),
     .floor = FN(floor),
     .round_values = FN(round_values),
@@ -73,6 +74,8 @@ const bnfast_kernels FN(bnfast_table) = {
 #undef PIVOT_CHANNELS
 #undef TAKE_STEPS
 #undef ROWS
+#undef FEWER_ROWS
+#undef ROWS_DISPLACE
 #undef MANY_COLUMNS
 #undef GROUP
 #undef SMALLEST_MEAN_SQUARE

@@ -6,8 +6,11 @@
  * normalize, float32: four roundings, at most 2.4e-7 * |gamma * x_hat| + 6e-8 * |y|.
  * Memory traffic: read x (and u), write out; with `stream` the written lines are not read first. */
 
-/* Rows that share a load of interleaved coefficients: so few that their lines stay in L1 where rows lie 4 KiB apart. */
-#define ROWS 2
+/* Rows that share a load of interleaved coefficients; fewer where they lie a multiple of 2 KiB apart, so that their lines
+ * stay in L1. */
+#define ROWS 4
+#define FEWER_ROWS 2
+#define ROWS_DISPLACE(stride) ((stride) * (ptrdiff_t)sizeof(T) % 2048 == 0)
 
 /* From so many columns on vectors begin where the memory of `out` is aligned, and both ends are parts of vectors. */
 #define MANY_COLUMNS (16 * VN)
@@ -244,8 +247,8 @@ static ALWAYS_INLINE void FN(map_run)(const T *x, const T *u, T *out, ptrdiff_t 
     }
 }
 
-/* The same for rows of whole vectors: as rows that begin where the memory is aligned, two of which share the loads of
- * coefficients. */
+/* The same for rows of whole vectors: as rows that begin where the memory is aligned, some of which share the loads
+ * of coefficients. */
 static ALWAYS_INLINE void FN(map_shifted_rows)(const T *x, const T *u, T *out, ptrdiff_t n_rows, ptrdiff_t n_columns,
                                                const bnfast_coefficients *c, int gradient)
 {
@@ -269,8 +272,11 @@ static ALWAYS_INLINE void FN(map_shifted_rows)(const T *x, const T *u, T *out, p
         out += (rows) * n_columns; \
     } while (0)
     ptrdiff_t r = 0;
-    for (; r + ROWS <= n_rows; r += ROWS)
-        SHIFTED_ROWS(ROWS, n_columns);
+    if (!ROWS_DISPLACE(n_columns))
+        for (; r + ROWS <= n_rows; r += ROWS)
+            SHIFTED_ROWS(ROWS, n_columns);
+    for (; r + FEWER_ROWS <= n_rows; r += FEWER_ROWS)
+        SHIFTED_ROWS(FEWER_ROWS, n_columns);
     for (; r < n_rows; r++)
         SHIFTED_ROWS(1, n_columns);
     if (head > 0) {
@@ -316,9 +322,13 @@ static ALWAYS_INLINE void FN(map_columns)(const T *x, const T *u, T *out, const 
         r += (rows); \
     } while (0)
     /* What comes from cache waits for instructions; what comes from memory is best read as one stream. */
-    if (!stream)
-        while (r + ROWS <= n_rows)
-            DO_ROWS(ROWS);
+    if (!stream) {
+        if (!ROWS_DISPLACE(stride))
+            while (r + ROWS <= n_rows)
+                DO_ROWS(ROWS);
+        while (r + FEWER_ROWS <= n_rows)
+            DO_ROWS(FEWER_ROWS);
+    }
     while (r < n_rows)
         DO_ROWS(1);
 #undef DO_ROWS

@@ -13,7 +13,7 @@
 enum { PLANAR_INNER = 16 };
 
 /* Of a last level that is said to be larger others have their part. */
-enum { MOST_LAST_LEVEL = 96 << 20 };
+enum { MOST_LAST_LEVEL = 96 << 20, MOST_WRITTEN_THROUGH = 48 << 20 };
 
 static ptrdiff_t believed_last_level(void) { return least(bnfast_last_level_bytes(), MOST_LAST_LEVEL); }
 
@@ -22,6 +22,13 @@ static bnfast_choices forced = {-1, -1, -1, -1, -1};
 void bnfast_force(const bnfast_choices *choices) { forced = *choices; }
 
 static int choice(int forced_one, int own) { return forced_one < 0 ? own : forced_one; }
+
+/* Channels that a task of the phase of coefficients makes: as many tasks as threads, or more. */
+static ptrdiff_t coefficient_channels(const bnfast_job *job)
+{
+    enum { FEWEST = 64, MOST = 1024, LINES = 16 };
+    return most(FEWEST, least(MOST, round_up(quotient_up(job->channels, job->n_threads), LINES)));
+}
 
 /* ---- planar ------------------------------------------------------------------------------------------------------ */
 
@@ -59,6 +66,7 @@ static void choose_planar(bnfast_job *job)
 {
     const int threads = job->n_threads;
     job->block_channels = job->channels;
+    job->coefficient_channels = coefficient_channels(job);
     const int enough = threads == 1 || job->channels % threads == 0 || job->channels >= 4 * threads;
     const ptrdiff_t run = job->inner * job->kernels->itemsize, channel_bytes = job->outer * run * arrays_read(job);
     const ptrdiff_t share = threads == 1 ? job->channels : quotient_up(job->channels, PLANAR_TASKS * threads);
@@ -90,7 +98,11 @@ enum {
         << 10, /* of L2: what lies a multiple of this apart shares WAYS places (1 MiB and 8, 2 MiB and 16) */
     WAYS = 8,
     TASK_COLUMNS = 2048,
-    FEWEST_TASK_COLUMNS = 512
+    FEWEST_TASK_COLUMNS = 512,
+    FEWEST_NEAR_COLUMNS = 32, /* as many as are summed at once in L2 (sums.inc.h) */
+    FEW_ROWS = 32,
+    REDUCE_BYTES = 1 << 19, /* of a task, where there are enough tasks for all threads */
+    APPLY_BYTES = 1 << 18,
 };
 
 static void cut_interleaved_segments(bnfast_job *job)
@@ -136,13 +148,59 @@ static ptrdiff_t channels_of_block(bnfast_job *job)
     return wide ? n : most_channels;
 }
 
+/* Blocks that begin where lines of `out` do. */
+static void take_lead(bnfast_job *job)
+{
+    const ptrdiff_t size = job->kernels->itemsize;
+    if (job->inner == 1 && applies(job) && period(job) * size % 64 == 0)
+        job->lead = (ptrdiff_t)(-(uintptr_t)job->out % 64) / size;
+}
+
+/* Channels of a thread where each takes its own for all steps, so that none waits for another: where rows are few, and
+ * coefficients weigh as much as the map. (With many rows each would end in a line of memory that two threads write.)
+ * 0: that would not pay. */
+static ptrdiff_t channels_of_thread(const bnfast_job *job)
+{
+    const ptrdiff_t size = job->kernels->itemsize, line = 64 / size, threads = job->n_threads;
+    const ptrdiff_t even = quotient_up(job->channels, threads), n = period(job) % line ? even : round_up(even, line);
+    if (threads == 1 || job->fold > 1 || n * job->inner * size < RANGE_BYTES || job->outer > FEW_ROWS ||
+        (reduces(job) && !job->near) || n * threads > job->channels + job->channels / 8)
+        return 0;
+    return n;
+}
+
+/* Tasks of the phases: enough for all threads, and no smaller than that asks for. */
+static void cut_interleaved_phases(bnfast_job *job)
+{
+    const ptrdiff_t threads = job->n_threads, row_bytes = folded_stride(job) * job->kernels->itemsize;
+    const ptrdiff_t fewest = job->near ? FEWEST_NEAR_COLUMNS : FEWEST_TASK_COLUMNS, tasks = 4 * threads;
+    job->task_columns = TASK_COLUMNS;
+    while (job->task_columns > fewest && job->n_segments * quotient_up(folded_stride(job), job->task_columns) < tasks)
+        job->task_columns /= 2;
+    job->task_segments =
+        most(1, least(quotient_up(REDUCE_BYTES, job->segment_rows * row_bytes), job->n_segments / (4 * threads)));
+    job->coefficient_channels = columns_of_channel(job) > 1 ? job->channels : coefficient_channels(job);
+    job->apply_rows = least(APPLY_BYTES / row_bytes + 1, most(1, quotient_up(folded_rows(job), 2 * threads)));
+}
+
 static void choose_interleaved(bnfast_job *job)
 {
     const ptrdiff_t bytes = bytes_of_array(job) * arrays_read(job);
     job->block_channels = job->channels;
     job->near = choice(forced.near, bytes <= bnfast_l2_bytes() / 2 * job->n_threads);
-    job->task_columns = TASK_COLUMNS;
-    const ptrdiff_t line = 64 / job->kernels->itemsize;
+    if (forced.kind != BNFAST_PHASES && job->n_threads == 1 && bytes <= bnfast_l2_bytes() / 2) {
+        job->kind = BNFAST_BLOCKS;
+        job->task_channels = job->channels;
+        return;
+    }
+    cut_interleaved_phases(job);
+    const ptrdiff_t line = 64 / job->kernels->itemsize, own = channels_of_thread(job);
+    if (forced.kind != BNFAST_PHASES && own > 0) {
+        job->kind = BNFAST_BLOCKS;
+        job->block_channels = job->task_channels = own;
+        take_lead(job);
+        return;
+    }
     if (!reduces(job)) {
         /* so many coefficients that they would not stay in L2 between being made and being used */
         if (job->fold == 1 && bnfast_block_bytes(job, job->channels, columns_of_channel(job)) > bnfast_l2_bytes()) {
@@ -151,11 +209,6 @@ static void choose_interleaved(bnfast_job *job)
             job->task_channels =
                 job->block_channels * most(1, job->channels / job->block_channels / (4 * job->n_threads));
         }
-        return;
-    }
-    if (forced.kind != BNFAST_PHASES && job->n_threads == 1 && bytes <= bnfast_l2_bytes() / 2) {
-        job->kind = BNFAST_BLOCKS;
-        job->task_channels = job->channels;
         return;
     }
     ptrdiff_t n = channels_of_block(job);
@@ -171,14 +224,8 @@ static void choose_interleaved(bnfast_job *job)
         job->kind = BNFAST_BLOCKS;
         job->block_channels = n;
         job->task_channels = n * quotient_up(job->channels / n, INTERLEAVED_TASKS * job->n_threads);
-        if (job->inner == 1 && applies(job) && period(job) % line == 0)
-            job->lead = (ptrdiff_t)(-(uintptr_t)job->out % 64) / job->kernels->itemsize;
-        return;
+        take_lead(job);
     }
-    /* parts of the columns for all threads, where the rows are one segment */
-    while (job->task_columns > FEWEST_TASK_COLUMNS &&
-           job->n_segments * quotient_up(period(job) * job->fold, job->task_columns) < 2 * job->n_threads)
-        job->task_columns /= 2;
 }
 
 /* ---- both -------------------------------------------------------------------------------------------------------- */
@@ -189,7 +236,32 @@ static int is_streamed(const bnfast_job *job)
 {
     const ptrdiff_t bytes = (arrays_read(job) + 1) * bytes_of_array(job);
     return applies(job) && job->out != job->x && job->out != job->u &&
-           choice(forced.stream, bytes >= believed_last_level() / 2);
+           choice(forced.stream, bytes >= least(bnfast_last_level_bytes() / 5 * 4, MOST_WRITTEN_THROUGH));
+}
+
+/* About the time that an operation takes on one thread where its arrays lie in L2: measured with AVX-512, and near
+ * enough elsewhere for what it decides. */
+static ptrdiff_t nanoseconds(const bnfast_job *job)
+{
+    static const struct {
+        int element, channel; /* picoseconds; of float32 */
+    } costs[] = {
+        [BNFAST_MOMENTS] = {125, 2000},       [BNFAST_FORWARD] = {180, 3000}, [BNFAST_EVAL] = {125, 1000},
+        [BNFAST_BACKWARD] = {250, 3000},      [BNFAST_JVP] = {250, 3000},     [BNFAST_FLOOR] = {125, 0},
+        [BNFAST_BACKWARD_EVAL] = {180, 2000},
+    };
+    const double elements = (double)bytes_of_array(job) / 4;
+    return (
+        ptrdiff_t)((elements * costs[job->operation].element + (double)job->channels * costs[job->operation].channel) /
+                   1000);
+}
+
+/* A team that is awake costs one to two microseconds a call, and more the larger it is. */
+ptrdiff_t bnfast_threads_worth(const bnfast_job *job)
+{
+    enum { ENOUGH = 8000, SHARE = 5000 };
+    const ptrdiff_t time = nanoseconds(job);
+    return time < ENOUGH ? 1 : most(2, time / SHARE);
 }
 
 int bnfast_is_planar(const bnfast_job *job) { return job->inner >= PLANAR_INNER; }

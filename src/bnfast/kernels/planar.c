@@ -206,9 +206,10 @@ static void reduce_task(const bnfast_job *job, ptrdiff_t index, int thread)
 
 static void coefficients_task(const bnfast_job *job, ptrdiff_t index, int thread)
 {
-    (void)index, (void)thread;
+    (void)thread;
     const bnfast_block block = whole(job);
-    merge_and_make(job, &block, 0, block.n);
+    const ptrdiff_t i = index * job->coefficient_channels;
+    merge_and_make(job, &block, i, least(job->coefficient_channels, block.n - i));
 }
 
 /* In the order of memory, whatever the channels. */
@@ -249,7 +250,7 @@ static void steps_phases(bnfast_job *job)
         add_phase(job, centers_task, 1, FORWARDS);
         add_phase(job, reduce_task, job->n_segments * quotient_up(job->channels, channels_together(job)), FORWARDS);
     }
-    add_phase(job, coefficients_task, 1, FORWARDS);
+    add_phase(job, coefficients_task, quotient_up(job->channels, job->coefficient_channels), FORWARDS);
     if (applies(job)) {
         const sweep s = sweep_of(job);
         add_phase(job, apply_task, s.pieces * s.parts * quotient_up(job->outer, s.n_rows), FORWARDS);
