@@ -11,10 +11,12 @@ import time
 import tracemalloc
 import warnings
 import weakref
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
 from layers import CHANNELS, EPS, assert_close, batch, everything, in_threads, normalised, raw, statistics, trained
+from tolerances import assert_same_bits
 
 import bnfast
 from bnfast import BatchNorm, moments
@@ -507,6 +509,44 @@ def test_repr_says_what_was_asked_for(options, expected):
 
 class Named(BatchNorm):
     """A subclass."""
+
+
+def test_a_call_goes_through_a_forward_of_ones_own():
+    class Doubled(bnfast.BatchNorm):
+        def forward(self, x, out=None, *, update=True):
+            return 2 * super().forward(x, out, update=update)
+
+    class Another:
+        def forward(self, x, out=None, *, update=True):
+            return "another's"
+
+    class Mixed(Another, bnfast.BatchNorm):
+        pass
+
+    x = np.random.default_rng(0).normal(size=(8, 3))
+    plain, doubled, own = bnfast.BatchNorm(3), Doubled(3), bnfast.BatchNorm(3)
+    y = plain(x)
+    assert_same_bits(y, bnfast.BatchNorm(3).forward(x))
+    assert_same_bits(doubled(x), 2 * y)
+    assert_same_bits(doubled.running_mean, plain.running_mean)
+    assert Mixed(3)(x) == "another's"
+    own.forward = lambda x: -x  # as hooks do
+    assert_same_bits(own(x), -x)
+
+
+@pytest.mark.parametrize("how", ["plain", "no_grad", "calibrating", "eval", "update", "out"])
+def test_a_call_is_its_forward(how):
+    x = np.random.default_rng(0).normal(size=(8, 3))
+    called, forwarded = bnfast.BatchNorm(3), bnfast.BatchNorm(3)
+    for layer, forward in ((called, called), (forwarded, forwarded.forward)):
+        more = {"update": {"update": False}, "out": {"out": np.empty_like(x)}}.get(how, {})
+        layer.train(how != "eval")
+        with bnfast.no_grad() if how == "no_grad" else layer.calibrate() if how == "calibrating" else nullcontext():
+            layer.y = forward(x, **more)
+    assert_same_bits(called.y, forwarded.y)
+    assert_same_bits(called.running_mean, forwarded.running_mean)
+    assert called.num_batches_tracked == forwarded.num_batches_tracked
+    assert (called._contents.value.forward is None) == (forwarded._contents.value.forward is None) == (how == "no_grad")
 
 
 def test_repr_names_the_subclass():

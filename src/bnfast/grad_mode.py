@@ -8,15 +8,15 @@ from typing import Any, TypeVar
 
 from . import _core
 
-__all__ = ["is_off", "no_grad"]
+__all__ = ["depth", "is_off", "no_grad"]
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 # How many `with no_grad()` the calling context is inside of. Nothing is kept in the context manager itself, which may
 # be entered in several threads at once.
-_depth: ContextVar[int] = ContextVar("bnfast_no_grad", default=0)
+depth: ContextVar[int] = ContextVar("bnfast_no_grad", default=0)
 
-is_off = _depth.get
+is_off = depth.get
 
 
 class no_grad(_core.CountedContext, ContextDecorator):
@@ -45,7 +45,7 @@ class no_grad(_core.CountedContext, ContextDecorator):
     """
 
     def __init__(self) -> None:
-        super().__init__(_depth)
+        super().__init__(depth)
 
     def __call__(self, function: _Function) -> _Function:
         """The function, run inside."""

@@ -1,7 +1,8 @@
 """The layer: parameters, modes, forward and backward around the extension's steps.
 
 A forward leaves a record, `Forward`, of all that its backward needs: x itself and copies of the rest. `backward` uses
-up the last one; `vjp` hands out one as a function. Whatever else a call changes is exchanged at once (core/layer.pxi).
+up the last one; `vjp` hands out one as a function. Whatever else a call changes is exchanged at once (core/layer.pxi,
+where `layer(x)` itself is, too).
 The statistics are in statistics/running.py, dictionaries, pickles and files in state/layer_state.py.
 """
 
@@ -38,7 +39,7 @@ class _OthersName:
         raise AttributeError(f"{self.name}: here this is {self.ours}; nothing was set")
 
 
-class BatchNorm(LayerState):
+class BatchNorm(LayerState, _core.Called):
     """Batch normalisation layer over one axis of arrays of any rank from 2 up.
 
     In training mode `bn(x)` normalises with the statistics of the batch and updates the running statistics; in eval
@@ -214,10 +215,6 @@ class BatchNorm(LayerState):
         self._momentum = momentum
 
     # --- forward ------------------------------------------------------------------------------------------------
-
-    def __call__(self, x: ArrayLike, out: Array | None = None, *, update: bool = True) -> Array:
-        """See `forward`."""
-        return self.forward(x) if out is None and update else self.forward(x, out, update=update)
 
     def forward(self, x: ArrayLike, out: Array | None = None, *, update: bool = True) -> Array:
         """Normalise `x`; in training mode update the running statistics too.
@@ -515,3 +512,6 @@ class Pullback:
 
     def __repr__(self) -> str:
         return f"<backward of a forward of {self._forward.x.shape} through {self._layer!r}>"
+
+
+_core.set_plain_forward(BatchNorm.forward, grad_mode.depth)

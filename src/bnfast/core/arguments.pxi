@@ -36,12 +36,11 @@ def as_data(value, str name):
     return as_floating(value, name)
 
 
-cdef cnp.ndarray as_input(value, axis, Py_ssize_t channels):
-    """`value` as `as_data` gives it for "x", with so many channels along `axis` (nothing else is checked)."""
-    cdef cnp.ndarray array = as_floating(value, "x")
+cdef cnp.ndarray as_input(object value, Py_ssize_t axis, Py_ssize_t channels):
+    """`value` as `as_samples` gives it for "x", with so many channels along `axis`, if it has such an axis."""
+    cdef cnp.ndarray array = as_samples(value, "x")
     cdef int ndim = cnp.PyArray_NDIM(array)
-    cdef Py_ssize_t i = axis if -64 <= axis <= 64 else 64  # the latter: refused where it is used
-    if -ndim <= i < ndim and ndim >= 2 and cnp.PyArray_DIM(array, i if i >= 0 else i + ndim) != channels:
+    if -ndim <= axis < ndim and cnp.PyArray_DIM(array, axis if axis >= 0 else axis + ndim) != channels:
         shape = shape_of(array)
         hint = ""
         for k, n in enumerate(shape):

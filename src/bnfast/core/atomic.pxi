@@ -47,6 +47,9 @@ cdef class AtomicReference:
 
     @property
     def value(self):
+        return self.current()
+
+    cdef object current(self):
         with cython.critical_section(self):
             value = self.referent
         return value
@@ -72,7 +75,7 @@ cdef class AtomicReference:
     def update(self, function, *arguments):
         """Exchanges the referent for `function(referent, *arguments)`; looks again if another call came between."""
         while True:
-            found = self.value
+            found = self.current()
             if self.swap(found, function(found, *arguments), NULL, 0):
                 return
 
@@ -124,7 +127,7 @@ def update_all(list updates, list arrays=[], list attributes=[]):
         copies[i] = _Orders(updates[i][2])
     while changed:
         for i in range(n):
-            found[i] = (<AtomicReference?>updates[i][0]).value
+            found[i] = (<AtomicReference?>updates[i][0]).current()
             new[i] = updates[i][1](found[i])
         changed = False
         for i in range(n):
@@ -132,7 +135,7 @@ def update_all(list updates, list arrays=[], list attributes=[]):
     for i in range(n):
         reference, orders = updates[i][0], copies[i]
         while not reference.swap(found[i], new[i], orders.orders, orders.n):
-            found[i] = reference.value
+            found[i] = reference.current()
             new[i] = updates[i][1](found[i])
     for target, source in arrays:
         cnp.PyArray_CopyInto(target, source)

@@ -17,13 +17,17 @@ cdef enum:
 KEEP_NOTHING, KEEP_LAST, KEEP_PULLBACK = NOBODY, LAYER, PULLBACK
 
 
+# Multiples of the golden ratio, without their whole parts: spread over the array, and in step with no row.
+cdef double[SAMPLES] PLACES
+for _i in range(SAMPLES):
+    PLACES[_i] = _i * 0.6180339887498949 % 1.0
+
+
 cdef inline Py_ssize_t sampled(Py_ssize_t i, Py_ssize_t size) noexcept:
-    """Where the i-th element of a sample lies: the first, the last, between them where multiples of the golden ratio
-    lie, which is spread over the array and in step with no row. Of few elements all are taken."""
-    cdef double place = i * 0.6180339887498949
+    """Where the i-th element of a sample lies, the first and the last among them. Of few elements all are taken."""
     if size <= SAMPLES:
         return min(i, size - 1)
-    return size - 1 if i == SAMPLES - 1 else <Py_ssize_t>((place - <int>place) * size)
+    return size - 1 if i == SAMPLES - 1 else <Py_ssize_t>(PLACES[i] * size)
 
 
 cdef void take_sample(cnp.ndarray x, unsigned long long *sample) noexcept:
@@ -214,6 +218,11 @@ cdef class Running:
                 skips = <long long *>cnp.PyArray_DATA(<cnp.ndarray>skipped)
         new.block = new_block(2, channels, False)
         new_mean, new_var = new.row(0), new.row(1)
+        if 0.0 < weight < 1.0 and counts == NULL:  # all channels alike, without branches
+            for i in range(channels):
+                new_mean[i] = (1.0 - weight) * old_mean[i] + weight * batch_mean[i]
+                new_var[i] = (1.0 - weight) * old_var[i] + weight * (batch_m2[i] / divisor)
+            channels = 0
         for i in range(channels):
             if some_skipped and not is_finite(batch_mean[i], batch_m2[i]):
                 new_mean[i], new_var[i] = old_mean[i], old_var[i]
@@ -321,27 +330,35 @@ cdef class Options:
     """What of a layer never changes and its forward has to know."""
 
     cdef object axis
+    cdef int place  # the axis as a C number; 64, which no array has, for what is none
     cdef Py_ssize_t channels
     cdef bint tracks, unbiased, skips, raises
 
     def __cinit__(self, axis, Py_ssize_t channels, bint tracks, bint unbiased, str nonfinite):
         self.axis, self.channels, self.tracks, self.unbiased = axis, channels, tracks, unbiased
+        self.place = axis if -64 <= axis < 64 else 64
         self.skips, self.raises = nonfinite == "skip", nonfinite == "raise"
 
+    cdef int axis_of(self, cnp.ndarray x) except -1:
+        """The channel axis, counted from the first one."""
+        cdef int ndim = cnp.PyArray_NDIM(x)
+        if -ndim <= self.place < ndim:
+            return self.place if self.place >= 0 else self.place + ndim
+        return as_axis(self.axis, x)
 
-cdef Forward new_forward(AtomicReference contents, Options options, x, gamma, beta, double eps, bint training,
-                         int rows):
+
+cdef Forward new_forward(AtomicReference contents, Options options, x, gamma, beta, double eps, bint training):
     """One that has not been computed, of checked data; gamma and beta of one moment."""
     cdef Forward forward = Forward.__new__(Forward)
     cdef cnp.ndarray g, b
-    forward.x = PyArray_View(as_samples(as_input(x, options.axis, options.channels), "x"), NULL, NULL)
-    forward.axis, forward.eps, forward.training = as_axis(options.axis, forward.x), eps, training
+    forward.x = PyArray_View(as_input(x, options.place, options.channels), NULL, NULL)
+    forward.axis, forward.eps, forward.training = options.axis_of(forward.x), eps, training
     forward.channels = options.channels
     forward.count = cnp.PyArray_SIZE(forward.x) // options.channels
     g = as_parameter(gamma, "gamma", options.channels, None)
     b = as_parameter(beta, "beta", options.channels, None)
     forward.has_gamma, forward.has_beta = g is not None, b is not None
-    forward.block = new_block(rows, options.channels, False)
+    forward.block = new_block(ROWS, options.channels, False)
     with cython.critical_section(contents):
         if g is not None:
             widen(g, forward.row(GAMMA))
@@ -359,52 +376,90 @@ cdef int seal(Forward forward, out, tuple living) except -1:
     return 0
 
 
-cdef tuple forward_with_batch(AtomicReference contents, Options options, x, gamma, beta, double eps, bint training, out,
-                              tuple living):
-    """-> (y, Forward): normalises with the statistics of the batch. living: forwards whose x `out` may overwrite."""
+cdef cnp.ndarray map_with_batch(Forward forward, Options options, out, tuple living):
+    """-> y: a new forward normalises with the statistics of the batch. living: whose x `out` may overwrite."""
     cdef bnfast_job job = new_job(BNFAST_FORWARD)
-    cdef Forward forward = new_forward(contents, options, x, gamma, beta, eps, training, ROWS)
     cdef cnp.ndarray y, given_out = as_out(out, forward.x)
     check_count(forward.x, forward.axis)
-    job.eps = eps if eps > 0.0 else as_positive_eps(eps)
+    job.eps = forward.eps if forward.eps > 0.0 else as_positive_eps(forward.eps)
     forward.set_parameters(&job)
     job.mean, job.inv_std, job.m2 = forward.row(MEAN), forward.row(INV_STD), forward.row(M2)
     y = mapped(&job, forward.x, None, forward.axis, forward.channels, given_out)
     seal(forward, out, living)
-    if options.raises and training:
+    if options.raises and forward.training:
         forward.check_finite()
-    return y, forward
+    return y
 
 
-cdef tuple forward_with_running(AtomicReference contents, Options options, x, gamma, beta, double eps, bint training,
-                                out, tuple living):
-    """-> (y, Forward): normalises with the running statistics, as constants."""
+cdef cnp.ndarray map_with_running(Forward forward, Running running, out, tuple living):
+    """-> y: a new forward normalises with the running statistics, as constants."""
     cdef bnfast_job job = new_job(BNFAST_EVAL)
-    cdef Forward forward = new_forward(contents, options, x, gamma, beta, eps, training, PARAMETERS)
     cdef cnp.ndarray y, given_out = as_out(out, forward.x)
-    forward.running = (<Contents>contents.value).in_use
-    check_variance(forward.running.row(1), options.channels, eps, "running_")
-    job.eps = eps
+    forward.running = running
+    check_variance(running.row(1), forward.channels, forward.eps, "running_")
+    job.eps = forward.eps
     forward.set_parameters(&job)
-    job.mean, job.var = forward.running.row(0), forward.running.row(1)
+    job.mean, job.var = running.row(0), running.row(1)
     y = mapped(&job, forward.x, None, forward.axis, forward.channels, given_out)
     seal(forward, out, living)
-    return y, forward
+    return y
 
 
-def forward_of(AtomicReference contents, Options options, x, gamma, beta, eps, momentum, bint training, int keep,
-               bint update, out, tuple living):
-    """-> (y, Forward) of a layer that is not being calibrated, whose contents are exchanged for those after it."""
-    if not training and options.tracks:
-        found = forward_with_running(contents, options, x, gamma, beta, eps, training, out, living)
-        commit_forward(contents, found[1], keep)
+cdef cnp.ndarray committed(AtomicReference contents, Options options, Forward forward, momentum, int keep, bint update,
+                           out, tuple living):
+    """-> y of a new forward of a layer that is not calibrating, whose contents are exchanged for those after it."""
+    cdef cnp.ndarray y
+    if not forward.training and options.tracks:
+        y = map_with_running(forward, (<Contents>contents.current()).in_use, out, living)
+        commit_forward(contents, forward, keep)
+        return y
+    y = map_with_batch(forward, options, out, living)
+    if forward.training and options.tracks and update:
+        commit_training(contents, options, forward, keep, momentum)
     else:
-        found = forward_with_batch(contents, options, x, gamma, beta, eps, training, out, living)
-        if training and options.tracks and update:
-            commit_training(contents, options, found[1], keep, momentum)
-        else:
-            commit_forward(contents, found[1], keep)
-    return found
+        commit_forward(contents, forward, keep)
+    return y
+
+
+def forward_of(AtomicReference contents, Options options, x, gamma, beta, double eps, momentum, bint training, int keep,
+               bint update, out, tuple living):
+    """-> (y, Forward), likewise, of x."""
+    cdef Forward forward = new_forward(contents, options, x, gamma, beta, eps, training)
+    return committed(contents, options, forward, momentum, keep, update, out, living), forward
+
+
+cdef object plain_forward = None  # `BatchNorm.forward`
+cdef object grad_depth = None     # the ContextVar of `no_grad`: how many of them the calling context is in
+
+
+def set_plain_forward(forward, depth):
+    """Installs what `Called` takes the place of."""
+    global plain_forward, grad_depth
+    plain_forward, grad_depth = forward, depth
+
+
+@cython.auto_pickle(False)
+cdef class Called:
+    """`layer(x)`: what `layer.forward(x)` is, without the frames of Python, which take a sixth of a small call.
+
+    A class or an instance with a forward of its own is called through that.
+    """
+
+    def __call__(self, x, out=None, *, update=True):
+        """See `forward`."""
+        cdef dict its
+        cdef AtomicReference calibration, contents
+        cdef Options options
+        cdef Forward forward
+        if out is None and update is True and type(self).forward is plain_forward:
+            its = self.__dict__
+            calibration = its["_calibration"]
+            if calibration.current() is None and "forward" not in its:
+                contents, options = its["_contents"], its["_options"]
+                forward = new_forward(contents, options, x, its["_gamma"], its["_beta"], its["_eps"], its["_training"])
+                return committed(contents, options, forward, its["_momentum"],
+                                 NOBODY if get_value(grad_depth) else LAYER, True, None, ())
+        return self.forward(x, out, update=update)
 
 
 def forward_in_calibration(AtomicReference contents, Options options, x, gamma, beta, eps, bint training, int keep,
@@ -413,15 +468,17 @@ def forward_in_calibration(AtomicReference contents, Options options, x, gamma, 
     contents of those after the forward and of the moments of the batch; or None."""
     cdef Forward forward
     cdef Contents found
-    cdef cnp.ndarray data = as_input(x, options.axis, options.channels)
+    cdef cnp.ndarray data = as_input(x, options.place, options.channels)
     if cnp.PyArray_SIZE(data) < 2 * options.channels:
         batch = moments(data, options.axis)  # before `out`, which may be x
-        y, forward = forward_with_running(contents, options, data, gamma, beta, eps, training, out, living)
+        forward = new_forward(contents, options, data, gamma, beta, eps, training)
+        y = map_with_running(forward, (<Contents>contents.current()).in_use, out, living)
     else:
-        y, forward = forward_with_batch(contents, options, data, gamma, beta, eps, training, out, living)
+        forward = new_forward(contents, options, data, gamma, beta, eps, training)
+        y = map_with_batch(forward, options, out, living)
         batch = forward.count, *forward.moments
     while True:
-        found = contents.value
+        found = contents.current()
         new = found.after_forward(forward, keep)
         if gathers is not None:
             new = gathers(new, batch)
@@ -456,7 +513,7 @@ cdef int commit_training(AtomicReference contents, Options options, Forward forw
     """After a forward that the running statistics take in: from here on they are the averages of training."""
     cdef Contents found, new
     while True:
-        found = contents.value
+        found = contents.current()
         new = found.after_forward(forward, keep)
         new.in_use = found.in_use.after(forward, momentum, options.unbiased, options.skips)
         new.averages = None
@@ -468,7 +525,7 @@ cdef int commit_forward(AtomicReference contents, Forward forward, int keep) exc
     """After a forward that changed no statistics."""
     cdef Contents found
     while True:
-        found = contents.value
+        found = contents.current()
         if contents.swap(found, found.after_forward(forward, keep), NULL, 0):
             return 0
 
@@ -478,7 +535,7 @@ def commit_backward(AtomicReference contents, Forward forward, bint last, tuple 
     cdef Contents found, new
     cdef bint used = False, done = False
     while not done:
-        found = contents.value
+        found = contents.current()
         new = found.after_backward(forward, last, gradients, accumulate)
         with cython.critical_section(contents):
             used = last and forward.used
