@@ -57,8 +57,8 @@ def test_a_calibration_is_of_its_layer_alone(keep):
 
 CORE, LAYER, STATE = bnfast.layer._core, bnfast.layer, bnfast.state.layer_state
 FAILURES = {
-    "forward": (CORE, "forward_of", lambda bn, x: bn(x)),
-    "eval": (CORE, "forward_of", lambda bn, x: bn.eval()(x)),
+    "forward": (CORE, "forward_of", lambda bn, x: bn.forward(x)),
+    "eval": (CORE, "forward_of", lambda bn, x: bn.eval().forward(x)),
     "backward_kernel": (CORE, "backward_of", lambda bn, x: bn.backward(x)),
     "backward_commit": (CORE, "commit_backward", lambda bn, x: bn.backward(x)),
     "calibrate": (CORE, "forward_in_calibration", calibration),
@@ -101,9 +101,9 @@ def test_no_memory_leaves_the_layer_as_it_was():
 
 
 INTERRUPTED = {
-    "forward": lambda bn, x: bn(x),
+    "forward": lambda bn, x: bn.forward(x),
     "forward_in_eval_mode": lambda bn, x: bn.eval()(x),
-    "cumulative_forward": lambda bn, x: bn(x),
+    "cumulative_forward": lambda bn, x: bn.forward(x),
     "backward": lambda bn, x: bn.backward(x),
     "calibrate": calibration,
     "calibrate_in_eval_mode": lambda bn, x: calibration(bn.eval(), x),

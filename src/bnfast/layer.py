@@ -39,7 +39,7 @@ class _OthersName:
         raise AttributeError(f"{self.name}: here this is {self.ours}; nothing was set")
 
 
-class BatchNorm(LayerState, _core.Called):
+class BatchNorm(LayerState):
     """Batch normalisation layer over one axis of arrays of any rank from 2 up.
 
     In training mode `bn(x)` normalises with the statistics of the batch and updates the running statistics; in eval
@@ -215,6 +215,8 @@ class BatchNorm(LayerState, _core.Called):
         self._momentum = momentum
 
     # --- forward ------------------------------------------------------------------------------------------------
+
+    __call__ = _core.called
 
     def forward(self, x: ArrayLike, out: Array | None = None, *, update: bool = True) -> Array:
         """Normalise `x`; in training mode update the running statistics too.

@@ -18,7 +18,7 @@ N_THREADS = [1, 2, 3, 5, 8]
 DTYPES = [np.float32, np.float64]
 ISAS = [name for name, (_, supported) in _core.isas().items() if supported]
 
-# (shape, axis, memory order). A team works from 2^16 elements on, with 2^15 elements a thread.
+# (shape, axis, memory order). How large a team each is worth: `_core.explain`, test_bits.py.
 CASES = [
     # planar, few channels: a channel is split over the team
     ((2, 1, 300_000), 1, "C"),
@@ -57,6 +57,8 @@ CASES = [
     ((300, 1024), 1, "C"),
     ((5, 7, 9, 512), -1, "C"),
     ((300, 256, 2), 1, "C"),
+    # few rows: a thread takes columns of its own
+    ((12, 2048), 1, "C"),
     # small: never a team
     ((5, 3), 1, "C"),
     ((4, 3, 5, 6), 1, "C"),

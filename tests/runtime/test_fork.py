@@ -280,7 +280,7 @@ class Slow:
             leave.wait(150)
         return right(*arguments)
 core, bnfast.layer._core = bnfast.layer._core, Slow()
-thread = threading.Thread(target=lambda: bn(x), daemon=True)
+thread = threading.Thread(target=lambda: bn.forward(x), daemon=True)
 thread.start()
 assert inside.wait(60)
 def work():

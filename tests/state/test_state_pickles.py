@@ -49,6 +49,12 @@ def test_a_pickle_of_0_1_0_comes_back_to_the_bit(name, protocol):
         assert thing.num_batches_skipped.tolist() == [0, 0, 0]
 
 
+@pytest.mark.parametrize("protocol", [0, 1])
+def test_the_oldest_protocols_of_pickle_hold_a_layer_to_the_bit(protocol):
+    bn = pickle.loads((OLD / "trained-2.pkl").read_bytes())
+    assert raw(pickle.loads(pickle.dumps(bn, protocol))) == raw(bn)
+
+
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_what_the_old_pickles_hold_besides(protocol):
     things = {name: pickle.loads((OLD / f"{name}-{protocol}.pkl").read_bytes()) for name in EXPECTED}

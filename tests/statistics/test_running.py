@@ -171,7 +171,7 @@ def test_a_forward_that_began_before_a_calibration_loses_nothing_of_it(monkeypat
         return found
 
     monkeypatch.setattr(bnfast.layer._core, "forward_of", slow)
-    bn(x)
+    bn.forward(x)
     assert (bn.running_mean.tolist(), bn.num_batches_tracked) == ([52.0], 2)
 
 

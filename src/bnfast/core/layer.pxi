@@ -153,6 +153,10 @@ cdef int note_overwritten(object out, tuple living, str what) except -1:
 
 # --- running statistics ---------------------------------------------------------------------------------------
 
+cdef inline double averaged(double old, double new, double weight) noexcept:
+    return (1.0 - weight) * old + weight * new
+
+
 cdef long long MOST_BATCHES = LLONG_MAX  # counts of batches stay there
 
 
@@ -218,10 +222,10 @@ cdef class Running:
                 skips = <long long *>cnp.PyArray_DATA(<cnp.ndarray>skipped)
         new.block = new_block(2, channels, False)
         new_mean, new_var = new.row(0), new.row(1)
-        if 0.0 < weight < 1.0 and counts == NULL:  # all channels alike, without branches
-            for i in range(channels):
-                new_mean[i] = (1.0 - weight) * old_mean[i] + weight * batch_mean[i]
-                new_var[i] = (1.0 - weight) * old_var[i] + weight * (batch_m2[i] / divisor)
+        if 0.0 < weight < 1.0 and counts == NULL:
+            for i in range(channels):  # all alike, without branches
+                new_mean[i] = averaged(old_mean[i], batch_mean[i], weight)
+                new_var[i] = averaged(old_var[i], batch_m2[i] / divisor, weight)
             channels = 0
         for i in range(channels):
             if some_skipped and not is_finite(batch_mean[i], batch_m2[i]):
@@ -237,8 +241,8 @@ cdef class Running:
             if weight == 1.0:
                 new_mean[i], new_var[i] = batch_mean[i], batch_m2[i] / divisor
             else:
-                new_mean[i] = (1.0 - weight) * old_mean[i] + weight * batch_mean[i]
-                new_var[i] = (1.0 - weight) * old_var[i] + weight * (batch_m2[i] / divisor)
+                new_mean[i] = averaged(old_mean[i], batch_mean[i], weight)
+                new_var[i] = averaged(old_var[i], batch_m2[i] / divisor, weight)
             if counts != NULL and counts[i] < MOST_BATCHES:
                 counts[i] += 1
         cnp.PyArray_CLEARFLAGS(new.block, cnp.NPY_ARRAY_WRITEABLE)
@@ -423,7 +427,7 @@ cdef cnp.ndarray committed(AtomicReference contents, Options options, Forward fo
 
 def forward_of(AtomicReference contents, Options options, x, gamma, beta, double eps, momentum, bint training, int keep,
                bint update, out, tuple living):
-    """-> (y, Forward), likewise, of x."""
+    """-> (y, Forward) of x; as `committed`."""
     cdef Forward forward = new_forward(contents, options, x, gamma, beta, eps, training)
     return committed(contents, options, forward, momentum, keep, update, out, living), forward
 
@@ -433,48 +437,48 @@ cdef object grad_depth = None     # the ContextVar of `no_grad`: how many of the
 
 
 def set_plain_forward(forward, depth):
-    """Installs what `Called` takes the place of."""
+    """Installs what `called` takes the place of."""
     global plain_forward, grad_depth
     plain_forward, grad_depth = forward, depth
 
 
-@cython.auto_pickle(False)
-cdef class Called:
-    """`layer(x)`: what `layer.forward(x)` is, without the frames of Python, which take a sixth of a small call.
+def called(self, x, out=None, *, update=True):
+    """See `forward`: the same, without the frames of Python, which take a sixth of a small call.
 
     A class or an instance with a forward of its own is called through that.
     """
-
-    def __call__(self, x, out=None, *, update=True):
-        """See `forward`."""
-        cdef dict its
-        cdef AtomicReference calibration, contents
-        cdef Options options
-        cdef Forward forward
-        if out is None and update is True and type(self).forward is plain_forward:
-            its = self.__dict__
+    cdef dict its
+    cdef AtomicReference calibration, contents
+    cdef Options options
+    cdef Forward forward
+    if out is None and update is True and type(self).forward is plain_forward:
+        attributes = self.__dict__
+        if type(attributes) is dict and "_calibration" in attributes and "forward" not in attributes:
+            its = attributes
             calibration = its["_calibration"]
-            if calibration.current() is None and "forward" not in its:
+            if calibration.current() is None:
                 contents, options = its["_contents"], its["_options"]
                 forward = new_forward(contents, options, x, its["_gamma"], its["_beta"], its["_eps"], its["_training"])
                 return committed(contents, options, forward, its["_momentum"],
                                  NOBODY if get_value(grad_depth) else LAYER, True, None, ())
-        return self.forward(x, out, update=update)
+    if out is None and update is True:
+        return self.forward(x)  # one of its own may know of no more
+    return self.forward(x, out, update=update)
 
 
 def forward_in_calibration(AtomicReference contents, Options options, x, gamma, beta, eps, bint training, int keep,
                            out, tuple living, gathers):
-    """The same in a calibration, with the statistics of the batch if it has two values a channel. gathers: what makes
-    contents of those after the forward and of the moments of the batch; or None."""
-    cdef Forward forward
-    cdef Contents found
+    """-> (y, Forward) of x in a calibration, with the statistics of the batch if it has two values a channel.
+
+    gathers: what makes contents of those after the forward and of the moments of the batch; or None.
+    """
     cdef cnp.ndarray data = as_input(x, options.place, options.channels)
+    cdef Forward forward = new_forward(contents, options, data, gamma, beta, eps, training)
+    cdef Contents found
     if cnp.PyArray_SIZE(data) < 2 * options.channels:
         batch = moments(data, options.axis)  # before `out`, which may be x
-        forward = new_forward(contents, options, data, gamma, beta, eps, training)
         y = map_with_running(forward, (<Contents>contents.current()).in_use, out, living)
     else:
-        forward = new_forward(contents, options, data, gamma, beta, eps, training)
         y = map_with_batch(forward, options, out, living)
         batch = forward.count, *forward.moments
     while True:

@@ -192,5 +192,5 @@ cdef int compute(bnfast_job *job, cnp.ndarray x) except -1:
         PyMem_RawFree(memory)
     if bnfast_openmp_take_shortage():
         warnings.warn("bnfast: the system refused to start threads; calls go on with fewer", RuntimeWarning,
-                      stacklevel=3)
+                      stacklevel=2)
     return 0

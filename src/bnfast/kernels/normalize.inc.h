@@ -6,8 +6,8 @@
  * normalize, float32: four roundings, at most 2.4e-7 * |gamma * x_hat| + 6e-8 * |y|.
  * Memory traffic: read x (and u), write out; with `stream` the written lines are not read first. */
 
-/* Rows that share a load of interleaved coefficients; fewer where they lie a multiple of 2 KiB apart, so that their lines
- * stay in L1. */
+/* Rows that share a load of interleaved coefficients; fewer where they lie a multiple of 2 KiB apart, so that their
+ * lines stay in L1. */
 #define ROWS 4
 #define FEWER_ROWS 2
 #define ROWS_DISPLACE(stride) ((stride) * (ptrdiff_t)sizeof(T) % 2048 == 0)

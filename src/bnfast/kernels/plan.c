@@ -23,7 +23,7 @@ void bnfast_force(const bnfast_choices *choices) { forced = *choices; }
 
 static int choice(int forced_one, int own) { return forced_one < 0 ? own : forced_one; }
 
-/* Channels that a task of the phase of coefficients makes: as many tasks as threads, or more. */
+/* Channels that a task of the phase of coefficients makes: about one task a thread, of at least FEWEST. */
 static ptrdiff_t coefficient_channels(const bnfast_job *job)
 {
     enum { FEWEST = 64, MOST = 1024, LINES = 16 };
@@ -99,7 +99,7 @@ enum {
     WAYS = 8,
     TASK_COLUMNS = 2048,
     FEWEST_TASK_COLUMNS = 512,
-    FEWEST_NEAR_COLUMNS = 32, /* as many as are summed at once in L2 (sums.inc.h) */
+    FEWEST_NEAR_COLUMNS = 32, /* as many as are summed at once in L2, or more (sums.inc.h) */
     FEW_ROWS = 32,
     REDUCE_BYTES = 1 << 19, /* of a task, where there are enough tasks for all threads */
     APPLY_BYTES = 1 << 18,
@@ -163,8 +163,8 @@ static ptrdiff_t channels_of_thread(const bnfast_job *job)
 {
     const ptrdiff_t size = job->kernels->itemsize, line = 64 / size, threads = job->n_threads;
     const ptrdiff_t even = quotient_up(job->channels, threads), n = period(job) % line ? even : round_up(even, line);
-    if (threads == 1 || job->fold > 1 || n * job->inner * size < RANGE_BYTES || job->outer > FEW_ROWS ||
-        (reduces(job) && !job->near) || n * threads > job->channels + job->channels / 8)
+    if (threads == 1 || n * job->inner * size < RANGE_BYTES || job->outer > FEW_ROWS || (reduces(job) && !job->near) ||
+        n * threads > job->channels + job->channels / 8)
         return 0;
     return n;
 }
@@ -178,7 +178,7 @@ static void cut_interleaved_phases(bnfast_job *job)
     while (job->task_columns > fewest && job->n_segments * quotient_up(folded_stride(job), job->task_columns) < tasks)
         job->task_columns /= 2;
     job->task_segments =
-        most(1, least(quotient_up(REDUCE_BYTES, job->segment_rows * row_bytes), job->n_segments / (4 * threads)));
+        most(1, least(quotient_up(REDUCE_BYTES, job->segment_rows * row_bytes), job->n_segments / tasks));
     job->coefficient_channels = columns_of_channel(job) > 1 ? job->channels : coefficient_channels(job);
     job->apply_rows = least(APPLY_BYTES / row_bytes + 1, most(1, quotient_up(folded_rows(job), 2 * threads)));
 }
@@ -197,7 +197,11 @@ static void choose_interleaved(bnfast_job *job)
     const ptrdiff_t line = 64 / job->kernels->itemsize, own = channels_of_thread(job);
     if (forced.kind != BNFAST_PHASES && own > 0) {
         job->kind = BNFAST_BLOCKS;
-        job->block_channels = job->task_channels = own;
+        job->block_channels = own;
+        while (bnfast_block_bytes(job, job->block_channels, columns_of_channel(job)) > bnfast_l2_bytes() / 2 &&
+               job->block_channels > line)
+            job->block_channels = round_up(job->block_channels / 2, line);
+        job->task_channels = round_up(own, job->block_channels); /* whole blocks */
         take_lead(job);
         return;
     }
@@ -230,13 +234,14 @@ static void choose_interleaved(bnfast_job *job)
 
 /* ---- both -------------------------------------------------------------------------------------------------------- */
 
-/* Whether the result is written around the caches: where the arrays of a call fill half of the last-level cache, what
- * is written first would be gone from it by the end, and would displace meanwhile what is still to be read. */
+/* Whether the result is written around the caches: where the arrays of a call fill three quarters of the last-level
+ * cache, what is written first would be gone from it by the end, and would displace meanwhile what is still to be read.
+ * (Measured; of a last level that is said to be huge 48 MiB are believed.) */
 static int is_streamed(const bnfast_job *job)
 {
     const ptrdiff_t bytes = (arrays_read(job) + 1) * bytes_of_array(job);
     return applies(job) && job->out != job->x && job->out != job->u &&
-           choice(forced.stream, bytes >= least(bnfast_last_level_bytes() / 5 * 4, MOST_WRITTEN_THROUGH));
+           choice(forced.stream, bytes > least(bnfast_last_level_bytes() / 4 * 3, MOST_WRITTEN_THROUGH));
 }
 
 /* About the time that an operation takes on one thread where its arrays lie in L2: measured with AVX-512, and near
