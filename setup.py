@@ -20,7 +20,7 @@ from setuptools.command.build_ext import build_ext
 
 KERNELS = (
     *("baseline", "avx2", "avx512", "dispatch"),
-    *("plan", "planar", "interleaved", "block", "merge", "floor", "infinite"),
+    *("plan", "planar", "interleaved", "block", "merge", "floor", "infinite", "positions"),
 )
 
 OPENMP_PROBE = """

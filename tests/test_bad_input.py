@@ -7,6 +7,7 @@ layer and every argument as they were.
 import copy
 import sys
 import warnings
+from functools import partial
 
 import numpy as np
 import pytest
@@ -34,6 +35,8 @@ def usual_arguments(shape=SHAPE):
         "x": x,
         "dy": sample(1, shape),
         "v": sample(2, shape),
+        "residual": sample(5, shape),
+        "vresidual": sample(6, shape),
         "mean": x.mean(others, dtype=np.float64),
         "var": x.var(others, dtype=np.float64),
         "inv_std": 1 / x.std(others, dtype=np.float64),
@@ -44,14 +47,57 @@ def usual_arguments(shape=SHAPE):
     }
 
 
+def sums(**given):
+    """As arrays of one's own."""
+    found = F.batch_norm_backward_sums(activation="relu", **given)
+    return found.dgamma.copy(), found.dbeta.copy()
+
+
+def apply(**given):
+    channels = (*np.shape(given["dy"]), C, C)[1]
+    some = F.Sums(20, np.linspace(-3, 3, channels), np.linspace(4, 5, channels))
+    return F.batch_norm_backward_apply(**{"activation": "relu", "sums": some, **given})
+
+
+def masked(function):
+    """With two of three rows."""
+
+    def of_some_rows(**given):
+        shape = np.shape(given["x"])
+        mask = np.arange(*shape[:1]).reshape(-1, *[1] * (len(shape) - 2)) % 3 > 0 if len(shape) > 1 else True
+        return function(**{"activation": "leaky_relu", "mask": mask, **given})
+
+    return of_some_rows
+
+
 FUNCTIONS = {
     "batch_norm": (F.batch_norm, ["x", "gamma", "beta"]),
     "batch_norm_eval": (F.batch_norm_eval, ["x", "mean", "var", "gamma", "beta"]),
     "batch_norm_backward": (F.batch_norm_backward, ["dy", "x", "mean", "inv_std", "gamma"]),
     "batch_norm_jvp": (F.batch_norm_jvp, ["v", "x", "mean", "inv_std", "gamma", "vgamma", "vbeta"]),
     "moments": (bnfast.moments, ["x"]),
+    "fused": (partial(F.batch_norm, activation="relu"), ["x", "gamma", "beta", "residual"]),
+    "fused_eval": (partial(F.batch_norm_eval, activation="relu"), ["x", "mean", "var", "gamma", "beta", "residual"]),
+    "fused_backward": (
+        partial(F.batch_norm_backward, activation="relu"),
+        ["dy", "x", "mean", "inv_std", "gamma", "beta", "residual"],
+    ),
+    "jvp_of_a_sum": (partial(F.batch_norm_jvp), ["v", "x", "mean", "inv_std", "gamma", "residual"]),
+    "fused_jvp": (
+        partial(F.batch_norm_jvp, activation="relu"),
+        ["v", "x", "mean", "inv_std", "gamma", "beta", "vgamma", "vbeta", "residual", "vresidual"],
+    ),
+    "sums": (sums, ["dy", "x", "mean", "inv_std", "gamma", "beta", "residual"]),
+    "apply": (apply, ["dy", "x", "mean", "inv_std", "gamma", "beta", "residual"]),
+    "masked": (masked(F.batch_norm), ["x", "gamma", "beta", "residual"]),
+    "masked_backward": (
+        masked(F.batch_norm_backward),
+        ["dy", "x", "mean", "inv_std", "gamma", "beta", "residual"],
+    ),
 }
-SAMPLES = {"x", "dy", "v"}  # arguments like x; the others hold one value a channel
+SAMPLES = {"x", "dy", "v", "residual", "vresidual"}  # arguments like x; the others hold one value a channel
+OPTIONAL = {"gamma", "beta", "vgamma", "vbeta", "residual", "vresidual"}
+OUT_FUNCTIONS = sorted(FUNCTIONS.keys() - {"moments", "sums"})
 
 
 def usual_layer(training=True, **options):
@@ -154,7 +200,7 @@ WRONG_DATA = {  # row of the table: what to make of a right array, words of the 
     "string": (lambda x: "abc", ["<U3", *SUPPORTED]),
     "datetime": (lambda x: x.astype("M8[s]"), ["datetime64[s]", *SUPPORTED]),
     "structured": (lambda x: np.zeros(x.shape, [("a", "f4")]), ["'a'", *SUPPORTED]),
-    "masked": (lambda x: np.ma.masked_greater(x, 3), ["mask", "MaskedArray", "filled"]),
+    "masked": (lambda x: np.ma.masked_greater(x, 3), ["without a mask", "MaskedArray"]),
     "matrix": (lambda x: x.reshape(len(x), -1).view(np.matrix), ["numpy.matrix", "numpy.asarray"]),
     "sparse_matrix": (sparse, ["csr_matrix", "dense", "toarray"]),
     "sparse_array": (sparse_array, ["coo_array", "dense", "toarray"]),
@@ -177,7 +223,7 @@ def wrong_data():
 
 def nothing():
     for function, (_, names) in FUNCTIONS.items():
-        for name in sorted(set(names) - {"gamma", "beta", "vgamma", "vbeta"}):
+        for name in sorted(set(names) - OPTIONAL):
             yield function_case(function, lambda name=name: {name: None}, TypeError, [f"{name}: ", "expected"], "none")
     for call, (_, name, _) in LAYER_CALLS.items():
         yield layer_case(call, lambda name=name: {name: None}, TypeError, [f"{name}: ", "expected"], "none")
@@ -237,6 +283,107 @@ def other_dtypes():
         yield layer_case(
             call, lambda: {"dy": sample(dtype=np.float64)}, TypeError, ["dy: ", "float32", "float64"], "other_dtype"
         )
+    for function, (_, names) in FUNCTIONS.items():
+        for name in sorted(set(names) & {"residual", "vresidual"}):
+            yield function_case(
+                function, lambda name=name: {name: sample(dtype=np.float64)}, TypeError,
+                [f"{name}: ", "float32", "float64"], "other_dtype",
+            )  # fmt: skip
+
+
+def wrong_residuals_of_a_layer():
+    for call in ("forward", "forward_eval"):
+        for shape in ((4, C, 6), (4, C), (4, C, 1), (1, C, 5), (C,), ()):
+            yield layer_case(
+                call, lambda shape=shape: {"x": sample(), "residual": np.ones(shape, np.float32)}, ValueError,
+                ["residual: ", str(SHAPE), str(shape)], "wrong_shape",
+            )  # fmt: skip
+        for row, (make, words) in WRONG_DATA.items():
+            yield layer_case(
+                call, lambda make=make: {"x": sample(), "residual": make(sample())}, TypeError,
+                ["residual: ", *words], row,
+            )  # fmt: skip
+        yield layer_case(
+            call, lambda: {"x": sample(), "residual": sample(dtype=np.float64)}, TypeError,
+            ["residual: ", "float32", "float64"], "other_dtype",
+        )  # fmt: skip
+
+
+def wrong_activations():
+    activated = sorted(FUNCTIONS.keys() - {"moments", "sums"})
+    for function in activated:
+        for name in ("gelu", "ReLU", "relu ", "", 1, True, b"relu", ["relu"]):
+            yield function_case(
+                function, lambda name=name: {"activation": name}, ValueError,
+                ["activation: ", "None, 'relu', 'relu6' or 'leaky_relu'", repr(name)], "activation",
+            )  # fmt: skip
+        for slope in (0, 1, 0.0, 1.0, -0.01, 1.5, np.nan, np.inf, -np.inf):
+            yield function_case(
+                function, lambda slope=slope: {"activation": "leaky_relu", "negative_slope": slope}, ValueError,
+                ["negative_slope: ", "above 0 and below 1", repr(slope)], "negative_slope",
+            )  # fmt: skip
+        yield function_case(
+            function, lambda: {"activation": "leaky_relu", "negative_slope": 10**400}, ValueError,
+            ["negative_slope: ", "above 0 and below 1"], "negative_slope_huge",
+        )  # fmt: skip
+        for slope in ("a", "0.1", None, True, 1j, [0.1, 0.2]):
+            yield function_case(
+                function, lambda slope=slope: {"activation": "leaky_relu", "negative_slope": slope}, TypeError,
+                ["negative_slope: ", "number", repr(slope)], "negative_slope_not_a_number",
+            )  # fmt: skip
+
+
+WRONG_MASKS = {  # row: a mask of x, which is (4, C, 5); error, words
+    "int": (lambda: np.ones((4, 5), np.int64), TypeError, ["bool", "int64"]),
+    "zeros_and_ones": (lambda: [[0, 1, 1, 1, 1]] * 4, TypeError, ["bool", "int64"]),
+    "float": (lambda: np.ones((4, 5)), TypeError, ["bool", "float64"]),
+    "uint8": (lambda: np.ones((4, 5), np.uint8), TypeError, ["bool", "uint8"]),
+    "object": (lambda: np.full((4, 5), True, object), TypeError, ["bool", "object"]),
+    "string": (lambda: "all", TypeError, ["bool", "<U3"]),
+    "masked": (lambda: np.ma.ones((4, 5), bool), TypeError, ["without a mask", "MaskedArray"]),
+    "ragged": (lambda: [[True], [True, False]], ValueError, ["expected an array", "list"]),
+    "of_every_element": (lambda: np.ones(SHAPE, bool), ValueError, ["without its channel axis", "(4, 5)", str(SHAPE)]),
+    "with_a_channel_axis": (lambda: np.ones((4, 1, 5), bool), ValueError, ["channel axis", "(4, 5)", "(4, 1, 5)"]),
+    "of_channels": (lambda: np.ones(C, bool), ValueError, ["broadcasts to (4, 5)", "(3,)"]),
+    "transposed": (lambda: np.ones((5, 4), bool), ValueError, ["broadcasts to (4, 5)", "(5, 4)"]),
+    "too_long": (lambda: np.ones((4, 6), bool), ValueError, ["broadcasts to (4, 5)", "(4, 6)"]),
+    "empty": (lambda: np.ones((0, 5), bool), ValueError, ["broadcasts to (4, 5)", "(0, 5)"]),
+}
+FEW = {  # masks of fewer than two positions
+    "no_position": (lambda: np.zeros((4, 5), bool), "0"),
+    "false": (lambda: False, "0"),
+    "one_position": (lambda: np.arange(20).reshape(4, 5) == 7, "1"),
+}
+
+
+def wrong_masks():
+    for row, (make, error, words) in WRONG_MASKS.items():
+        for function in FUNCTIONS.keys() - {"masked", "masked_backward"}:
+            yield function_case(function, lambda make=make: {"mask": make()}, error, ["mask: ", *words], row)
+        for call in ("forward", "forward_eval"):
+            yield layer_case(call, lambda make=make: {"x": sample(), "mask": make()}, error, ["mask: ", *words], row)
+    for row, (make, count) in FEW.items():
+        words = ["mask: ", "at least 2 positions", f"got {count}"]
+        for function in ("batch_norm", "fused", "batch_norm_backward", "fused_backward", "batch_norm_jvp", "fused_jvp"):
+            yield function_case(function, lambda make=make: {"mask": make()}, ValueError, words, row)
+        yield layer_case("forward", lambda make=make: {"x": sample(), "mask": make()}, ValueError, words, row)
+
+
+def wrong_sums():
+    for value, came in (((20, np.ones(C), np.ones(C)), "tuple"), (None, "NoneType"), (np.ones((2, C)), "ndarray")):
+        yield function_case(
+            "apply", lambda value=value: {"sums": value}, TypeError, ["sums: ", "bnfast.functional.Sums", came], "sums"
+        )
+    for count in (0, 1):
+        yield function_case(
+            "apply", lambda count=count: {"sums": F.Sums(count, np.ones(C), np.ones(C))}, ValueError,
+            ["sums: ", "at least 2", f"count of {count}"], "count",
+        )  # fmt: skip
+    for n in (0, 1, C + 1):
+        yield function_case(
+            "apply", lambda n=n: {"sums": F.Sums(20, np.ones(n), np.ones(n))}, ValueError,
+            ["sums", f"({C},)", f"({n},)"], "sums_of_other_channels",
+        )  # fmt: skip
 
 
 def wrong_axes():
@@ -322,9 +469,40 @@ if sys.byteorder == "big":
     WRONG_OUT["byte_order"][2][1] = "<f4"
 
 
+WITH_OUT_RESIDUAL = ("fused_backward", "apply", "masked_backward")
+
+
+def wrong_out_residual():
+    for function in WITH_OUT_RESIDUAL:
+        for row, (make, error, words) in WRONG_OUT.items():
+            yield function_case(
+                function, lambda make=make: {"out_residual": make()}, error, ["out_residual: ", *words], row
+            )
+        words = ["out_residual: ", "no residual"]
+        yield function_case(function, lambda: {"out_residual": sample(), "residual": None}, ValueError, words, "alone")
+
+        def one_place():
+            out = sample()
+            return {"out": out, "out_residual": out}
+
+        def overlapping_places():
+            memory = np.zeros(61, np.float32)
+            return {"out": memory[:-1].reshape(SHAPE), "out_residual": memory[1:].reshape(SHAPE)}
+
+        for make in (one_place, overlapping_places):
+            words = ["out_residual: ", "memory of its own", "out's"]
+            yield function_case(function, make, ValueError, words, make.__name__)
+    for function in ("batch_norm_backward", "backward", "backward_eval"):
+        case = function_case if function in FUNCTIONS else layer_case
+        yield case(
+            function, lambda: {"dy": sample(), "out_residual": sample()}, ValueError,
+            ["out_residual: ", "no residual"], "alone",
+        )  # fmt: skip
+
+
 def wrong_out():
     for row, (make, error, words) in WRONG_OUT.items():
-        for function in sorted(FUNCTIONS.keys() - {"moments"}):
+        for function in OUT_FUNCTIONS:
             yield function_case(function, lambda make=make: {"out": make()}, error, ["out: ", *words], row)
         for call in LAYER_CALLS:
             yield layer_case(call, lambda make=make: {"out": make()}, error, ["out: ", *words], row)
@@ -334,7 +512,8 @@ def wrong_out():
     "prepare",
     [
         *wrong_data(), *nothing(), *wrong_shapes(), *other_dtypes(), *wrong_axes(), *wrong_eps(), *zero_eps(),
-        *too_few_values(), *wrong_variances(), *wrong_out(),
+        *too_few_values(), *wrong_variances(), *wrong_out(), *wrong_out_residual(), *wrong_activations(),
+        *wrong_masks(), *wrong_sums(), *wrong_residuals_of_a_layer(),
     ],
 )  # fmt: skip
 def test_wrong_arguments_are_refused(prepare):
@@ -381,6 +560,17 @@ def test_what_an_array_can_have_are_not_too_many_features():
         ({"momentum": np.nan}, ValueError, ["momentum", "[0, 1]", "nan"]),
         ({"momentum": 10**400}, ValueError, ["momentum", "[0, 1]"]),
         ({"momentum": "a"}, TypeError, ["momentum", "number", "'a'"]),
+        ({"activation": "gelu"}, ValueError, ["activation", "None, 'relu', 'relu6' or 'leaky_relu'", "'gelu'"]),
+        ({"activation": "RELU"}, ValueError, ["activation", "None, 'relu', 'relu6' or 'leaky_relu'", "'RELU'"]),
+        ({"activation": True}, TypeError, ["activation", "None, 'relu', 'relu6' or 'leaky_relu'", "True"]),
+        ({"activation": np.ones(2)}, TypeError, ["activation", "None, 'relu', 'relu6' or 'leaky_relu'", "array"]),
+        ({"negative_slope": 0}, ValueError, ["negative_slope", "above 0 and below 1", "0"]),
+        ({"negative_slope": 1.0}, ValueError, ["negative_slope", "above 0 and below 1", "1.0"]),
+        ({"negative_slope": -0.5}, ValueError, ["negative_slope", "above 0 and below 1", "-0.5"]),
+        ({"negative_slope": np.nan}, ValueError, ["negative_slope", "above 0 and below 1", "nan"]),
+        ({"negative_slope": 10**400}, ValueError, ["negative_slope", "above 0 and below 1"]),
+        ({"negative_slope": "0.1"}, TypeError, ["negative_slope", "number", "'0.1'"]),
+        ({"negative_slope": None}, TypeError, ["negative_slope", "number", "None"]),
         ({"dtype": int}, TypeError, ["dtype", "float32", "float64", "int64"]),
         ({"dtype": np.float16}, TypeError, ["dtype", "float32", "float64", "float16"]),
         ({"dtype": np.longdouble}, TypeError, ["dtype", "float32", "float64"]),
@@ -612,7 +802,6 @@ def overlapping(array):
     return memory[1:-1], memory[2:], memory[:-2]
 
 
-OUT_FUNCTIONS = sorted(FUNCTIONS.keys() - {"moments"})
 # small; and so large that something is written before all is read, in both layouts
 OVERLAPPING_SHAPES = pytest.mark.parametrize("shape", [SHAPE, (64, 8, 49), (5, 8, 4000), (3000, 64)], ids=str)
 

@@ -47,7 +47,7 @@ MAY_IMPORT = {
     "_table": set(),
     "reference": set(),
     "runtime": {"_checks", "_core", "runtime"},
-    "functional": {"_core"},
+    "functional": {"_core", "statistics"},
     "statistics": {"_checks", "_core", "_table", "functional", "statistics"},
     "grad_mode": {"_core"},
     "state.files": set(),
@@ -421,12 +421,12 @@ def test_what_the_package_needs_at_run_time_is_installed_with_it():
 PUBLIC = {
     "BatchNorm": (
         "(num_features, *, axis=1, eps=1e-05, momentum=0.1, affine=True, track_running_stats=True, "
-        "unbiased_running_var=True, nonfinite='propagate', dtype=float32)"
+        "unbiased_running_var=True, activation=None, negative_slope=0.01, nonfinite='propagate', dtype=float32)"
     ),
-    "BatchNorm.__call__": "(self, x, out=None, *, update=True)",
-    "BatchNorm.forward": "(self, x, out=None, *, update=True)",
-    "BatchNorm.vjp": "(self, x, out=None, *, update=True)",
-    "BatchNorm.backward": "(self, dy, out=None, *, accumulate=False)",
+    "BatchNorm.__call__": "(self, x, out=None, *, residual=None, mask=None, update=True)",
+    "BatchNorm.forward": "(self, x, out=None, *, residual=None, mask=None, update=True)",
+    "BatchNorm.vjp": "(self, x, out=None, *, residual=None, mask=None, update=True)",
+    "BatchNorm.backward": "(self, dy, out=None, *, accumulate=False, out_residual=None)",
     "BatchNorm.train": "(self, mode=True)",
     "BatchNorm.eval": "(self)",
     "BatchNorm.parameters": "(self)",
@@ -444,17 +444,38 @@ PUBLIC = {
     "load": "(path, *, into=None, max_bytes=1073741824)",
     "calibrate": "(layers)",
     "no_grad": "()",
-    "functional.batch_norm": "(x, gamma=None, beta=None, *, axis=1, eps=1e-05, out=None)",
-    "functional.batch_norm_eval": "(x, mean, var, gamma=None, beta=None, *, axis=1, eps=1e-05, out=None)",
-    "functional.batch_norm_backward": "(dy, x, mean, inv_std, gamma=None, *, axis=1, training=True, out=None)",
-    "functional.batch_norm_jvp": "(v, x, mean, inv_std, gamma=None, *, axis=1, vgamma=None, vbeta=None, out=None)",
-    "moments": "(x, *, axis=1)",
+    "functional.batch_norm": (
+        "(x, gamma=None, beta=None, *, axis=1, eps=1e-05, residual=None, activation=None, negative_slope=0.01, "
+        "mask=None, return_var=False, out=None)"
+    ),
+    "functional.batch_norm_eval": (
+        "(x, mean, var, gamma=None, beta=None, *, axis=1, eps=1e-05, residual=None, activation=None, "
+        "negative_slope=0.01, mask=None, out=None)"
+    ),
+    "functional.batch_norm_backward": (
+        "(dy, x, mean, inv_std, gamma=None, *, beta=None, axis=1, training=True, residual=None, activation=None, "
+        "negative_slope=0.01, mask=None, out=None, out_residual=None)"
+    ),
+    "functional.batch_norm_backward_sums": (
+        "(dy, x, mean, inv_std, gamma=None, *, beta=None, axis=1, residual=None, activation=None, "
+        "negative_slope=0.01, mask=None)"
+    ),
+    "functional.batch_norm_backward_apply": (
+        "(dy, x, mean, inv_std, gamma, sums, *, beta=None, axis=1, residual=None, activation=None, "
+        "negative_slope=0.01, mask=None, out=None, out_residual=None)"
+    ),
+    "functional.batch_norm_jvp": (
+        "(v, x, mean, inv_std, gamma=None, *, beta=None, axis=1, vgamma=None, vbeta=None, residual=None, "
+        "vresidual=None, activation=None, negative_slope=0.01, mask=None, out=None)"
+    ),
+    "functional.Sums": "(count, dgamma, dbeta)",
+    "moments": "(x, *, axis=1, mask=None)",
     "Moments": "(count, mean, m2)",
     "Moments.var": "(self, ddof=0)",
     "Moments.std": "(self, ddof=0)",
     "directional_derivative": "(f, x, u, *, step=None)",
     "check_gradient": "(f, grad, x, *, directions=8, rtol=1e-06, rng=None)",
-    "check_layer": "(layer, x, *, rng=None)",
+    "check_layer": "(layer, x, *, rng=None, residual=None, mask=None)",
     "GradientCheck": "(name, rows)",
     "GradientCheck.raise_if_failed": "(self)",
     "StandardScaler": "(*, copy=True, with_mean=True, with_std=True)",

@@ -65,7 +65,8 @@ def assert_y_agrees(ours, theirs, x, mean, inv_std, gamma, beta):
     theirs = theirs.detach().numpy()
     assert ours.dtype == theirs.dtype
     x_hat = (x.astype(np.float64) - along(mean, x)) * along(inv_std, x)
-    size = abs(along(gamma, x)) * (1 + abs(x_hat) + abs(along(mean * inv_std, x))) + abs(along(beta, x))
+    beta = beta if np.ndim(beta) == x.ndim else along(beta, x)
+    size = abs(along(gamma, x)) * (1 + abs(x_hat) + abs(along(mean * inv_std, x))) + abs(beta)
     allowed = ROUNDINGS * np.finfo(x.dtype).eps * size
     error = abs(ours.astype(np.float64) - theirs)
     assert (error <= allowed).all(), f"{(error / allowed).max():.3g} times what is allowed"
@@ -128,6 +129,64 @@ def test_functions_agree_in_eval(module, shape, layout, dtype):
     assert_y_agrees(F.batch_norm_eval(x, mean, var, gamma, beta, eps=EPS), theirs, x, mean, inv_std, gamma, beta)
     ours = F.batch_norm_backward(dy, x, mean, inv_std, gamma, training=False)
     assert_gradients_agree(ours, (leaf.grad, weight.grad, bias.grad), x, dy, mean, inv_std, gamma)
+
+
+ACTIVATIONS = {
+    "relu": torch.nn.functional.relu,
+    "relu6": torch.nn.functional.relu6,
+    "leaky_relu": lambda w: torch.nn.functional.leaky_relu(w, 0.2),
+}
+
+
+@DTYPES
+@LAYOUTS
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(("module", "shape"), CASES)
+def test_batch_norm_then_addition_then_activation_agree(module, shape, training, activation, layout, dtype):
+    """Forward and backward, for dy that is 0 where rounding may choose the side of a kink."""
+    x, residual, dy = (data(shape, dtype, layout, seed) for seed in (0, 1, 2))
+    gamma, beta = parameters(shape[1], dtype)
+    mean, var = (gamma - beta).astype(dtype), (gamma * gamma).astype(dtype)  # running ones, in eval
+    options = {"residual": residual, "activation": activation, "negative_slope": 0.2}
+    if training:
+        y, mean, inv_std = F.batch_norm(x, gamma, beta, **options)
+        plain = F.batch_norm(x, gamma, beta)[0]
+    else:
+        y, inv_std = F.batch_norm_eval(x, mean, var, gamma, beta, **options), 1 / np.sqrt(var.astype(np.float64) + EPS)
+        plain = F.batch_norm_eval(x, mean, var, gamma, beta)
+    met = plain.astype(np.float64) + residual
+    near = np.minimum(abs(met), abs(met - 6)) < 1e-3
+    assert near.mean() < 0.01
+    dy[near] = 0
+
+    leaves = [to_torch(a.copy()).requires_grad_() for a in (x, gamma, beta, residual)]
+    running = (None, None) if training else (to_torch(mean.astype(dtype)), to_torch(var))
+    theirs = torch.nn.functional.batch_norm(leaves[0], *running, *leaves[1:3], training=training, eps=EPS)
+    theirs = ACTIVATIONS[activation](theirs + leaves[3])
+    theirs.backward(to_torch(dy))
+    # no activation is steeper than 1; the sum is rounded like another beta
+    assert_y_agrees(y, theirs, x, mean, inv_std, gamma, abs(along(beta, x)) + abs(residual))
+    dx, dgamma, dbeta, dresidual = F.batch_norm_backward(
+        dy, x, mean, inv_std, gamma, beta=beta, training=training, **options
+    )
+    np.testing.assert_array_equal(dresidual, leaves[3].grad.numpy())
+    gradients = (leaf.grad for leaf in leaves[:3])
+    assert_gradients_agree((dx, dgamma, dbeta), gradients, x, dy, mean, inv_std, gamma)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations_agree_at_their_kinks(activation):
+    values = np.array([-np.inf, -1, -0.0, 0.0, 1, 6, np.nextafter(6, 7), np.inf])
+    residual = values.reshape(-1, 1)
+    x, zero, one = np.zeros_like(residual), np.zeros(1), np.ones(1)
+    options = {"residual": residual, "activation": activation, "negative_slope": 0.2}
+    leaf = to_torch(values.copy()).requires_grad_()
+    theirs = ACTIVATIONS[activation](leaf)
+    theirs.backward(torch.ones_like(leaf))
+    np.testing.assert_array_equal(F.batch_norm_eval(x, zero, one, **options).ravel(), theirs.detach().numpy())
+    *_, dresidual = F.batch_norm_backward(np.ones_like(x), x, zero, one, training=False, **options)
+    np.testing.assert_array_equal(dresidual.ravel(), leaf.grad.numpy())
 
 
 @DTYPES

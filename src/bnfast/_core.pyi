@@ -21,8 +21,17 @@ def as_data(value: object, name: str) -> Array: ...
 def as_eps(eps: object) -> float: ...
 def moments(x: object, axis: object) -> tuple[int, Statistics, Statistics]: ...
 def batch_norm(
-    x: object, gamma: object, beta: object, axis: object, eps: object, out: object
-) -> tuple[Array, Statistics, Statistics]: ...
+    x: object,
+    gamma: object,
+    beta: object,
+    axis: object,
+    eps: object,
+    out: object,
+    residual: object = ...,
+    activation: object = ...,
+    negative_slope: object = ...,
+    return_var: bool = ...,
+) -> tuple[Array, ...]: ...
 def batch_norm_eval(
     x: object,
     mean: object,
@@ -32,11 +41,21 @@ def batch_norm_eval(
     axis: object,
     eps: object,
     out: object,
+    residual: object = ...,
+    activation: object = ...,
+    negative_slope: object = ...,
 ) -> Array: ...
+def before_activation(
+    x: object, mean: object, inv_std: object, gamma: object, beta: object, axis: object, residual: object
+) -> Array: ...
+def passed_by(u: Array, y: Array, activation: object, negative_slope: object, out: object) -> Array: ...
+def as_like(value: object, name: str, x: Array) -> Array: ...
+def as_negative_slope(value: object) -> float: ...
 def affine(
     x: object, center: object, scale: object, shift: object, out: object, search: bool
 ) -> tuple[Array, bool]: ...
 def check_out(out: object, x: Array) -> None: ...
+def check_outs(out: object, out_residual: object, residual: object, x: Array) -> None: ...
 def batch_norm_backward(
     dy: object,
     x: object,
@@ -46,7 +65,41 @@ def batch_norm_backward(
     axis: object,
     training: object,
     out: object,
-) -> tuple[Array, Array, Array]: ...
+    beta: object = ...,
+    residual: object = ...,
+    activation: object = ...,
+    negative_slope: object = ...,
+    out_residual: object = ...,
+) -> tuple[Array, ...]: ...
+def batch_norm_backward_sums(
+    dy: object,
+    x: object,
+    mean: object,
+    inv_std: object,
+    gamma: object,
+    axis: object,
+    beta: object,
+    residual: object,
+    activation: object,
+    negative_slope: object,
+) -> tuple[int, Statistics, Statistics]: ...
+def batch_norm_backward_apply(
+    dy: object,
+    x: object,
+    mean: object,
+    inv_std: object,
+    gamma: object,
+    count: float,
+    dgamma: object,
+    dbeta: object,
+    axis: object,
+    beta: object,
+    residual: object,
+    activation: object,
+    negative_slope: object,
+    out: object,
+    out_residual: object,
+) -> Any: ...
 def batch_norm_jvp(
     v: object,
     x: object,
@@ -58,6 +111,17 @@ def batch_norm_jvp(
     vbeta: object,
     out: object,
 ) -> Array: ...
+
+@final
+class Positions:
+    model: Array
+    count: int
+    @property
+    def all(self) -> bool: ...
+    def gather(self, array: object, name: str) -> Array: ...
+    def scatter(self, part: Array, out: object) -> Array: ...
+
+def positions_of(mask: object, x: object, axis: object, name: str = ...) -> Positions: ...
 def memory_floor(x: Array, u: Array | None, out: Array) -> None: ...
 
 # --- a layer's step ---
@@ -144,10 +208,27 @@ def update_all(
 
 @final
 class Options:
-    def __new__(cls, axis: int, channels: int, tracks: bool, unbiased: bool, nonfinite: str) -> Self: ...
+    def __new__(
+        cls,
+        axis: int,
+        channels: int,
+        tracks: bool,
+        unbiased: bool,
+        nonfinite: str,
+        activation: str | None = ...,
+        negative_slope: float = ...,
+    ) -> Self: ...
 
 def set_plain_forward(forward: Callable[..., Array], depth: ContextVar[int]) -> None: ...
-def called(self: Any, x: ArrayLike, out: Array | None = None, *, update: bool = True) -> Array: ...
+def called(
+    self: Any,
+    x: ArrayLike,
+    out: Array | None = None,
+    *,
+    residual: ArrayLike | None = None,
+    mask: ArrayLike | None = None,
+    update: bool = True,
+) -> Array: ...
 def forward_of(
     contents: AtomicReference[Contents],
     options: Options,
@@ -161,6 +242,8 @@ def forward_of(
     update: bool,
     out: object,
     living: tuple[Forward, ...],
+    residual: object = ...,
+    mask: object = ...,
 ) -> tuple[Array, Forward]: ...
 def forward_in_calibration(
     contents: AtomicReference[Contents],
@@ -174,10 +257,17 @@ def forward_in_calibration(
     out: object,
     living: tuple[Forward, ...],
     gathers: Callable[[Contents, tuple[int, Statistics, Statistics]], Contents] | None,
+    residual: object = ...,
+    mask: object = ...,
 ) -> tuple[Array, Forward]: ...
 def backward_of(
-    forward: Forward, dy: object, out: object, living: tuple[Forward, ...], dtype: np.dtype[Any]
-) -> tuple[Array, Array, Array]: ...
+    forward: Forward,
+    dy: object,
+    out: object,
+    living: tuple[Forward, ...],
+    dtype: np.dtype[Any],
+    out_residual: object = ...,
+) -> tuple[Array, Array | None, Array, Array]: ...
 def commit_backward(
     contents: AtomicReference[Contents],
     forward: Forward,

@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike, DTypeLike
 from . import _core, grad_mode
 from ._checks import channel_array, flag, floating_dtype, integer, number, one_of
 from ._core import KEEP_LAST, KEEP_NOTHING, KEEP_PULLBACK
-from .functional import Array
+from .functional import Activation, Array
 from .state.layer_state import FIXED, LayerState
 from .statistics.running import gather, with_statistics
 
@@ -63,6 +63,10 @@ class BatchNorm(LayerState):
     unbiased_running_var : bool
         Whether `running_var` collects the unbiased variance (divisor M - 1, PyTorch) or the population's (divisor M,
         Keras, ONNX). The normalisation itself always uses the population's.
+    activation : None, "relu", "relu6" or "leaky_relu"
+        Of y, in the same pass, forward and backward.
+    negative_slope : float
+        Of "leaky_relu", above 0 and below 1.
     nonfinite : "propagate", "skip" or "raise"
         What a batch does in training, or in a calibration, whose mean or variance is not finite in a channel: enter the
         statistics as it is; leave those of that channel alone, counted in `num_batches_skipped`; or raise
@@ -116,6 +120,8 @@ class BatchNorm(LayerState):
     affine: bool | Literal["gamma", "beta"]
     track_running_stats: bool
     unbiased_running_var: bool
+    activation: Activation
+    negative_slope: float
     nonfinite: Literal["propagate", "skip", "raise"]
     dtype: np.dtype[Any]
 
@@ -129,12 +135,15 @@ class BatchNorm(LayerState):
         affine: bool | Literal["gamma", "beta"] = True,
         track_running_stats: bool = True,
         unbiased_running_var: bool = True,
+        activation: Activation = None,
+        negative_slope: float = 0.01,
         nonfinite: Literal["propagate", "skip", "raise"] = "propagate",
         dtype: DTypeLike = np.float32,
     ) -> None:
         self._begin(
-            num_features, axis, eps, momentum, affine, track_running_stats, unbiased_running_var, nonfinite, dtype
-        )
+            num_features, axis, eps, momentum, affine, track_running_stats, unbiased_running_var, activation,
+            negative_slope, nonfinite, dtype,
+        )  # fmt: skip
 
     def _begin(
         self,
@@ -145,6 +154,8 @@ class BatchNorm(LayerState):
         affine: Any,
         track_running_stats: bool,
         unbiased_running_var: bool,
+        activation: Any,
+        negative_slope: float,
         nonfinite: Any,
         dtype: DTypeLike,
     ) -> None:
@@ -159,12 +170,15 @@ class BatchNorm(LayerState):
             affine=one_of(affine, "affine", (True, False, "gamma", "beta")),
             track_running_stats=flag(track_running_stats, "track_running_stats"),
             unbiased_running_var=flag(unbiased_running_var, "unbiased_running_var"),
+            activation=one_of(activation, "activation", (None, "relu", "relu6", "leaky_relu")),
+            negative_slope=_core.as_negative_slope(negative_slope),
             nonfinite=one_of(nonfinite, "nonfinite", ("propagate", "skip", "raise")),
             dtype=floating_dtype(dtype),
         )
         self._options = _core.Options(
-            self.axis, features, self.track_running_stats, self.unbiased_running_var, self.nonfinite
-        )
+            self.axis, features, self.track_running_stats, self.unbiased_running_var, self.nonfinite, self.activation,
+            self.negative_slope,
+        )  # fmt: skip
         self.eps = eps
         self.momentum = momentum
         self._training = True
@@ -218,7 +232,15 @@ class BatchNorm(LayerState):
 
     __call__ = _core.called
 
-    def forward(self, x: ArrayLike, out: Array | None = None, *, update: bool = True) -> Array:
+    def forward(
+        self,
+        x: ArrayLike,
+        out: Array | None = None,
+        *,
+        residual: ArrayLike | None = None,
+        mask: ArrayLike | None = None,
+        update: bool = True,
+    ) -> Array:
         """Normalise `x`; in training mode update the running statistics too.
 
         Parameters
@@ -226,6 +248,11 @@ class BatchNorm(LayerState):
         x : (..., C, ...) array_like of float32 or float64, at least 2 dimensions
         out : ndarray like x, optional
             Where to write y. It may be `x`; then there can be no backward, because x is gone.
+        residual : ndarray of x's shape and dtype, optional
+            Added before the activation; `backward` then gives its gradient, too. With an activation, do not change it
+            until the backward, as x.
+        mask : bool array_like, broadcast to x's shape without its channel axis, optional
+            Where True, the position takes part in the batch. Elsewhere x and residual may be anything, and y is 0.
         update : bool
             Whether running statistics and counts take the batch in (and a calibration gathers it). Without it a forward
             in training mode is the same but for those.
@@ -239,7 +266,7 @@ class BatchNorm(LayerState):
         TypeError
             If an argument has a wrong type or dtype.
         ValueError
-            If a shape is wrong, `x` has fewer than 2 values a channel in training, or `running_var` holds what is not
+            If a shape is wrong, fewer than 2 values a channel take part in training, or `running_var` holds what is not
             finite or not above 0 with eps, in eval mode.
         numpy.exceptions.AxisError
             If `x` has no such axis.
@@ -247,9 +274,17 @@ class BatchNorm(LayerState):
             If the statistics of the batch are not finite, in training with `nonfinite="raise"`. The layer is unchanged;
             `out` may be written.
         """
-        return self._forward(x, out, update, KEEP_NOTHING if grad_mode.is_off() else KEEP_LAST)[0]
+        return self._forward(x, out, residual, mask, update, KEEP_NOTHING if grad_mode.is_off() else KEEP_LAST)[0]
 
-    def vjp(self, x: ArrayLike, out: Array | None = None, *, update: bool = True) -> tuple[Array, "Pullback"]:
+    def vjp(
+        self,
+        x: ArrayLike,
+        out: Array | None = None,
+        *,
+        residual: ArrayLike | None = None,
+        mask: ArrayLike | None = None,
+        update: bool = True,
+    ) -> tuple[Array, "Pullback"]:
         """Normalise `x` as `forward` does, and give the backward of this forward alone.
 
         For several forwards before their backwards: of a discriminator's real and generated batch, of the steps of a
@@ -260,6 +295,8 @@ class BatchNorm(LayerState):
         x : (..., C, ...) array_like of float32 or float64, at least 2 dimensions
         out : ndarray like x, optional
             Where to write y; not into x.
+        residual, mask : optional
+            As for `forward`.
         update : bool
             Whether running statistics and counts take the batch in.
 
@@ -267,8 +304,8 @@ class BatchNorm(LayerState):
         -------
         y : ndarray like x
         pullback : callable
-            `pullback(dy, out=None, *, accumulate=False)` is what `backward` would be for this forward; it may be called
-            any number of times, whatever has happened to the layer since. It keeps x alive.
+            `pullback(dy, out=None, *, accumulate=False, out_residual=None)` is what `backward` would be for this
+            forward; it may be called any number of times, whatever has happened to the layer since. It keeps x alive.
 
         Raises
         ------
@@ -287,23 +324,31 @@ class BatchNorm(LayerState):
         """
         if out is not None and _core.shares_memory(out, _core.as_data(x, "x")):
             raise ValueError("out: expected memory that is not x's, as the pullback needs x, got a part of it")
-        y, forward = self._forward(x, out, update, KEEP_PULLBACK)
+        y, forward = self._forward(x, out, residual, mask, update, KEEP_PULLBACK)
         self._living.add(weakref.ref(forward, self._living.discard))
         return y, Pullback(self, forward)
 
-    def _forward(self, x: ArrayLike, out: Array | None, update: bool, keep: int) -> tuple[Array, _core.Forward]:
+    def _forward(
+        self,
+        x: ArrayLike,
+        out: Array | None,
+        residual: ArrayLike | None,
+        mask: ArrayLike | None,
+        update: bool,
+        keep: int,
+    ) -> tuple[Array, _core.Forward]:
         """Compute, and change the layer in one step. keep: who will call the backward."""
         calibration = self._calibration.value
         living = () if out is None else self._living_forwards()
         if calibration is None:
             return _core.forward_of(
                 self._contents, self._options, x, self._gamma, self._beta, self._eps, self._momentum, self._training,
-                keep, update, out, living,
+                keep, update, out, living, residual, mask,
             )  # fmt: skip
         gathers = partial(gather, self._calibration, calibration, self.nonfinite) if update else None
         return _core.forward_in_calibration(
             self._contents, self._options, x, self._gamma, self._beta, self._eps, self._training, keep, out, living,
-            gathers,
+            gathers, residual, mask,
         )  # fmt: skip
 
     def _living_forwards(self) -> tuple[_core.Forward, ...]:
@@ -313,7 +358,14 @@ class BatchNorm(LayerState):
 
     # --- backward -----------------------------------------------------------------------------------------------
 
-    def backward(self, dy: ArrayLike, out: Array | None = None, *, accumulate: bool = False) -> Array:
+    def backward(
+        self,
+        dy: ArrayLike,
+        out: Array | None = None,
+        *,
+        accumulate: bool = False,
+        out_residual: Array | None = None,
+    ) -> Any:
         """Gradient of the loss with respect to the last forward's x; sets `grad_gamma` and `grad_beta`.
 
         It is the gradient of what that forward computed, whatever has been changed in the layer since. After a forward
@@ -327,10 +379,13 @@ class BatchNorm(LayerState):
             Where to write dx. It may be `dy`, or `x`.
         accumulate : bool
             Whether to add to what earlier backwards gave for gamma and beta, instead of replacing it.
+        out_residual : ndarray like x, optional
+            Where to write the gradient of the residual. One of the two may be `dy`.
 
         Returns
         -------
         dx : ndarray like x
+            If the forward had a residual: (dx, dresidual).
 
         Raises
         ------
@@ -352,17 +407,23 @@ class BatchNorm(LayerState):
                 "backward: a forward in eval mode took the place of the one in training that waited for its backward; "
                 "look at other data under no_grad before the forward, or give the forward a backward of its own by vjp"
             )
-        return self._backward(forward, dy, out, accumulate, last=True)
+        return self._backward(forward, dy, out, accumulate, out_residual, last=True)
 
     def _backward(
-        self, forward: _core.Forward, dy: ArrayLike, out: Array | None, accumulate: bool, last: bool
-    ) -> Array:
+        self,
+        forward: _core.Forward,
+        dy: ArrayLike,
+        out: Array | None,
+        accumulate: bool,
+        out_residual: Array | None,
+        last: bool,
+    ) -> Any:
         """Compute, then change the layer in one step. last: it is the layer's last forward, which is used up."""
-        living = () if out is None else self._living_forwards()
-        dx, dgamma, dbeta = _core.backward_of(forward, dy, out, living, self.dtype)
+        living = () if out is None and out_residual is None else self._living_forwards()
+        dx, dresidual, dgamma, dbeta = _core.backward_of(forward, dy, out, living, self.dtype, out_residual)
         gradients = None if self._gamma is None else dgamma, None if self._beta is None else dbeta
         _core.commit_backward(self._contents, forward, last, gradients, accumulate)
-        return dx
+        return dx if dresidual is None else (dx, dresidual)
 
     # --- modes --------------------------------------------------------------------------------------------------
 
@@ -486,7 +547,14 @@ class BatchNorm(LayerState):
 
     def __repr__(self) -> str:
         parts = [str(self.num_features), f"axis={self.axis}", f"eps={self.eps:g}", f"momentum={self.momentum}"]
-        usual = {"affine": True, "track_running_stats": True, "unbiased_running_var": True, "nonfinite": "propagate"}
+        usual = {
+            "affine": True,
+            "track_running_stats": True,
+            "unbiased_running_var": True,
+            "activation": None,
+            "negative_slope": self.negative_slope if self.activation != "leaky_relu" else 0.01,
+            "nonfinite": "propagate",
+        }
         parts += [f"{name}={getattr(self, name)!r}" for name, value in usual.items() if getattr(self, name) != value]
         if self.dtype != np.float32:
             parts.append(f"dtype={self.dtype}")
@@ -502,12 +570,19 @@ class Pullback:
         self._layer = layer
         self._forward = forward
 
-    def __call__(self, dy: ArrayLike, out: Array | None = None, *, accumulate: bool = False) -> Array:
+    def __call__(
+        self,
+        dy: ArrayLike,
+        out: Array | None = None,
+        *,
+        accumulate: bool = False,
+        out_residual: Array | None = None,
+    ) -> Any:
         """Gradient of the loss with respect to this forward's x; sets the layer's `grad_gamma` and `grad_beta`.
 
         Parameters, result and errors are those of `BatchNorm.backward`.
         """
-        return self._layer._backward(self._forward, dy, out, accumulate, last=False)
+        return self._layer._backward(self._forward, dy, out, accumulate, out_residual, last=False)
 
     def __reduce__(self) -> Any:
         raise TypeError("a pullback belongs to one forward of one layer, and cannot be copied or pickled")

@@ -4,14 +4,28 @@ They compute in float64 (in longdouble for longdouble data) and return that, unr
 the shortest description of what the kernels do. They check nothing, and use nothing else of bnfast.
 """
 
-from typing import Any
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar, cast
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-__all__ = ["batch_norm", "batch_norm_backward", "batch_norm_eval", "batch_norm_jvp", "moments"]
+__all__ = [
+    "Sums",
+    "batch_norm",
+    "batch_norm_backward",
+    "batch_norm_backward_apply",
+    "batch_norm_backward_sums",
+    "batch_norm_eval",
+    "batch_norm_jvp",
+    "moments",
+]
 
 Wide = NDArray[Any]
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def _wide(value: ArrayLike) -> Wide:
@@ -37,7 +51,73 @@ def _written(result: Wide, out: NDArray[Any] | None) -> Wide:
     return out
 
 
-def moments(x: ArrayLike, *, axis: int = 1) -> tuple[int, Wide, Wide]:
+@dataclass(frozen=True, eq=False)
+class Sums:
+    """See `bnfast.functional.Sums`."""
+
+    count: int
+    dgamma: Wide
+    dbeta: Wide
+
+    def __add__(self, other: "Sums") -> "Sums":
+        return Sums(self.count + other.count, self.dgamma + other.dgamma, self.dbeta + other.dbeta)
+
+
+def _rectified(y: Wide, activation: str | None, negative_slope: float) -> Wide:
+    """The activation of y; NaN stays NaN."""
+    if activation is None:
+        return y
+    y = np.where(y <= 0, negative_slope * y if activation == "leaky_relu" else 0.0, y)
+    return np.minimum(y, 6.0) if activation == "relu6" else y
+
+
+def _passed(u: Wide, y: Wide, activation: str | None, negative_slope: float) -> Wide:
+    """u times the derivative of the activation at y."""
+    if activation is None:
+        return u
+    u = np.where(y <= 0, negative_slope * u if activation == "leaky_relu" else 0.0, u)
+    return np.where(y >= 6, 0.0, u) if activation == "relu6" else u
+
+
+def _before_activation(
+    x_hat: Wide, gamma: ArrayLike | None, beta: ArrayLike | None, residual: ArrayLike | None, axis: int
+) -> Wide:
+    y = _along(gamma, x_hat, axis, 1.0) * x_hat + _along(beta, x_hat, axis, 0.0)
+    return y if residual is None else y + _wide(residual)
+
+
+def _masked(function: Function) -> Function:
+    """The function of the positions where its `mask` is True alone; what it gives like x is 0 elsewhere."""
+    signature = inspect.signature(function)
+
+    @functools.wraps(function)
+    def at_positions(*args: Any, **kwargs: Any) -> Any:
+        given = signature.bind(*args, **kwargs).arguments
+        mask = given.pop("mask", None)
+        if mask is None:
+            return function(**given)
+        axis, outs = given.pop("axis", 1), [given.pop("out", None), given.pop("out_residual", None)]
+        shape = np.moveaxis(np.asarray(given["x"]), axis, -1).shape
+        there = np.broadcast_to(mask, shape[:-1])
+        for name in ("x", "dy", "v", "residual", "vresidual"):
+            if given.get(name) is not None:
+                given[name] = np.moveaxis(np.asarray(given[name]), axis, -1)[there]  # (M, C)
+
+        def back(result: Any) -> Any:
+            if np.ndim(result) != 2:
+                return result
+            whole = np.zeros(shape, result.dtype)
+            whole[there] = result
+            return _written(np.moveaxis(whole, -1, axis), outs.pop(0))
+
+        found = function(**given)
+        return tuple(map(back, found)) if isinstance(found, tuple) else back(found)
+
+    return cast(Function, at_positions)
+
+
+@_masked
+def moments(x: ArrayLike, *, axis: int = 1, mask: ArrayLike | None = None) -> tuple[int, Wide, Wide]:
     """See `bnfast.moments`; here (count, mean, m2)."""
     x = _wide(x)
     count = x.size // max(1, x.shape[axis])
@@ -45,6 +125,7 @@ def moments(x: ArrayLike, *, axis: int = 1) -> tuple[int, Wide, Wide]:
     return count, mean.ravel(), ((x - mean) ** 2).sum(_other_axes(x, axis))
 
 
+@_masked
 def batch_norm(
     x: ArrayLike,
     gamma: ArrayLike | None = None,
@@ -52,17 +133,24 @@ def batch_norm(
     *,
     axis: int = 1,
     eps: float = 1e-5,
+    residual: ArrayLike | None = None,
+    activation: str | None = None,
+    negative_slope: float = 0.01,
+    mask: ArrayLike | None = None,
+    return_var: bool = False,
     out: NDArray[Any] | None = None,
-) -> tuple[Wide, Wide, Wide]:
+) -> tuple[Wide, ...]:
     """See `bnfast.functional.batch_norm`."""
     x = _wide(x)
     mean = x.mean(_other_axes(x, axis), keepdims=True)
     var = ((x - mean) ** 2).mean(_other_axes(x, axis), keepdims=True)
     inv_std = 1 / np.sqrt(var + eps)
-    y = _along(gamma, x, axis, 1.0) * ((x - mean) * inv_std) + _along(beta, x, axis, 0.0)
-    return _written(y, out), mean.ravel(), inv_std.ravel()
+    y = _before_activation((x - mean) * inv_std, gamma, beta, residual, axis)
+    found = _written(_rectified(y, activation, negative_slope), out), mean.ravel(), inv_std.ravel()
+    return (*found, var.ravel()) if return_var else found
 
 
+@_masked
 def batch_norm_eval(
     x: ArrayLike,
     mean: ArrayLike,
@@ -72,15 +160,20 @@ def batch_norm_eval(
     *,
     axis: int = 1,
     eps: float = 1e-5,
+    residual: ArrayLike | None = None,
+    activation: str | None = None,
+    negative_slope: float = 0.01,
+    mask: ArrayLike | None = None,
     out: NDArray[Any] | None = None,
 ) -> Wide:
     """See `bnfast.functional.batch_norm_eval`."""
     x = _wide(x)
     inv_std = 1 / np.sqrt(_along(var, x, axis, 1.0) + eps)
-    x_hat = (x - _along(mean, x, axis, 0.0)) * inv_std
-    return _written(_along(gamma, x, axis, 1.0) * x_hat + _along(beta, x, axis, 0.0), out)
+    y = _before_activation((x - _along(mean, x, axis, 0.0)) * inv_std, gamma, beta, residual, axis)
+    return _written(_rectified(y, activation, negative_slope), out)
 
 
+@_masked
 def batch_norm_backward(
     dy: ArrayLike,
     x: ArrayLike,
@@ -88,22 +181,81 @@ def batch_norm_backward(
     inv_std: ArrayLike,
     gamma: ArrayLike | None = None,
     *,
+    beta: ArrayLike | None = None,
     axis: int = 1,
     training: bool = True,
+    residual: ArrayLike | None = None,
+    activation: str | None = None,
+    negative_slope: float = 0.01,
+    mask: ArrayLike | None = None,
     out: NDArray[Any] | None = None,
-) -> tuple[Wide, Wide, Wide]:
+    out_residual: NDArray[Any] | None = None,
+) -> tuple[Wide, ...]:
     """See `bnfast.functional.batch_norm_backward`."""
+    given: dict[str, Any] = {"beta": beta, "axis": axis, "residual": residual, "activation": activation}
+    sums = batch_norm_backward_sums(dy, x, mean, inv_std, gamma, negative_slope=negative_slope, **given)
+    through_statistics = sums if training else Sums(1, 0 * sums.dgamma, 0 * sums.dbeta)
+    found = batch_norm_backward_apply(
+        dy, x, mean, inv_std, gamma, through_statistics, negative_slope=negative_slope, out=out,
+        out_residual=out_residual, **given,
+    )  # fmt: skip
+    dx, *dresidual = found if isinstance(found, tuple) else (found,)
+    return dx, sums.dgamma, sums.dbeta, *dresidual
+
+
+@_masked
+def batch_norm_backward_sums(
+    dy: ArrayLike,
+    x: ArrayLike,
+    mean: ArrayLike,
+    inv_std: ArrayLike,
+    gamma: ArrayLike | None = None,
+    *,
+    beta: ArrayLike | None = None,
+    axis: int = 1,
+    residual: ArrayLike | None = None,
+    activation: str | None = None,
+    negative_slope: float = 0.01,
+    mask: ArrayLike | None = None,
+) -> Sums:
+    """See `bnfast.functional.batch_norm_backward_sums`."""
     dy, x = _wide(dy), _wide(x)
+    x_hat = (x - _along(mean, x, axis, 0.0)) * _along(inv_std, x, axis, 1.0)
+    dy = _passed(dy, _before_activation(x_hat, gamma, beta, residual, axis), activation, negative_slope)
     others = _other_axes(x, axis)
+    return Sums(x.size // max(1, x.shape[axis]), (dy * x_hat).sum(others), dy.sum(others))
+
+
+@_masked
+def batch_norm_backward_apply(
+    dy: ArrayLike,
+    x: ArrayLike,
+    mean: ArrayLike,
+    inv_std: ArrayLike,
+    gamma: ArrayLike | None,
+    sums: Sums,
+    *,
+    beta: ArrayLike | None = None,
+    axis: int = 1,
+    residual: ArrayLike | None = None,
+    activation: str | None = None,
+    negative_slope: float = 0.01,
+    mask: ArrayLike | None = None,
+    out: NDArray[Any] | None = None,
+    out_residual: NDArray[Any] | None = None,
+) -> Wide | tuple[Wide, Wide]:
+    """See `bnfast.functional.batch_norm_backward_apply`."""
+    dy, x = _wide(dy), _wide(x)
     scale = _along(inv_std, x, axis, 1.0)
     x_hat = (x - _along(mean, x, axis, 0.0)) * scale
-    dbeta = dy.sum(others, keepdims=True)
-    dgamma = (dy * x_hat).sum(others, keepdims=True)
-    through_statistics = (dbeta + x_hat * dgamma) / max(1, x.size // max(1, x.shape[axis])) if training else 0.0
-    dx = _along(gamma, x, axis, 1.0) * scale * (dy - through_statistics)
-    return _written(dx, out), dgamma.ravel(), dbeta.ravel()
+    dy = _passed(dy, _before_activation(x_hat, gamma, beta, residual, axis), activation, negative_slope)
+    dgamma, dbeta = _along(sums.dgamma, x, axis, 0.0), _along(sums.dbeta, x, axis, 0.0)
+    dx = _along(gamma, x, axis, 1.0) * scale * (dy - (dbeta + x_hat * dgamma) / max(1, sums.count))
+    dx = _written(dx, out)
+    return dx if residual is None else (dx, _written(dy, out_residual))
 
 
+@_masked
 def batch_norm_jvp(
     v: ArrayLike,
     x: ArrayLike,
@@ -111,9 +263,15 @@ def batch_norm_jvp(
     inv_std: ArrayLike,
     gamma: ArrayLike | None = None,
     *,
+    beta: ArrayLike | None = None,
     axis: int = 1,
     vgamma: ArrayLike | None = None,
     vbeta: ArrayLike | None = None,
+    residual: ArrayLike | None = None,
+    vresidual: ArrayLike | None = None,
+    activation: str | None = None,
+    negative_slope: float = 0.01,
+    mask: ArrayLike | None = None,
     out: NDArray[Any] | None = None,
 ) -> Wide:
     """See `bnfast.functional.batch_norm_jvp`."""
@@ -122,5 +280,9 @@ def batch_norm_jvp(
     scale = _along(inv_std, x, axis, 1.0)
     x_hat = (x - _along(mean, x, axis, 0.0)) * scale
     centred = v - v.mean(others, keepdims=True) - x_hat * (v * x_hat).mean(others, keepdims=True)
-    dy = _along(gamma, x, axis, 1.0) * scale * centred
-    return _written(dy + _along(vgamma, x, axis, 0.0) * x_hat + _along(vbeta, x, axis, 0.0), out)
+    along = _along(gamma, x, axis, 1.0) * scale * centred
+    along = along + _along(vgamma, x, axis, 0.0) * x_hat + _along(vbeta, x, axis, 0.0)
+    if vresidual is not None:
+        along = along + _wide(vresidual)
+    y = _before_activation(x_hat, gamma, beta, residual, axis)
+    return _written(_passed(along, y, activation, negative_slope), out)

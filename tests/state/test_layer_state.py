@@ -174,6 +174,22 @@ def test_state_goes_to_pytorch_and_back():
 # --- pickle and copies ---------------------------------------------------------------------------------------
 
 
+class Before:
+    pass
+
+
+class Mixed(Before, BatchNorm):
+    pass
+
+
+def test_a_subclass_may_have_another_base_before():
+    bn = Mixed(CHANNELS)
+    bn(batch())
+    for again in (copy.copy(bn), copy.deepcopy(bn), pickle.loads(pickle.dumps(bn)), Mixed._decoded(bn._encoded())):
+        assert type(again) is Mixed
+        assert statistics(again) == statistics(bn)
+
+
 class Named(BatchNorm):
     """At module level, so that pickle finds it."""
 

@@ -68,6 +68,8 @@ def any_layer(draw):
         affine=draw(st.sampled_from([True, False, "gamma", "beta"])),
         track_running_stats=draw(st.booleans()),
         unbiased_running_var=draw(st.booleans()),
+        activation=draw(st.sampled_from([None, "relu", "relu6", "leaky_relu"])),
+        negative_slope=draw(st.floats(0, 1, exclude_min=True, exclude_max=True)),
         nonfinite=draw(st.sampled_from(["propagate", "skip", "raise"])),
         dtype=dtype,
     )
@@ -143,7 +145,7 @@ def test_the_fixture_of_the_first_version_loads_for_ever():
     assert bn.statistics_in_use == expected["statistics_in_use"]
     assert bn.num_batches_tracked == expected["num_batches_tracked"]
     assert digests(bn) == expected["sha256"]
-    assert bn.nonfinite == "propagate"
+    assert (bn.nonfinite, bn.activation, bn.negative_slope) == ("propagate", None, 0.01)
     assert bn.num_batches_skipped.tolist() == [0] * 5
     again = BatchNorm._decoded(bn._encoded())  # of format 2
     assert raw(again) == raw(bn)
@@ -345,6 +347,14 @@ FORGED = {
     "affine_false": described(affine=False),
     "affine_gamma": described(affine="gamma"),
     "affine_unknown": described(affine="delta"),
+    "activation_unknown": described(activation="gelu"),
+    "activation_number": described(activation=1),
+    "activation_list": described(activation=["relu"]),
+    "slope_zero": described(negative_slope=0.0),
+    "slope_one": described(negative_slope=1.0),
+    "slope_nan": described(negative_slope=float("nan")),
+    "slope_text": described(negative_slope="0.1"),
+    "slope_null": described(negative_slope=None),
     "nonfinite_unknown": described(nonfinite="other"),
     "nonfinite_null": described(nonfinite=None),
     "kind_unknown": described(kind="tree"),

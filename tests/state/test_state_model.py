@@ -421,6 +421,8 @@ BAD = {  # the last entry of into: what, error, words
     "untracked": ("a", BatchNorm(3, track_running_stats=False), StateError, r"expected track_running_stats False"),
     "population": ("a", BatchNorm(3, unbiased_running_var=False), StateError, r"expected unbiased_running_var False"),
     "nonfinite": ("a", BatchNorm(3, nonfinite="skip"), StateError, r"expected nonfinite 'skip' .* got 'propagate'"),
+    "activation": ("a", BatchNorm(3, activation="relu"), StateError, r"expected activation 'relu' .* got None"),
+    "slope": ("a", BatchNorm(3, negative_slope=0.5), StateError, r"expected negative_slope 0.5 .* got 0.01"),
 }  # fmt: skip
 
 

@@ -44,7 +44,7 @@ def test_a_pickle_of_0_1_0_comes_back_to_the_bit(name, protocol):
     assert found(again, EXPECTED[name]) == EXPECTED[name]
     if isinstance(thing, BatchNorm):
         assert raw(again) == raw(thing)
-        assert thing.nonfinite == "propagate"
+        assert (thing.nonfinite, thing.activation, thing.negative_slope) == ("propagate", None, 0.01)
         assert vars(thing).keys() == vars(BatchNorm(3)).keys() | ({"note"} if name == "attribute" else set())
         assert thing.num_batches_skipped.tolist() == [0, 0, 0]
 
@@ -231,6 +231,10 @@ NEW = {
     "options_a_list": lambda s: s.update(options=[1]),
     "option_unknown": lambda s: options(s).update(other=1),
     "nonfinite_unknown": lambda s: options(s).update(nonfinite="no"),
+    "activation_unknown": lambda s: options(s).update(activation="gelu"),
+    "activation_array": lambda s: options(s).update(activation=np.ones(2)),
+    "slope_two": lambda s: options(s).update(negative_slope=2.0),
+    "slope_text": lambda s: options(s).update(negative_slope="0.1"),
     "counts_one": lambda s: s.update(counts=(None,)),
     "counts_none": lambda s: s.update(counts=None),
     "counts_negative": lambda s: s.update(counts=(np.array([-1, 1]), None)),

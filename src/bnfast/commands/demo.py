@@ -1,10 +1,10 @@
 """Train two small networks to read digits, with and without batch normalisation.
 
 ``python -m bnfast demo`` runs this file. It is an example to read, too: with `network.py` a training loop in plain
-NumPy, in which `bnfast.BatchNorm` is one layer among others. The networks with and without it differ in nothing else:
-they have the same initial weights (He's, made for ReLU), the same mini-batches in the same order and the same
-learning rate. The rate suits BatchNorm: to stand a large one is what it is for. Without it the fully
-connected network is better off with a smaller one (try ``--learning-rate 0.05``).
+NumPy, in which `bnfast.BatchNorm` is one layer among others, and does the ReLU behind it in the same pass. The networks
+with and without it differ in nothing else: they have the same initial weights (He's, made for ReLU), the same
+mini-batches in the same order and the same learning rate. The rate suits BatchNorm: to stand a large one is what it is
+for. Without it the fully connected network is better off with a smaller one (try ``--learning-rate 0.05``).
 """
 
 from __future__ import annotations

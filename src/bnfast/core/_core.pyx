@@ -43,6 +43,7 @@ bnfast_read_caches()
 include "arguments.pxi"
 include "layout.pxi"
 include "run.pxi"
+include "positions.pxi"
 include "operations.pxi"
 include "atomic.pxi"
 include "layer.pxi"

@@ -7,8 +7,10 @@ cdef cnp.ndarray as_floating(object value, str name):
     given = value
     if not cnp.PyArray_CheckExact(value):
         if isinstance(value, np.ma.MaskedArray):
-            raise TypeError(f"{name}: expected an array without a mask, got {type(value).__name__}; "
-                            f"fill it first: {name}.filled(value)")
+            way = f"fill it first: {name}.filled(value)"
+            if name in ("x", "dy", "v", "residual", "vresidual"):  # (its True means the opposite)
+                way = f"use {name}.data, and mask=~numpy.ma.getmaskarray({name}).any(axis)"
+            raise TypeError(f"{name}: expected an array without a mask, got {type(value).__name__}; {way}")
         if isinstance(value, np.matrix):
             raise TypeError(f"{name}: expected an array, got numpy.matrix; use numpy.asarray({name})")
         if hasattr(value, "nnz") and hasattr(value, "toarray"):

@@ -23,6 +23,8 @@ cdef extern from "kernels/job.h" nogil:
         BNFAST_EVAL
         BNFAST_BACKWARD
         BNFAST_BACKWARD_EVAL
+        BNFAST_BACKWARD_SUMS
+        BNFAST_BACKWARD_APPLY
         BNFAST_FLOOR
         BNFAST_JVP
 
@@ -31,6 +33,9 @@ cdef extern from "kernels/job.h" nogil:
     ctypedef struct bnfast_parameter:
         const double *wide
         const float *narrow
+
+    ctypedef struct bnfast_rectifier:
+        double slope, top
 
     ctypedef struct bnfast_phase:
         void (*task)(const bnfast_job *job, Py_ssize_t index, int thread) noexcept nogil
@@ -47,7 +52,11 @@ cdef extern from "kernels/job.h" nogil:
         Py_ssize_t outer, channels, inner
         const void *x
         const void *u
+        const void *residual
+        void *passed
         void *out
+        int rectifies
+        bnfast_rectifier rectifier
         bnfast_parameter gamma
         bnfast_parameter beta
         bnfast_parameter vgamma
@@ -59,6 +68,7 @@ cdef extern from "kernels/job.h" nogil:
         double *m2
         double *dbeta
         double *dgamma
+        double count
         int *infinite
         int n_threads
         bnfast_plan_kind kind

@@ -70,6 +70,11 @@ cdef class Forward:
     """
 
     cdef readonly cnp.ndarray x     # a view, whose shape nobody else can change
+    cdef cnp.ndarray mask           # of the positions that take part, a copy; None: all
+    cdef bint has_residual
+    cdef cnp.ndarray residual       # a view, kept where the backward needs it: with an activation; else None
+    cdef bint rectifies
+    cdef bnfast_rectifier rectifier
     cdef cnp.ndarray block
     cdef bint has_gamma, has_beta
     cdef Running running          # the statistics it took as constants; None: those of the batch
@@ -81,6 +86,7 @@ cdef class Forward:
     cdef str gone
     cdef bint used                # by `backward`
     cdef unsigned long long sample[SAMPLES]
+    cdef unsigned long long residual_sample[SAMPLES]
     cdef object __weakref__
 
     cdef double *row(self, int i) noexcept:
@@ -113,14 +119,24 @@ cdef class Forward:
         """RuntimeError if x is not what it was."""
         cdef unsigned long long now[SAMPLES]
         if self.gone is not None:
-            raise RuntimeError(f"backward: x is gone: {self.gone} was written into its memory")
+            raise RuntimeError(f"backward: {self.gone} was written into its memory")
         take_sample(self.x, now)
         if memcmp(now, self.sample, sizeof(now)) != 0:
             raise RuntimeError("backward: x has changed since its forward; keep it as it is until the backward, "
                                "or give forward a copy")
+        if self.residual is not None:
+            take_sample(self.residual, now)
+            if memcmp(now, self.residual_sample, sizeof(now)) != 0:
+                raise RuntimeError("backward: residual has changed since its forward; keep it as it is until the "
+                                   "backward, or give forward a copy")
         return 0
 
+    cdef Positions positions(self):
+        """Those that take part; None: all."""
+        return None if self.mask is None else positions_of(self.mask, self.x, self.axis)
+
     cdef void set_parameters(self, bnfast_job *job) noexcept:
+        job.rectifies, job.rectifier = self.rectifies, self.rectifier
         if self.has_gamma:
             job.gamma.wide = self.row(GAMMA)
         if self.has_beta:
@@ -147,7 +163,9 @@ cdef int note_overwritten(object out, tuple living, str what) except -1:
     cdef Forward forward
     for forward in living:
         if shares_memory(out, forward.x):
-            forward.gone = what
+            forward.gone = f"x is gone: {what}"
+        elif forward.residual is not None and shares_memory(out, forward.residual):
+            forward.gone = f"residual is gone: {what}"
     return 0
 
 
@@ -336,9 +354,14 @@ cdef class Options:
     cdef object axis
     cdef int place  # the axis as a C number; 64, which no array has, for what is none
     cdef Py_ssize_t channels
-    cdef bint tracks, unbiased, skips, raises
+    cdef bint tracks, unbiased, skips, raises, rectifies
+    cdef bnfast_rectifier rectifier
 
-    def __cinit__(self, axis, Py_ssize_t channels, bint tracks, bint unbiased, str nonfinite):
+    def __cinit__(self, axis, Py_ssize_t channels, bint tracks, bint unbiased, str nonfinite, activation=None,
+                  negative_slope=None):
+        cdef bnfast_job job = new_job(BNFAST_FORWARD)
+        set_activation(&job, activation, negative_slope)
+        self.rectifies, self.rectifier = job.rectifies, job.rectifier
         self.axis, self.channels, self.tracks, self.unbiased = axis, channels, tracks, unbiased
         self.place = axis if -64 <= axis < 64 else 64
         self.skips, self.raises = nonfinite == "skip", nonfinite == "raise"
@@ -351,7 +374,8 @@ cdef class Options:
         return as_axis(self.axis, x)
 
 
-cdef Forward new_forward(AtomicReference contents, Options options, x, gamma, beta, double eps, bint training):
+cdef Forward new_forward(AtomicReference contents, Options options, x, gamma, beta, double eps, bint training,
+                         residual=None, mask=None):
     """One that has not been computed, of checked data; gamma and beta of one moment."""
     cdef Forward forward = Forward.__new__(Forward)
     cdef cnp.ndarray g, b
@@ -359,6 +383,12 @@ cdef Forward new_forward(AtomicReference contents, Options options, x, gamma, be
     forward.axis, forward.eps, forward.training = options.axis_of(forward.x), eps, training
     forward.channels = options.channels
     forward.count = cnp.PyArray_SIZE(forward.x) // options.channels
+    forward.rectifies, forward.rectifier = options.rectifies, options.rectifier
+    if residual is not None:
+        forward.has_residual = True
+        forward.residual = PyArray_View(as_residual(residual, forward.x), NULL, NULL)
+    if mask is not None:
+        set_mask(forward, mask)
     g = as_parameter(gamma, "gamma", options.channels, None)
     b = as_parameter(beta, "beta", options.channels, None)
     forward.has_gamma, forward.has_beta = g is not None, b is not None
@@ -371,10 +401,43 @@ cdef Forward new_forward(AtomicReference contents, Options options, x, gamma, be
     return forward
 
 
+cdef int set_mask(Forward forward, mask) except -1:
+    cdef Positions positions = positions_of(mask, forward.x, forward.axis)
+    if not positions.all:
+        forward.mask = np.array(as_mask(mask, forward.x, forward.axis))
+        forward.count = positions.count
+    return 0
+
+
+cdef int check_batch(Forward forward) except -1:
+    """That a forward has the two values a channel that statistics need."""
+    if forward.mask is None:
+        return check_count(forward.x, forward.axis)
+    if forward.count < 2:
+        raise ValueError(f"mask: expected at least 2 positions that take part when training, got {forward.count}")
+    return 0
+
+
+cdef cnp.ndarray mapped_there(Forward forward, bnfast_job *job, cnp.ndarray out):
+    """-> y of a job whose statistics are set, at the positions that take part; 0 elsewhere."""
+    cdef Positions there
+    cdef cnp.ndarray residual = None
+    if forward.mask is None:
+        return mapped(job, forward.x, forward.residual, forward.axis, forward.channels, out)
+    there = forward.positions()
+    if forward.residual is not None:
+        residual = there.gather(forward.residual, "residual")
+    return there.scatter(mapped(job, there.gather(forward.x, "x"), residual, 1, forward.channels, None), out)
+
+
 cdef int seal(Forward forward, out, tuple living) except -1:
     """Once y is there."""
     cnp.PyArray_CLEARFLAGS(forward.block, cnp.NPY_ARRAY_WRITEABLE)
     take_sample(forward.x, forward.sample)
+    if not forward.rectifies:
+        forward.residual = None  # its gradient is dy, whatever it was
+    elif forward.residual is not None:
+        take_sample(forward.residual, forward.residual_sample)
     if out is not None:
         note_overwritten(out, (*living, forward), "the forward's out")
     return 0
@@ -384,11 +447,11 @@ cdef cnp.ndarray map_with_batch(Forward forward, Options options, out, tuple liv
     """-> y: a new forward normalises with the statistics of the batch. living: whose x `out` may overwrite."""
     cdef bnfast_job job = new_job(BNFAST_FORWARD)
     cdef cnp.ndarray y, given_out = as_out(out, forward.x)
-    check_count(forward.x, forward.axis)
+    check_batch(forward)
     job.eps = forward.eps if forward.eps > 0.0 else as_positive_eps(forward.eps)
     forward.set_parameters(&job)
     job.mean, job.inv_std, job.m2 = forward.row(MEAN), forward.row(INV_STD), forward.row(M2)
-    y = mapped(&job, forward.x, None, forward.axis, forward.channels, given_out)
+    y = mapped_there(forward, &job, given_out)
     seal(forward, out, living)
     if options.raises and forward.training:
         forward.check_finite()
@@ -404,7 +467,7 @@ cdef cnp.ndarray map_with_running(Forward forward, Running running, out, tuple l
     job.eps = forward.eps
     forward.set_parameters(&job)
     job.mean, job.var = running.row(0), running.row(1)
-    y = mapped(&job, forward.x, None, forward.axis, forward.channels, given_out)
+    y = mapped_there(forward, &job, given_out)
     seal(forward, out, living)
     return y
 
@@ -426,9 +489,9 @@ cdef cnp.ndarray committed(AtomicReference contents, Options options, Forward fo
 
 
 def forward_of(AtomicReference contents, Options options, x, gamma, beta, double eps, momentum, bint training, int keep,
-               bint update, out, tuple living):
+               bint update, out, tuple living, residual=None, mask=None):
     """-> (y, Forward) of x; as `committed`."""
-    cdef Forward forward = new_forward(contents, options, x, gamma, beta, eps, training)
+    cdef Forward forward = new_forward(contents, options, x, gamma, beta, eps, training, residual, mask)
     return committed(contents, options, forward, momentum, keep, update, out, living), forward
 
 
@@ -442,7 +505,7 @@ def set_plain_forward(forward, depth):
     plain_forward, grad_depth = forward, depth
 
 
-def called(self, x, out=None, *, update=True):
+def called(self, x, out=None, *, residual=None, mask=None, update=True):
     """See `forward`: the same, without the frames of Python, which take a sixth of a small call.
 
     A class or an instance with a forward of its own is called through that.
@@ -458,26 +521,26 @@ def called(self, x, out=None, *, update=True):
             calibration = its["_calibration"]
             if calibration.current() is None:
                 contents, options = its["_contents"], its["_options"]
-                forward = new_forward(contents, options, x, its["_gamma"], its["_beta"], its["_eps"], its["_training"])
+                forward = new_forward(contents, options, x, its["_gamma"], its["_beta"], its["_eps"], its["_training"],
+                                      residual, mask)
                 return committed(contents, options, forward, its["_momentum"],
                                  NOBODY if get_value(grad_depth) else LAYER, True, None, ())
-    if out is None and update is True:
-        return self.forward(x)  # one of its own may know of no more
-    return self.forward(x, out, update=update)
+    given = {"out": out, "residual": residual, "mask": mask, "update": None if update is True else update}
+    return self.forward(x, **{name: value for name, value in given.items() if value is not None})
 
 
 def forward_in_calibration(AtomicReference contents, Options options, x, gamma, beta, eps, bint training, int keep,
-                           out, tuple living, gathers):
+                           out, tuple living, gathers, residual=None, mask=None):
     """-> (y, Forward) of x in a calibration, with the statistics of the batch if it has two values a channel.
 
     gathers: what makes contents of those after the forward and of the moments of the batch; or None.
     """
-    cdef cnp.ndarray data = as_input(x, options.place, options.channels)
-    cdef Forward forward = new_forward(contents, options, data, gamma, beta, eps, training)
+    cdef Forward forward = new_forward(contents, options, x, gamma, beta, eps, training, residual, mask)
     cdef Contents found
-    if cnp.PyArray_SIZE(data) < 2 * options.channels:
-        batch = moments(data, options.axis)  # before `out`, which may be x
-        y = map_with_running(forward, (<Contents>contents.current()).in_use, out, living)
+    if forward.count < 2:
+        there = forward.positions()
+        batch = moments(forward.x, forward.axis) if there is None else moments(there.gather(forward.x, "x"), 1)
+        y = map_with_running(forward, (<Contents>contents.current()).in_use, out, living)  # `out` may be x
     else:
         y = map_with_batch(forward, options, out, living)
         batch = forward.count, *forward.moments
@@ -490,15 +553,19 @@ def forward_in_calibration(AtomicReference contents, Options options, x, gamma, 
             return y, forward
 
 
-def backward_of(Forward forward, dy, out, tuple living, dtype):
-    """-> (dx, dgamma, dbeta), the last two in `dtype`, float32 or float64, rounded once from float64."""
+def backward_of(Forward forward, dy, out, tuple living, dtype, out_residual=None):
+    """-> (dx, dresidual, dgamma, dbeta), the last two in `dtype`, float32 or float64, rounded once from float64;
+    dresidual is None without a residual."""
     cdef bnfast_job job = new_job(BNFAST_BACKWARD if forward.running is None else BNFAST_BACKWARD_EVAL)
-    cdef cnp.ndarray dx, u, given_out, sums = new_block(3, forward.channels, True)
-    cdef int type_number = cnp.NPY_FLOAT32 if dtype.itemsize == 4 else cnp.NPY_FLOAT64
+    cdef cnp.ndarray x = forward.x, residual = forward.residual, u, given_out, given_out_residual
+    cdef cnp.ndarray sums = new_block(3, forward.channels, True)
+    cdef int type_number = cnp.NPY_FLOAT32 if dtype.itemsize == 4 else cnp.NPY_FLOAT64, axis = forward.axis
     cdef Py_ssize_t i
+    cdef Positions there
     forward.check()
-    u = as_companion(dy, "dy", forward.x)
-    given_out = as_out(out, forward.x)
+    u = as_companion(dy, "dy", x)
+    given_out = as_out(out, x)
+    given_out_residual = as_out_residual(out_residual, given_out, forward.has_residual, x)
     job.dgamma, job.dbeta = values(sums), values(sums) + forward.channels
     forward.set_parameters(&job)
     if forward.running is None:
@@ -507,10 +574,25 @@ def backward_of(Forward forward, dy, out, tuple living, dtype):
         job.mean, job.inv_std = forward.running.row(0), values(sums) + 2 * forward.channels
         for i in range(forward.channels):
             job.inv_std[i] = 1.0 / sqrt(forward.running.row(1)[i] + forward.eps)
-    dx = mapped(&job, forward.x, u, forward.axis, forward.channels, given_out)
+    if forward.has_residual and residual is None:
+        residual = x  # without an activation it does not matter which
+    there = forward.positions()
+    if there is None:
+        dx, dresidual = mapped_back(&job, x, u, residual, axis, forward.channels, given_out, given_out_residual)
+    else:
+        if residual is not None:
+            residual = there.gather(residual, "residual")
+        dx, dresidual = mapped_back(&job, there.gather(x, "x"), there.gather(u, "dy"), residual, 1, forward.channels,
+                                    None, None)
+        dx = there.scatter(dx, given_out)
+        if dresidual is not None:
+            dresidual = there.scatter(dresidual, given_out_residual)
     if out is not None:
         note_overwritten(out, (*living, forward), "the backward's out")
-    return dx, rounded(job.dgamma, forward.channels, type_number), rounded(job.dbeta, forward.channels, type_number)
+    if out_residual is not None:
+        note_overwritten(out_residual, (*living, forward), "the backward's out_residual")
+    return (dx, dresidual, rounded(job.dgamma, forward.channels, type_number),
+            rounded(job.dbeta, forward.channels, type_number))
 
 
 cdef int commit_training(AtomicReference contents, Options options, Forward forward, int keep, momentum) except -1:

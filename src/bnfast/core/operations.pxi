@@ -1,23 +1,128 @@
 # The operations. Each reads check, allocate, compute, return: an error leaves nothing half done.
 
-cdef cnp.ndarray mapped(bnfast_job *job, cnp.ndarray x, cnp.ndarray u, int axis, Py_ssize_t channels,
-                        cnp.ndarray out):
-    """The result like x of a job whose statistics and parameters are set: in `out`, checked, or in a new array."""
-    cdef cnp.ndarray data, result
-    # the conversion of another argument may have run anybody's code since x was looked at
-    if (cnp.PyArray_NDIM(x) <= axis or cnp.PyArray_DIM(x, axis) != channels
-            or (u is not None and not same_shape(u, x)) or (out is not None and not same_shape(out, x))):
+cdef int set_activation(bnfast_job *job, object activation, object negative_slope) except -1:
+    """Has y go through an activation of the rectifier family (kernels.h)."""
+    job.rectifies = activation is not None
+    if activation is None:
+        return 0
+    job.rectifier.slope, job.rectifier.top = 0.0, math.nan
+    if activation == "relu6":
+        job.rectifier.top = 6.0
+    elif activation == "leaky_relu":
+        job.rectifier.slope = as_negative_slope(negative_slope)
+    elif activation != "relu":
+        raise ValueError(f"activation: expected None, 'relu', 'relu6' or 'leaky_relu', got {activation!r}")
+    return 0
+
+
+cpdef double as_negative_slope(object value) except? -1.0:
+    """A number between 0 and 1."""
+    cdef double slope
+    try:
+        if isinstance(value, (bool, np.bool_, str, bytes)):
+            raise TypeError
+        slope = float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"negative_slope: expected a number, got {value!r}") from None
+    except OverflowError:  # an int beyond float64
+        slope = math.inf
+    if not 0.0 < slope < 1.0:
+        raise ValueError(f"negative_slope: expected a number above 0 and below 1, got {value!r}")
+    return slope
+
+
+cdef int check_kept_shape(cnp.ndarray x, int axis, Py_ssize_t channels, tuple others) except -1:
+    """The conversion of another argument may have run anybody's code since x was looked at."""
+    cdef bint kept = cnp.PyArray_NDIM(x) > axis and cnp.PyArray_DIM(x, axis) == channels
+    for other in others:
+        kept = kept and (other is None or same_shape(other, x))
+    if not kept:
         raise RuntimeError("x: expected an array that keeps its shape during the call")
+    return 0
+
+
+cdef cnp.ndarray mapped(bnfast_job *job, cnp.ndarray x, cnp.ndarray beside, int axis, Py_ssize_t channels,
+                        cnp.ndarray out):
+    """The result like x of a job whose statistics and parameters are set: in `out`, checked, or in a new array.
+
+    beside: the u of an operation that has one, else a residual; or None.
+    """
+    cdef cnp.ndarray data, result
+    if (cnp.PyArray_NDIM(x) <= axis or cnp.PyArray_DIM(x, axis) != channels
+            or (beside is not None and not same_shape(beside, x)) or (out is not None and not same_shape(out, x))):
+        check_kept_shape(x, axis, channels, (beside, out))
     data = packed(x, axis, job)
-    if u is not None:
-        u = packed_like(u, data)
-    result = target_of(out, data, u)
+    if beside is not None:
+        beside = packed_like(beside, data)
+    result = target_of(out, data, beside)
     if cnp.PyArray_SIZE(data) > 0:
         job.x, job.out = cnp.PyArray_DATA(data), cnp.PyArray_DATA(result)
-        if u is not None:
-            job.u = cnp.PyArray_DATA(u)
+        if beside is not None and job.operation in (BNFAST_FORWARD, BNFAST_EVAL):
+            job.residual = cnp.PyArray_DATA(beside)
+        elif beside is not None:
+            job.u = cnp.PyArray_DATA(beside)
         compute(job, data)
     return delivered(result, out)
+
+
+cdef tuple mapped_back(bnfast_job *job, cnp.ndarray x, cnp.ndarray dy, cnp.ndarray residual, int axis,
+                       Py_ssize_t channels, cnp.ndarray out, cnp.ndarray out_residual):
+    """-> (dx, dresidual) of a backward job, likewise; dresidual is None without a residual.
+
+    What an activation passes of dy is dresidual: the reduction stores it, and the map reads it.
+    """
+    cdef cnp.ndarray data, u, r, dx, dr = None
+    cdef bint stored = residual is not None or (job.rectifies and job.operation == BNFAST_BACKWARD_EVAL)
+    if not stored and (job.rectifies == 0 or job.operation != BNFAST_BACKWARD_EVAL):
+        return mapped(job, x, dy, axis, channels, out), None
+    check_kept_shape(x, axis, channels, (dy, residual, out, out_residual))
+    data = packed(x, axis, job)
+    u = packed_like(dy, data)
+    dx = target_of(out, data, u)
+    if residual is None:  # a place for what is passed: dx itself, unless it is x's
+        dr = empty_like(data) if may_overlap(dx, data) else dx
+    else:
+        r = packed_like(residual, data)
+        if not (disjoint_or_same(dx, r)):
+            dx = empty_like(data)
+        dr = out_residual
+        if dr is None or not same_layout(dr, data) or may_overlap(dr, data) or not (
+                disjoint_or_same(dr, u) and disjoint_or_same(dr, r)):
+            dr = empty_like(data)
+    if cnp.PyArray_SIZE(data) > 0:
+        job.x, job.u, job.out = cnp.PyArray_DATA(data), cnp.PyArray_DATA(u), cnp.PyArray_DATA(dx)
+        if job.rectifies:
+            job.passed = cnp.PyArray_DATA(dr)
+            if residual is not None:
+                job.residual = cnp.PyArray_DATA(r)
+        elif dr is not u:
+            cnp.PyArray_CopyInto(dr, u)  # an activation that there is not passes all
+            job.u = cnp.PyArray_DATA(dr)
+        compute(job, data)
+    if residual is None:
+        return delivered(dx, out), None
+    return delivered(dx, out), delivered(dr, out_residual)
+
+
+cdef cnp.ndarray as_residual(object residual, cnp.ndarray x):
+    """Of x's shape and dtype; None stays None."""
+    return None if residual is None else as_companion(residual, "residual", x)
+
+
+cdef cnp.ndarray as_out_residual(object out_residual, cnp.ndarray out, bint has_residual, cnp.ndarray x):
+    """The user's `out_residual`, checked as `out` is; apart from it."""
+    cdef cnp.ndarray given
+    if out_residual is None:
+        return None
+    if not has_residual:
+        raise ValueError("out_residual: expected None, as there is no residual")
+    try:
+        given = as_out(out_residual, x)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"out_residual{str(error)[3:]}") from None
+    if out is not None and shares_memory(given, out):
+        raise ValueError("out_residual: expected memory of its own, got a part of out's")
+    return given
 
 
 cdef int check_variance(const double *var, Py_ssize_t channels, double eps, str prefix) except -1:
@@ -49,15 +154,18 @@ def moments(x, axis):
     return job.outer * job.inner, mean, m2
 
 
-def batch_norm(x, gamma, beta, axis, eps, out):
-    """-> (y, mean, inv_std); y like x, the others (C,) float64 arrays."""
+def batch_norm(x, gamma, beta, axis, eps, out, residual=None, activation=None, negative_slope=None,
+               bint return_var=False):
+    """-> (y, mean, inv_std), and var if that is asked for; y like x, the others (C,) float64 arrays."""
     cdef bnfast_job job = new_job(BNFAST_FORWARD)
     cdef cnp.ndarray data = as_samples(x, "x")
     cdef int channel_axis = as_axis(axis, data)
     cdef Py_ssize_t channels = cnp.PyArray_DIM(data, channel_axis)
-    cdef cnp.ndarray given_out, g, b, mean, inv_std
+    cdef cnp.ndarray given_out, g, b, r, mean, inv_std, var = None
     job.eps = as_positive_eps(eps)
+    set_activation(&job, activation, negative_slope)
     given_out = as_out(out, data)
+    r = as_residual(residual, data)
     g = as_parameter(gamma, "gamma", channels, given_out)
     b = as_parameter(beta, "beta", channels, given_out)
     check_count(data, channel_axis)
@@ -65,18 +173,26 @@ def batch_norm(x, gamma, beta, axis, eps, out):
     mean, inv_std = new_statistics(channels), new_statistics(channels)
     job.gamma, job.beta = parameter(g), parameter(b)
     job.mean, job.inv_std = values(mean), values(inv_std)
-    return mapped(&job, data, None, channel_axis, channels, given_out), mean, inv_std
+    if not return_var:
+        return mapped(&job, data, r, channel_axis, channels, given_out), mean, inv_std
+    var = new_statistics(channels)
+    job.m2 = values(var)
+    y = mapped(&job, data, r, channel_axis, channels, given_out)
+    np.divide(var, cnp.PyArray_SIZE(data) / max(1, channels), out=var)
+    return y, mean, inv_std, var
 
 
-def batch_norm_eval(x, mean, var, gamma, beta, axis, eps, out):
+def batch_norm_eval(x, mean, var, gamma, beta, axis, eps, out, residual=None, activation=None, negative_slope=None):
     """-> y like x."""
     cdef bnfast_job job = new_job(BNFAST_EVAL)
     cdef cnp.ndarray data = as_samples(x, "x")
     cdef int channel_axis = as_axis(axis, data)
     cdef Py_ssize_t channels = cnp.PyArray_DIM(data, channel_axis)
-    cdef cnp.ndarray given_out, g, b, m, v
+    cdef cnp.ndarray given_out, g, b, m, v, r
     job.eps = as_eps(eps)
+    set_activation(&job, activation, negative_slope)
     given_out = as_out(out, data)
+    r = as_residual(residual, data)
     m = as_statistics(mean, "mean", channels, given_out)
     v = as_statistics(var, "var", channels, given_out)
     check_variance(values(v), channels, job.eps, "")
@@ -85,7 +201,45 @@ def batch_norm_eval(x, mean, var, gamma, beta, axis, eps, out):
 
     job.gamma, job.beta = parameter(g), parameter(b)
     job.mean, job.var = values(m), values(v)
-    return mapped(&job, data, None, channel_axis, channels, given_out)
+    return mapped(&job, data, r, channel_axis, channels, given_out)
+
+
+def before_activation(x, mean, inv_std, gamma, beta, axis, residual):
+    """-> (x - mean) * inv_std * gamma + beta + residual, like x: what an activation meets, to the bit."""
+    cdef bnfast_job job = new_job(BNFAST_EVAL)
+    cdef cnp.ndarray data = as_samples(x, "x")
+    cdef int channel_axis = as_axis(axis, data)
+    cdef Py_ssize_t channels = cnp.PyArray_DIM(data, channel_axis)
+    cdef cnp.ndarray m, s, g, b, slope, r = as_residual(residual, data)
+    m = as_statistics(mean, "mean", channels, None)
+    s = as_statistics(inv_std, "inv_std", channels, None)
+    g = as_parameter(gamma, "gamma", channels, None)
+    b = as_parameter(beta, "beta", channels, None)
+    slope = s if g is None else g * s
+    job.mean, job.gamma, job.beta = values(m), parameter(slope), parameter(b)
+    return mapped(&job, data, r, channel_axis, channels, None)
+
+
+def passed_by(cnp.ndarray u, cnp.ndarray y, activation, negative_slope, out):
+    """-> u, or `out`: u times the derivative of an activation at y, in place."""
+    cdef bnfast_job job = new_job(BNFAST_EVAL)
+    set_activation(&job, activation, negative_slope)
+    if job.rectifies:
+        np.multiply(u, job.rectifier.slope, out=u, where=y <= 0)
+        u[y >= job.rectifier.top] = 0
+        if job.rectifier.slope == 0:
+            u[y <= 0] = 0  # whatever u is there
+    return delivered(u, as_out(out, u))
+
+
+def as_like(value, str name, cnp.ndarray x):
+    """`value` as an array, checked to have x's shape and dtype."""
+    return as_companion(value, name, x)
+
+
+def check_outs(out, out_residual, residual, cnp.ndarray x):
+    """TypeError or ValueError if they cannot take results like x, or share memory."""
+    as_out_residual(out_residual, as_out(out, x), residual is not None, x)
 
 
 def affine(x, center, scale, shift, out, bint search):
@@ -126,26 +280,90 @@ cdef cnp.ndarray rounded(const double *statistics, cnp.npy_intp channels, int dt
     return result
 
 
-def batch_norm_backward(dy, x, mean, inv_std, gamma, axis, training, out):
-    """-> (dx, dgamma, dbeta): dx like x, two (C,) arrays of x's dtype."""
+def batch_norm_backward(dy, x, mean, inv_std, gamma, axis, training, out, beta=None, residual=None, activation=None,
+                        negative_slope=None, out_residual=None):
+    """-> (dx, dgamma, dbeta), and dresidual with a residual: dx, dresidual like x, two (C,) arrays of x's dtype."""
     cdef bnfast_job job = new_job(BNFAST_BACKWARD if training else BNFAST_BACKWARD_EVAL)
     cdef cnp.ndarray data = as_samples(x, "x")
     cdef int channel_axis = as_axis(axis, data)
     cdef Py_ssize_t channels = cnp.PyArray_DIM(data, channel_axis)
     cdef cnp.ndarray u = as_companion(dy, "dy", data)
-    cdef cnp.ndarray given_out, g, m, s, dx, sums = new_block(2, channels, True)
+    cdef cnp.ndarray given_out, given_out_residual, g, b, m, s, r, sums = new_block(2, channels, True)
+    set_activation(&job, activation, negative_slope)
     given_out = as_out(out, data)
+    r = as_residual(residual, data)
+    given_out_residual = as_out_residual(out_residual, given_out, r is not None, data)
     m = as_statistics(mean, "mean", channels, given_out)
     s = as_statistics(inv_std, "inv_std", channels, given_out)
     g = as_parameter(gamma, "gamma", channels, given_out)
+    b = as_parameter(beta, "beta", channels, given_out)
     if training:
         check_count(data, channel_axis)
 
-    job.gamma, job.mean, job.inv_std = parameter(g), values(m), values(s)
+    job.gamma, job.beta, job.mean, job.inv_std = parameter(g), parameter(b), values(m), values(s)
     job.dgamma, job.dbeta = values(sums), values(sums) + channels
-    dx = mapped(&job, data, u, channel_axis, channels, given_out)
-    return (dx, rounded(job.dgamma, channels, cnp.PyArray_TYPE(data)),
-            rounded(job.dbeta, channels, cnp.PyArray_TYPE(data)))
+    dx, dresidual = mapped_back(&job, data, u, r, channel_axis, channels, given_out, given_out_residual)
+    gradients = (dx, rounded(job.dgamma, channels, cnp.PyArray_TYPE(data)),
+                 rounded(job.dbeta, channels, cnp.PyArray_TYPE(data)))
+    return gradients if residual is None else (*gradients, dresidual)
+
+
+def batch_norm_backward_sums(dy, x, mean, inv_std, gamma, axis, beta, residual, activation, negative_slope):
+    """-> (count, dgamma, dbeta): the sums as (C,) float64 arrays."""
+    cdef bnfast_job job = new_job(BNFAST_BACKWARD_SUMS)
+    cdef cnp.ndarray data = as_samples(x, "x")
+    cdef int channel_axis = as_axis(axis, data)
+    cdef Py_ssize_t channels = cnp.PyArray_DIM(data, channel_axis)
+    cdef cnp.ndarray u = as_companion(dy, "dy", data)
+    cdef cnp.ndarray g, b, m, s, r, dgamma, dbeta
+    set_activation(&job, activation, negative_slope)
+    r = as_residual(residual, data)
+    m = as_statistics(mean, "mean", channels, None)
+    s = as_statistics(inv_std, "inv_std", channels, None)
+    g = as_parameter(gamma, "gamma", channels, None)
+    b = as_parameter(beta, "beta", channels, None)
+
+    check_kept_shape(data, channel_axis, channels, (u, r))
+    dgamma, dbeta = np.zeros(channels), np.zeros(channels)
+    if cnp.PyArray_SIZE(data) == 0:
+        return 0, dgamma, dbeta
+    job.gamma, job.beta, job.mean, job.inv_std = parameter(g), parameter(b), values(m), values(s)
+    job.dgamma, job.dbeta = values(dgamma), values(dbeta)
+    data = packed(data, channel_axis, &job)
+    u = packed_like(u, data)
+    job.x, job.u = cnp.PyArray_DATA(data), cnp.PyArray_DATA(u)
+    if r is not None and job.rectifies:
+        r = packed_like(r, data)
+        job.residual = cnp.PyArray_DATA(r)
+    compute(&job, data)
+    return job.outer * job.inner, dgamma, dbeta
+
+
+def batch_norm_backward_apply(dy, x, mean, inv_std, gamma, double count, dgamma, dbeta, axis, beta, residual,
+                              activation, negative_slope, out, out_residual):
+    """-> dx like x; (dx, dresidual) with a residual. count, dgamma, dbeta: of the whole batch."""
+    cdef bnfast_job job = new_job(BNFAST_BACKWARD_APPLY)
+    cdef cnp.ndarray data = as_samples(x, "x")
+    cdef int channel_axis = as_axis(axis, data)
+    cdef Py_ssize_t channels = cnp.PyArray_DIM(data, channel_axis)
+    cdef cnp.ndarray u = as_companion(dy, "dy", data)
+    cdef cnp.ndarray given_out, given_out_residual, g, b, m, s, r, to_gamma, to_beta
+    set_activation(&job, activation, negative_slope)
+    given_out = as_out(out, data)
+    r = as_residual(residual, data)
+    given_out_residual = as_out_residual(out_residual, given_out, r is not None, data)
+    m = as_statistics(mean, "mean", channels, given_out)
+    s = as_statistics(inv_std, "inv_std", channels, given_out)
+    g = as_parameter(gamma, "gamma", channels, given_out)
+    b = as_parameter(beta, "beta", channels, given_out)
+    to_gamma = as_statistics(dgamma, "sums.dgamma", channels, given_out)
+    to_beta = as_statistics(dbeta, "sums.dbeta", channels, given_out)
+
+    job.count = count
+    job.gamma, job.beta, job.mean, job.inv_std = parameter(g), parameter(b), values(m), values(s)
+    job.dgamma, job.dbeta = values(to_gamma), values(to_beta)
+    dx, dresidual = mapped_back(&job, data, u, r, channel_axis, channels, given_out, given_out_residual)
+    return dx if residual is None else (dx, dresidual)
 
 
 def batch_norm_jvp(v, x, mean, inv_std, gamma, axis, vgamma, vbeta, out):

@@ -105,7 +105,14 @@ def check_gradient(
     return GradientCheck(getattr(f, "__qualname__", type(f).__name__), tuple(rows))
 
 
-def check_layer(layer: Layer, x: ArrayLike, *, rng: int | np.random.Generator | None = None) -> GradientCheck:
+def check_layer(
+    layer: Layer,
+    x: ArrayLike,
+    *,
+    rng: int | np.random.Generator | None = None,
+    residual: ArrayLike | None = None,
+    mask: ArrayLike | None = None,
+) -> GradientCheck:
     """Check the backward pass of a layer against its forward pass, along directions of x and of each parameter.
 
     The function is the sum of dy * layer.forward(x), with a random dy. (With dy = 1 much would be seen that is not
@@ -123,11 +130,13 @@ def check_layer(layer: Layer, x: ArrayLike, *, rng: int | np.random.Generator | 
         where the layer takes either.
     rng : None, int or numpy.random.Generator
         Where dy and the random directions come from. None: always the same ones.
+    residual, mask : array_like, optional
+        Given to forward by these names. With a residual backward gives (dx, dresidual), and that is checked, too.
 
     Returns
     -------
     GradientCheck
-        8 directions for x and for each parameter, about 20 forwards each.
+        8 directions for x, for the residual and for each parameter, about 20 forwards each.
 
     Raises
     ------
@@ -158,15 +167,30 @@ def check_layer(layer: Layer, x: ArrayLike, *, rng: int | np.random.Generator | 
         if not callable(getattr(layer, method, None)):
             raise TypeError(f"layer: expected an object with forward and backward, got {type(layer).__name__}")
     data = floats(x, "x")
+    given = {} if residual is None else {"residual": floats(residual, "residual")}
+    if mask is not None:
+        given["mask"] = np.asarray(mask)
     generator = _generator(rng)
 
+    def forward(layer: Any, **changed: Array) -> Any:
+        arrays = {"x": data, **given, **changed}
+        return layer.forward(copied(arrays.pop("x")), **{name: copied(array) for name, array in arrays.items()})
+
     work = _copy_of(layer)
-    y = _outputs(work.forward(copied(data)))
+    y = _outputs(forward(work))
     if not np.isfinite(y).all():
         raise ValueError("layer: expected finite results of forward, got NaN or Inf")
     dy = generator.standard_normal(y.shape).astype(y.dtype)
-    gradient = _gradient(work.backward(dy.copy()), data, "backward's dx")
-    inputs = [_Input("x", data, gradient, lambda moved: _copy_of(layer).forward(moved))]
+    found = work.backward(dy.copy())
+    if residual is not None and not (isinstance(found, tuple) and len(found) == 2):
+        raise TypeError(
+            f"layer: expected (dx, dresidual) of backward, as there is a residual, got {type(found).__name__}"
+        )
+    gradient, *of_residual = found if residual is not None else (found,)
+    inputs = [_Input("x", data, _gradient(gradient, data, "backward's dx"), lambda v: forward(_copy_of(layer), x=v))]
+    for gradient in of_residual:
+        value, gradient = given["residual"], _gradient(gradient, data, "backward's dresidual")
+        inputs.append(_Input("residual", value, gradient, lambda v: forward(_copy_of(layer), residual=v)))
     if any(getattr(work, method, None) is not None for method in ("parameters", "gradients")):
         parameters, gradients = _dictionary(work, "parameters"), _dictionary(work, "gradients")
         if parameters.keys() != gradients.keys():
@@ -176,7 +200,7 @@ def check_layer(layer: Layer, x: ArrayLike, *, rng: int | np.random.Generator | 
         for name, value in parameters.items():
             parameter = np.array(floats(value, f"parameters()[{name!r}]"))
             gradient = _gradient(gradients[name], parameter, f"gradients()[{name!r}]")
-            inputs.append(_Input(name, parameter, gradient, _forward_with(layer, data, name)))
+            inputs.append(_Input(name, parameter, gradient, _forward_with(layer, forward, name)))
 
     again = _outputs(inputs[0].outputs(copied(data)))
     eps = eps_of(y)
@@ -304,14 +328,14 @@ def _dictionary(layer: Any, method: str) -> Mapping[str, Array]:
     return found
 
 
-def _forward_with(layer: Any, x: Array, name: str) -> Callable[[Array], Any]:
-    """The forward of x as a function of one parameter."""
+def _forward_with(layer: Any, forward: Callable[[Any], Any], name: str) -> Callable[[Array], Any]:
+    """The forward as a function of one parameter."""
 
-    def forward(value: Array) -> Any:
+    def with_parameter(value: Array) -> Any:
         work = _copy_of(layer)
         work.parameters()[name][...] = value
         if not np.array_equal(work.parameters()[name], value):
             raise ValueError(f"layer.parameters(): expected the array of {name!r} that the layer uses, got a copy")
-        return work.forward(copied(x))
+        return forward(work)
 
-    return forward
+    return with_parameter

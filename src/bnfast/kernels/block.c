@@ -6,7 +6,7 @@
 #include <stdint.h>
 #include <string.h>
 
-enum { COEFFICIENT_ARRAYS = 6, LINE = 64 };
+enum { COEFFICIENT_ARRAYS = 8, LINE = 64 };
 
 static ptrdiff_t whole_lines(ptrdiff_t bytes) { return round_up(bytes, 64); }
 
@@ -22,8 +22,8 @@ ptrdiff_t bnfast_block_bytes(const bnfast_job *job, ptrdiff_t n, ptrdiff_t colum
 /* skew: bytes from a line of memory to where the arrays begin */
 static char *coefficients_in(char *at, bnfast_coefficients *c, ptrdiff_t bytes, ptrdiff_t skew)
 {
-    void **const array[COEFFICIENT_ARRAYS] = {&c->center,   &c->scale,   &c->shift,
-                                              &c->u_center, &c->u_scale, &c->hat_scale};
+    void **const array[COEFFICIENT_ARRAYS] = {&c->center,  &c->scale,     &c->shift,   &c->u_center,
+                                              &c->u_scale, &c->hat_scale, &c->y_scale, &c->y_shift};
     for (int i = 0; i < COEFFICIENT_ARRAYS; i++) {
         *array[i] = at + skew;
         at += whole_lines(bytes + LINE);
@@ -53,27 +53,24 @@ bnfast_block bnfast_block_in(const bnfast_job *job, char *scratch, ptrdiff_t fir
 bnfast_coefficients bnfast_coefficients_at(const bnfast_job *job, const bnfast_coefficients *c, ptrdiff_t j)
 {
     const ptrdiff_t bytes = j * job->kernels->itemsize;
-    const bnfast_coefficients at = {(char *)c->center + bytes,  (char *)c->scale + bytes,
-                                    (char *)c->shift + bytes,   (char *)c->u_center + bytes,
-                                    (char *)c->u_scale + bytes, (char *)c->hat_scale + bytes};
+    const bnfast_coefficients at = {
+        (char *)c->center + bytes,   (char *)c->scale + bytes,   (char *)c->shift + bytes,
+        (char *)c->u_center + bytes, (char *)c->u_scale + bytes, (char *)c->hat_scale + bytes,
+        (char *)c->y_scale + bytes,  (char *)c->y_shift + bytes, job->rectifier};
     return at;
 }
 
-void bnfast_choose_centers(const bnfast_job *job, const bnfast_block *block)
+bnfast_passing bnfast_passing_at(const bnfast_job *job, const bnfast_coefficients *c, ptrdiff_t j, ptrdiff_t offset)
 {
-    if (sums_products(job))
-        job->kernels->round_values(block->n, job->mean + block->first, block->channel.center);
-    else if (!job->merges)
-        memset(block->channel.center, 0, (size_t)(block->n * job->kernels->itemsize));
-    else {
-        ptrdiff_t offsets[BNFAST_SAMPLES]; /* spread over the channel, its ends included */
-        for (int i = 0; i < BNFAST_SAMPLES; i++)
-            offsets[i] = (job->outer - 1) * i / (BNFAST_SAMPLES - 1) * job->channels * job->inner +
-                         (job->inner - 1) * i / (BNFAST_SAMPLES - 1);
-        job->kernels->typical_values(block->n, job->inner,
-                                     (const char *)job->x + block->first * job->inner * job->kernels->itemsize, offsets,
-                                     block->channel.center);
-    }
+    const ptrdiff_t bytes = j * job->kernels->itemsize;
+    const bnfast_passing passing = {
+        .y_scale = (const char *)c->y_scale + bytes,
+        .y_shift = (const char *)c->y_shift + bytes,
+        .residual = job->residual ? (const char *)job->residual + offset : NULL,
+        .passed = job->passed ? (char *)job->passed + offset : NULL,
+        .rectifier = job->rectifier,
+    };
+    return passing;
 }
 
 static bnfast_parameter parameter_from(const bnfast_parameter *parameter, ptrdiff_t i)
@@ -85,12 +82,13 @@ static bnfast_parameter parameter_from(const bnfast_parameter *parameter, ptrdif
 
 static double *values_from(double *values, ptrdiff_t i) { return values ? values + i : NULL; }
 
-void bnfast_make_coefficients(const bnfast_job *job, const bnfast_block *block, ptrdiff_t i, ptrdiff_t n)
+/* From the block's i-th channel on. */
+static bnfast_channels channels_of(const bnfast_job *job, const bnfast_block *block, ptrdiff_t i)
 {
     const ptrdiff_t at = block->first + i;
     const bnfast_channels channels = {
         .operation = job->operation,
-        .count = (double)job->outer * (double)job->inner,
+        .count = job->operation == BNFAST_BACKWARD_APPLY ? job->count : (double)job->outer * (double)job->inner,
         .eps = job->eps,
         .gamma = parameter_from(&job->gamma, at),
         .beta = parameter_from(&job->beta, at),
@@ -106,5 +104,33 @@ void bnfast_make_coefficients(const bnfast_job *job, const bnfast_block *block, 
         .dgamma = values_from(job->dgamma, at),
         .c = bnfast_coefficients_at(job, &block->channel, i),
     };
+    return channels;
+}
+
+void bnfast_choose_centers(const bnfast_job *job, const bnfast_block *block)
+{
+    if (passes(job)) {
+        const bnfast_channels channels = channels_of(job, block, 0);
+        job->kernels->make_y_coefficients(block->n, &channels);
+    } else if (sums_products(job))
+        job->kernels->round_values(block->n, job->mean + block->first, block->channel.center);
+    else if (!job->merges)
+        memset(block->channel.center, 0, (size_t)(block->n * job->kernels->itemsize));
+    else {
+        ptrdiff_t offsets[BNFAST_SAMPLES]; /* spread over the channel, its ends included */
+        for (int i = 0; i < BNFAST_SAMPLES; i++)
+            offsets[i] = (job->outer - 1) * i / (BNFAST_SAMPLES - 1) * job->channels * job->inner +
+                         (job->inner - 1) * i / (BNFAST_SAMPLES - 1);
+        job->kernels->typical_values(block->n, job->inner,
+                                     (const char *)job->x + block->first * job->inner * job->kernels->itemsize, offsets,
+                                     block->channel.center);
+    }
+}
+
+void bnfast_make_coefficients(const bnfast_job *job, const bnfast_block *block, ptrdiff_t i, ptrdiff_t n)
+{
+    const bnfast_channels channels = channels_of(job, block, i);
+    if (passes(job) && !reduces(job))
+        job->kernels->make_y_coefficients(n, &channels);
     job->kernels->make_coefficients(n, &channels);
 }

@@ -33,6 +33,9 @@ bnfast_block bnfast_block_in(const bnfast_job *job, char *scratch, ptrdiff_t fir
 /* The coefficients from the j-th column on. */
 bnfast_coefficients bnfast_coefficients_at(const bnfast_job *job, const bnfast_coefficients *c, ptrdiff_t j);
 
+/* What the sums take of u, from the j-th channel or column and `offset` bytes of the data on. */
+bnfast_passing bnfast_passing_at(const bnfast_job *job, const bnfast_coefficients *c, ptrdiff_t j, ptrdiff_t offset);
+
 /* Merges rows lo .. hi-1 of a and b, `stride` apart, for n columns, into row lo, as a tree in index order.
  * Row i stands for counts(job, i) values. Returns the count of all. */
 double bnfast_merge(const bnfast_job *job, double *a, double *b, ptrdiff_t stride, ptrdiff_t n, ptrdiff_t lo,
@@ -42,7 +45,7 @@ double bnfast_merge(const bnfast_job *job, double *a, double *b, ptrdiff_t strid
 void bnfast_merge_pair(const bnfast_job *job, ptrdiff_t n, double count, double *a, double *b, double count2,
                        const double *a2, const double *b2);
 
-/* Before the reductions: the centres they take, in the data's dtype. */
+/* Before the reductions: the centres they take, in the data's dtype, and y's coefficients where they meet an activation. */
 void bnfast_choose_centers(const bnfast_job *job, const bnfast_block *block);
 
 /* From the merged reductions a[i], b[i] of the block's channels to the results a channel (mean, variance, inv_std;

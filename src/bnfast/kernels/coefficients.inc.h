@@ -5,6 +5,7 @@
  *   forward   scale = gamma * inv_std
  *   sums      sum(u), and sum(u * (x - mean)) = sum_ud - lo * sum_u, as d = x - hi there
  *   backward  dx = gamma*inv_std * (dy - dbeta/M - x_hat * dgamma/M)
+ *             (through an activation: of what it lets pass of dy)
  *   jvp       dy = gamma*inv_std * (v - mean(v) - x_hat * mean(v*x_hat)) + vgamma * x_hat + vbeta
  * (Ioffe and Szegedy 2015, section 3, the backward pass collected by terms.)
  * A centre is taken off in two parts: what its rounding leaves, times the derivative of the result by it, goes into the
@@ -113,16 +114,24 @@ static void FN(make_group)(const bnfast_channels *of, ptrdiff_t first, ptrdiff_t
         return;
     }
 
-    /* backward, jvp */
+    /* backward, its parts, jvp */
     const int constant = of->operation == BNFAST_BACKWARD_EVAL;
     const double *restrict const inv_std = of->inv_std + first;
-    double u_hat[GROUP], u_center[GROUP], hat_scale[GROUP];
-    for (ptrdiff_t i = 0; i < n; i++) /* sum(u * x_hat) */
-        u_hat[i] = (b[i] - (mean[i] - (double)(T)mean[i]) * a[i]) * inv_std[i];
-    if (of->dgamma != NULL) {
-        FN(copy_values)(n, a, of->dbeta + first);
-        FN(copy_values)(n, u_hat, of->dgamma + first);
+    double u_sum[GROUP], u_hat[GROUP], u_center[GROUP], hat_scale[GROUP]; /* sum(u), sum(u * x_hat), ... */
+    if (of->operation == BNFAST_BACKWARD_APPLY) {
+        FN(copy_values)(n, of->dbeta + first, u_sum);
+        FN(copy_values)(n, of->dgamma + first, u_hat);
+    } else {
+        FN(copy_values)(n, a, u_sum);
+        for (ptrdiff_t i = 0; i < n; i++)
+            u_hat[i] = (b[i] - (mean[i] - (double)(T)mean[i]) * a[i]) * inv_std[i];
+        if (of->dgamma != NULL) {
+            FN(copy_values)(n, u_sum, of->dbeta + first);
+            FN(copy_values)(n, u_hat, of->dgamma + first);
+        }
     }
+    if (of->operation == BNFAST_BACKWARD_SUMS)
+        return;
     if (constant) {
         /* v + -0.0 is v, the sign of a zero included */
         T *restrict const rounded_center = center, *restrict const rounded_scale = (T *)of->c.scale + first,
@@ -139,7 +148,7 @@ static void FN(make_group)(const bnfast_channels *of, ptrdiff_t first, ptrdiff_t
     FN(read_parameter)(&of->vgamma, 0.0, first, n, hat_scale);
     for (ptrdiff_t i = 0; i < n; i++) {
         const double u_scale = gamma[i] * inv_std[i];
-        u_center[i] = a[i] / count;
+        u_center[i] = u_sum[i] / count;
         hat_scale[i] -= u_scale * (u_hat[i] / count);
         scale[i] = FN(in_range)(u_scale);
         slope[i] = inv_std[i] * hat_scale[i];
@@ -152,6 +161,24 @@ static void FN(make_group)(const bnfast_channels *of, ptrdiff_t first, ptrdiff_t
     for (ptrdiff_t i = 0; i < n; i++)
         scale[i] = FN(in_range)(inv_std[i]);
     FN(round_values)(n, scale, (T *)of->c.scale + first);
+}
+
+static void FN(make_y_coefficients)(ptrdiff_t n_channels, const bnfast_channels *of)
+{
+    double gamma[GROUP], slope[GROUP], scale[GROUP], shift[GROUP];
+    for (ptrdiff_t first = 0; first < n_channels; first += GROUP) {
+        const ptrdiff_t n = n_channels - first < GROUP ? n_channels - first : GROUP;
+        const double *restrict const inv_std = of->inv_std + first;
+        FN(read_parameter)(&of->gamma, 1.0, first, n, gamma);
+        FN(read_parameter)(&of->beta, 0.0, first, n, shift);
+        for (ptrdiff_t i = 0; i < n; i++) {
+            slope[i] = gamma[i] * inv_std[i];
+            scale[i] = FN(in_range)(slope[i]);
+        }
+        FN(round_center)(n, of->mean + first, slope, shift, (T *)of->c.center + first);
+        FN(round_values)(n, scale, (T *)of->c.y_scale + first);
+        FN(round_values)(n, shift, (T *)of->c.y_shift + first);
+    }
 }
 
 static void FN(make_coefficients)(ptrdiff_t n, const bnfast_channels *of)

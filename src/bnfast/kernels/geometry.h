@@ -12,19 +12,44 @@ static inline ptrdiff_t quotient_up(ptrdiff_t a, ptrdiff_t b) { return (a + b - 
 static inline ptrdiff_t round_up(ptrdiff_t a, ptrdiff_t step) { return quotient_up(a, step) * step; }
 
 /* What an operation does. */
-static inline int reduces(const bnfast_job *job) { return job->operation != BNFAST_EVAL; }
-static inline int applies(const bnfast_job *job) { return job->operation != BNFAST_MOMENTS; }
-static inline int maps_u_only(const bnfast_job *job) { return job->operation == BNFAST_BACKWARD_EVAL; }
-static inline int maps_gradient(const bnfast_job *job) /* the map is gradient, not normalize */
+static inline int reduces(const bnfast_job *job)
 {
-    return job->operation == BNFAST_BACKWARD || job->operation == BNFAST_JVP;
+    /* an apply has nothing to reduce, but what of u is taken is stored by a reduction */
+    return job->operation != BNFAST_EVAL && (job->operation != BNFAST_BACKWARD_APPLY || job->passed != NULL);
+}
+static inline int applies(const bnfast_job *job)
+{
+    return job->operation != BNFAST_MOMENTS && job->operation != BNFAST_BACKWARD_SUMS;
+}
+static inline int maps_u_only(const bnfast_job *job) { return job->operation == BNFAST_BACKWARD_EVAL; }
+static inline int maps_gradient(const bnfast_job *job)
+{
+    return job->operation == BNFAST_BACKWARD || job->operation == BNFAST_BACKWARD_APPLY || job->operation == BNFAST_JVP;
 }
 static inline int sums_products(const bnfast_job *job) /* its reductions are sums of u, not moments of x */
 {
-    return maps_gradient(job) || maps_u_only(job);
+    return maps_gradient(job) || maps_u_only(job) || job->operation == BNFAST_BACKWARD_SUMS;
+}
+static inline int passes(const bnfast_job *job) /* u goes through the derivative of an activation */
+{
+    return job->rectifies && sums_products(job);
 }
 
-/* Bytes of one array, and of all that an operation reads to reduce or to map. */
+/* The flags of its map (kernels.h), and what its map reads beside x. */
+static inline int map_flags(const bnfast_job *job)
+{
+    if (maps_gradient(job))
+        return BNFAST_GRADIENT | (passes(job) && job->passed == NULL ? BNFAST_RECTIFY : 0);
+    if (maps_u_only(job))
+        return 0;
+    return (job->residual ? BNFAST_ADD : 0) | (job->rectifies ? BNFAST_RECTIFY : 0);
+}
+static inline const void *mapped_beside(const bnfast_job *job)
+{
+    return !sums_products(job) ? job->residual : job->passed ? job->passed : job->u;
+}
+
+/* Bytes of one array, and how many of them are read both to reduce and to map. */
 static inline ptrdiff_t bytes_of_array(const bnfast_job *job)
 {
     return job->outer * job->channels * job->inner * job->kernels->itemsize;

@@ -44,10 +44,18 @@ static void spread(const bnfast_job *job, const bnfast_block *block, const void 
         memcpy(out + (width + i) * size, out, (size_t)(least(width, BNFAST_PAD - i) * size));
 }
 
+static void spread_y(const bnfast_job *job, const bnfast_block *block)
+{
+    spread(job, block, block->channel.y_scale, block->column.y_scale);
+    spread(job, block, block->channel.y_shift, block->column.y_shift);
+}
+
 static void choose_centers(const bnfast_job *job, const bnfast_block *block)
 {
     bnfast_choose_centers(job, block);
     spread(job, block, block->channel.center, block->column.center);
+    if (passes(job))
+        spread_y(job, block);
 }
 
 /* n_rows folded or plain rows, `stride` apart, from folded row `row` on, n columns from the block's j-th on, into
@@ -64,9 +72,10 @@ static void reduce_rows(const bnfast_job *job, const bnfast_block *block, ptrdif
     if (packed_u)
         packed_u += row * block->width * job->kernels->itemsize;
     const bnfast_rows rows = {n_rows, stride, n, job->near};
+    const bnfast_passing passing = bnfast_passing_at(job, &block->column, j, offset);
     if (job->u)
-        job->kernels->sums_interleaved((const char *)job->x + offset, (const char *)job->u + offset, &rows, center, a,
-                                       b, packed_x, packed_u);
+        job->kernels->sums_interleaved((const char *)job->x + offset, (const char *)job->u + offset, &rows, center,
+                                       passes(job) ? &passing : NULL, a, b, packed_x, packed_u);
     else
         job->kernels->moments_interleaved((const char *)job->x + offset, &rows, center, a, b, packed_x);
 }
@@ -116,6 +125,8 @@ static void merge_and_make(const bnfast_job *job, const bnfast_block *block, ptr
             spread(job, block, block->channel.u_scale, block->column.u_scale);
             spread(job, block, block->channel.hat_scale, block->column.hat_scale);
         }
+        if (passes(job) && !reduces(job))
+            spread_y(job, block);
     }
 }
 
@@ -124,32 +135,37 @@ static void merge_and_make(const bnfast_job *job, const bnfast_block *block, ptr
 static void apply(const bnfast_job *job, const bnfast_block *block, ptrdiff_t row, ptrdiff_t n_rows, ptrdiff_t stride,
                   ptrdiff_t n_columns, ptrdiff_t next)
 {
-    const int gradient = maps_gradient(job);
-    const ptrdiff_t size = job->kernels->itemsize, part = COEFFICIENT_BYTES / (gradient ? 6 : 3) / size;
+    /* what lies together of u is what was taken of it */
+    const int flags = map_flags(job) & ~(block->packed_u ? BNFAST_RECTIFY : 0);
+    const ptrdiff_t size = job->kernels->itemsize;
+    const ptrdiff_t part = COEFFICIENT_BYTES / ((flags & BNFAST_GRADIENT) ? 6 : 3) / size;
     const ptrdiff_t offset = (row * folded_stride(job) + block->first * job->inner) * size;
-    const char *x = (const char *)job->x + offset, *u = job->u ? (const char *)job->u + offset : x;
-    const char *next_x = x + next * size, *next_u = u + next * size;
+    const void *const beside = mapped_beside(job);
+    const char *x = (const char *)job->x + offset, *u = beside ? (const char *)beside + offset : x;
+    const char *next_x = x + next * size, *next_u = job->u ? (const char *)job->u + offset + next * size : NULL;
     char *out = (char *)job->out + offset;
-    bnfast_columns columns = {.n_rows = n_rows, .stride = stride, .out_stride = stride};
+    bnfast_columns columns = {.n_rows = n_rows, .stride = stride, .u_stride = stride, .out_stride = stride};
     if (block->packed_x) {
-        columns.stride = block->width;
         x = block->packed_x;
-        u = job->u ? block->packed_u : x;
+        columns.stride = block->width;
+    }
+    if (block->packed_u) {
+        u = block->packed_u;
+        columns.u_stride = block->width;
     }
     bnfast_note_infinity(job, x, n_rows, columns.stride, n_columns);
-    if (maps_u_only(job))
+    if (maps_u_only(job)) {
         x = u;
+        columns.stride = columns.u_stride;
+    }
     /* all parts but the first begin where a line of `out` does */
     const ptrdiff_t odd = (ptrdiff_t)((uintptr_t)out % 64) / size;
     for (ptrdiff_t j = 0; j < n_columns; j += columns.n_columns) {
         const bnfast_coefficients c = bnfast_coefficients_at(job, &block->column, j);
         columns.n_columns = least(j == 0 ? part - odd : part, n_columns - j);
         columns.next_x = next > 0 ? next_x + j * size : NULL;
-        columns.next_u = next > 0 && job->u ? next_u + j * size : NULL;
-        if (gradient)
-            job->kernels->gradient_interleaved(x + j * size, u + j * size, out + j * size, &columns, &c, job->stream);
-        else
-            job->kernels->normalize_interleaved(x + j * size, out + j * size, &columns, &c, job->stream);
+        columns.next_u = next > 0 && next_u ? next_u + j * size : NULL;
+        job->kernels->map_interleaved(x + j * size, u + j * size, out + j * size, &columns, &c, flags, job->stream);
     }
 }
 

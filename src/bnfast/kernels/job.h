@@ -49,15 +49,21 @@ struct bnfast_job {
     bnfast_operation operation;
     ptrdiff_t outer, channels, inner; /* dense, in this order in memory */
     const void *x, *u;                /* (outer, channels, inner) IN; u: backward and jvp */
-    void *out;                        /* (outer, channels, inner) OUT; not for moments */
-    bnfast_parameter gamma, beta;     /* left out: ones, zeros */
-    bnfast_parameter vgamma, vbeta;   /* left out: zeros; jvp */
-    const double *var;                /* (channels,) IN; eval, NULL: inv_std is 1, so out = (x - mean) * gamma + beta */
-    double eps;                       /* forward and eval */
-    double *mean, *inv_std, *m2;      /* (channels,) OUT of forward (m2 may be NULL) and moments, IN elsewhere */
-    double *dbeta, *dgamma;           /* (channels,) OUT of backward: sums of u and of u * x_hat; jvp: may be NULL */
-    int *infinite;                    /* OUT of eval, NULL: not asked for; set to 1 if x has an infinity */
-    int n_threads;                    /* threads that will run the tasks, >= 1 */
+    const void *residual;             /* (outer, channels, inner) IN: added to y before the activation, or NULL */
+    void *passed;  /* (outer, channels, inner) OUT: u as the activation passes it; NULL: made again */
+    void *out;     /* (outer, channels, inner) OUT; not for moments */
+    int rectifies; /* there is an activation of y, forward or backward: */
+    bnfast_rectifier rectifier;
+    bnfast_parameter gamma, beta;   /* left out: ones, zeros */
+    bnfast_parameter vgamma, vbeta; /* left out: zeros; jvp */
+    const double *var;              /* (channels,) IN; eval, NULL: inv_std is 1, so out = (x - mean) * gamma + beta */
+    double eps;                     /* forward and eval */
+    double *mean, *inv_std, *m2;    /* (channels,) OUT of forward (m2 may be NULL) and moments, IN elsewhere */
+    double *dbeta, *dgamma;         /* (channels,) OUT of backward: sums of u and of u * x_hat; jvp: may be NULL;
+                                       * IN of BNFAST_BACKWARD_APPLY */
+    double count;                   /* of BNFAST_BACKWARD_APPLY: values a channel that dbeta and dgamma are of */
+    int *infinite;                  /* OUT of eval, NULL: not asked for; set to 1 if x has an infinity */
+    int n_threads;                  /* threads that will run the tasks, >= 1 */
 
     /* set by bnfast_plan */
     bnfast_plan_kind kind;

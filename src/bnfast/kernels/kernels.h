@@ -27,13 +27,15 @@
 #endif
 
 typedef enum {
-    BNFAST_MOMENTS,       /* mean, m2 of x */
-    BNFAST_FORWARD,       /* the same, and inv_std; out = gamma * x_hat + beta */
-    BNFAST_EVAL,          /* out likewise, with mean and var as given */
-    BNFAST_BACKWARD,      /* u: dy; dbeta, dgamma; out: dx through mean and inv_std */
-    BNFAST_BACKWARD_EVAL, /* the same with mean and inv_std as constants */
-    BNFAST_FLOOR,         /* out = x, or x + u: not an operation, a measure for them */
-    BNFAST_JVP            /* u: direction of x; out: derivative of y along it, vgamma and vbeta */
+    BNFAST_MOMENTS,        /* mean, m2 of x */
+    BNFAST_FORWARD,        /* the same, and inv_std; out = gamma * x_hat + beta */
+    BNFAST_EVAL,           /* out likewise, with mean and var as given */
+    BNFAST_BACKWARD,       /* u: dy; dbeta, dgamma; out: dx through mean and inv_std */
+    BNFAST_BACKWARD_EVAL,  /* the same with mean and inv_std as constants */
+    BNFAST_BACKWARD_SUMS,  /* dbeta, dgamma of BNFAST_BACKWARD alone */
+    BNFAST_BACKWARD_APPLY, /* out of BNFAST_BACKWARD alone, with dbeta, dgamma and their count as given */
+    BNFAST_FLOOR,          /* out = x, or x + u: not an operation, a measure for them */
+    BNFAST_JVP             /* u: direction of x; out: derivative of y along it, vgamma and vbeta */
 } bnfast_operation;
 
 typedef struct { /* (channels,) IN, of either dtype; both NULL: left out */
@@ -41,16 +43,37 @@ typedef struct { /* (channels,) IN, of either dtype; both NULL: left out */
     const float *narrow;
 } bnfast_parameter;
 
-/* What `apply` does with an element, per column, in the dtype of the data:
- *   normalize  out = (x - center) * scale + shift
- *   gradient   out = (u - u_center) * u_scale + ((x - center) * scale * hat_scale + shift), scale being inv_std:
- *              its square would leave the range of float32 for data beyond 1e19 or below 1e-19
+/* An activation of the rectifier family: v where 0 < v < top; slope * v where v <= 0 (+0 if slope is 0); top where
+ * v >= top (NaN: there is no top). NaN stays NaN. Its derivative is 1, slope and 0. */
+typedef struct {
+    double slope, top;
+} bnfast_rectifier;
+
+/* What the map does with an element, per column, in the dtype of the data; flags, for each combination of which there is
+ * one body:
+ *   0                 v = (x - center) * scale + shift
+ *     BNFAST_ADD      v + u, a residual
+ *     BNFAST_RECTIFY  the rectifier of that
+ *   BNFAST_GRADIENT   (u - u_center) * u_scale + ((x - center) * scale * hat_scale + shift), scale being inv_std:
+ *                     its square would leave the range of float32 for data beyond 1e19 or below 1e-19
+ *     BNFAST_RECTIFY  u times the rectifier's derivative at (x - center) * y_scale + y_shift, in the place of u
  * Each pointer: (columns,) IN; interleaved: (columns + BNFAST_PAD,), the first ones again past the end. */
+enum { BNFAST_GRADIENT = 1, BNFAST_ADD = 2, BNFAST_RECTIFY = 4 };
 enum { BNFAST_PAD = 16, BNFAST_SAMPLES = 5 };
 
 typedef struct {
-    void *center, *scale, *shift, *u_center, *u_scale, *hat_scale;
+    void *center, *scale, *shift, *u_center, *u_scale, *hat_scale, *y_scale, *y_shift;
+    bnfast_rectifier rectifier;
 } bnfast_coefficients;
+
+/* For the sums of a backward pass through an activation: u is taken times the rectifier's derivative at
+ * (x - center) * y_scale + y_shift + residual. residual: as u IN, or NULL; passed: as u, what is taken OUT, or NULL */
+typedef struct {
+    const void *y_scale, *y_shift; /* a channel, or a column */
+    const void *residual;
+    void *passed;
+    bnfast_rectifier rectifier;
+} bnfast_passing;
 
 /* n_rows rows, `stride` apart, of n_channels neighbouring channels with `length` neighbouring elements each. */
 typedef struct {
@@ -59,7 +82,7 @@ typedef struct {
 
 /* A map of planar runs that can be done little by little, while something else is reduced: memory reads and writes at
  * the same time only if both stand in one loop. x, u: (n_rows, n_channels, length), rows `stride` apart IN; out: the
- * same OUT; gradient: the map is gradient, not normalize; stream: write around the cache (the caller then issues
+ * same OUT; map: its flags; stream: write around the cache (the caller then issues
  * bnfast_stream_fence);
  * ahead: where not 0, the elements so far behind those of x and u are brought into cache (only with stream).
  * The last four say how far it is; they begin as 0: row, channel of it, elements of the row that are written, and where
@@ -69,7 +92,7 @@ typedef struct {
     void *out;
     bnfast_runs runs;
     bnfast_coefficients coefficients;
-    int gradient, stream;
+    int map, stream;
     ptrdiff_t ahead;
     ptrdiff_t row, channel, at, end;
 } bnfast_writer;
@@ -80,10 +103,10 @@ typedef struct {
     int near;
 } bnfast_rows;
 
-/* n_rows rows of n_columns: of x and u `stride` apart, of out `out_stride`. next_x, next_u: as many elements, rows
+/* n_rows rows of n_columns: of x `stride` apart, of u `u_stride`, of out `out_stride`. next_x, next_u: as many elements, rows
  * out_stride apart, to be brought into cache meanwhile; or NULL */
 typedef struct {
-    ptrdiff_t n_rows, n_columns, stride, out_stride;
+    ptrdiff_t n_rows, n_columns, stride, u_stride, out_stride;
     const void *next_x, *next_u;
 } bnfast_columns;
 
@@ -106,7 +129,7 @@ typedef struct {
      * channel, finite
      * planar: x: (n_rows, n_channels, length), rows `stride` apart IN; center: (n_channels,) IN; mean, m2: the same
      * OUT; next: elements from x to what is reduced next, to be brought into cache; writer: a map that may go on
-     * meanwhile, normalize beside moments and gradient beside sums, or NULL
+     * meanwhile, beside sums a gradient and beside moments none, or NULL
      * interleaved: x: (n_rows, n_columns) IN; center: (n_columns,) IN; mean, m2: the same OUT;
      * packed: the elements of x once more, dense OUT, or NULL */
     void (*moments_planar)(const void *x, const bnfast_runs *runs, ptrdiff_t next, const void *center, double *mean,
@@ -114,20 +137,20 @@ typedef struct {
     void (*moments_interleaved)(const void *x, const bnfast_rows *rows, const void *center, double *mean, double *m2,
                                 void *packed);
 
-    /* Sum of u, and of u * d, d = x - center, over one segment; shapes as above, center: the mean, rounded */
+    /* Sum of u, and of u * d, d = x - center, over one segment; shapes as above, center: the mean, rounded; passing:
+     * what of u is taken, NULL: all */
     void (*sums_planar)(const void *x, const void *u, const bnfast_runs *runs, ptrdiff_t next, const void *center,
-                        double *sum_u, double *sum_ud, bnfast_writer *writer);
-    void (*sums_interleaved)(const void *x, const void *u, const bnfast_rows *rows, const void *center, double *sum_u,
-                             double *sum_ud, void *packed_x, void *packed_u);
+                        const bnfast_passing *passing, double *sum_u, double *sum_ud, bnfast_writer *writer);
+    void (*sums_interleaved)(const void *x, const void *u, const bnfast_rows *rows, const void *center,
+                             const bnfast_passing *passing, double *sum_u, double *sum_ud, void *packed_x,
+                             void *packed_u);
 
     /* Writes what is left of a planar map. */
     void (*write_rest)(bnfast_writer *writer);
-    /* The maps of bnfast_coefficients; c points to the first column's coefficients. `stream`: write around the cache
-     * (the caller then issues bnfast_stream_fence). */
-    void (*normalize_interleaved)(const void *x, void *out, const bnfast_columns *columns, const bnfast_coefficients *c,
-                                  int stream);
-    void (*gradient_interleaved)(const void *x, const void *u, void *out, const bnfast_columns *columns,
-                                 const bnfast_coefficients *c, int stream);
+    /* The map of bnfast_coefficients; c points to the first column's coefficients; map: its flags. `stream`: write
+     * around the cache (the caller then issues bnfast_stream_fence). */
+    void (*map_interleaved)(const void *x, const void *u, void *out, const bnfast_columns *columns,
+                            const bnfast_coefficients *c, int map, int stream);
 
     /* a <- a merged with b, for n columns. Moments: Chan, Golub, LeVeque with count_a and count_b values.
      * Sums: addition. */
@@ -135,6 +158,8 @@ typedef struct {
                           const double *mean_b, const double *m2_b);
     void (*merge_sums)(ptrdiff_t n, double *u_a, double *ud_a, const double *u_b, const double *ud_b);
 
+    /* Of n channels: the rounded mean, and y as an activation meets it in a backward pass: center, y_scale, y_shift. */
+    void (*make_y_coefficients)(ptrdiff_t n, const bnfast_channels *of);
     /* The results of n channels, and their coefficients. */
     void (*make_coefficients)(ptrdiff_t n, const bnfast_channels *of);
     /* How many of n variances are finite and, with eps, above 0. */

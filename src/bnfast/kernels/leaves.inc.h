@@ -6,6 +6,8 @@
 
 #include "vec.h"
 
+#include "rectify.inc.h"
+
 #include "normalize.inc.h"
 
 #include "sums.inc.h"
@@ -43,10 +45,10 @@ const bnfast_kernels FN(bnfast_table) = {
     .sums_planar = FN(sums_planar),
     .sums_interleaved = FN(sums_interleaved),
     .write_rest = FN(write_rest),
-    .normalize_interleaved = FN(normalize_interleaved),
-    .gradient_interleaved = FN(gradient_interleaved),
+    .map_interleaved = FN(map_interleaved),
     .merge_moments = FN(merge_moments),
     .merge_sums = FN(merge_sums),
+    .make_y_coefficients = FN(make_y_coefficients),
     .make_coefficients = FN(make_coefficients),
     .usable_variances = FN(usable_variances),
     .typical_values = FN(typical_values),
@@ -79,3 +81,10 @@ const bnfast_kernels FN(bnfast_table) = {
 #undef MANY_COLUMNS
 #undef GROUP
 #undef SMALLEST_MEAN_SQUARE
+#undef READS_U
+#undef PASSES
+#undef FOR_EACH_MAP
+#undef NO_U
+#undef ALL
+#undef PASSED
+#undef DO_TILE

@@ -90,9 +90,22 @@ static void FN(moments_planar)(const void *data, const bnfast_runs *runs, ptrdif
         const T *from = x + first * length;
         T pivots[PIVOT_CHANNELS];
         FN(pivots)(from, runs->n_rows, runs->stride, some.n_channels, length, pivots);
-        FN(sums_of_runs)(from, from, &some,
-                         behind < runs->n_channels ? some.n_channels * length : next - first * length, pivots, 0,
-                         mean + first, m2 + first, writer);
+        const ptrdiff_t to_next = behind < runs->n_channels ? some.n_channels * length : next - first * length;
+#define SUMS(w, flags) \
+    FN(sums_of_long_rows)(from, from, &some, to_next, pivots, NULL, NO_U, mean + first, m2 + first, w, flags)
+        if (FN(summed_as_columns)(&some))
+            FN(sums_of_short_rows)(from, from, &some, to_next, pivots, NULL, NO_U, mean + first, m2 + first);
+        else if (writer == NULL)
+            SUMS(NULL, 0);
+        else if (writer->map == 0)
+            SUMS(writer, 0);
+        else if (writer->map == BNFAST_ADD)
+            SUMS(writer, BNFAST_ADD);
+        else if (writer->map == BNFAST_RECTIFY)
+            SUMS(writer, BNFAST_RECTIFY);
+        else
+            SUMS(writer, BNFAST_ADD | BNFAST_RECTIFY);
+#undef SUMS
         for (ptrdiff_t i = first; i < behind; i++) {
             const double center = (double)centers[i], sum = mean[i], square = m2[i];
             mean[i] = ((double)pivots[i - first] - center) + sum / n;
@@ -172,8 +185,18 @@ static void FN(moments_interleaved_block)(const T *x, const bnfast_rows *rows, T
     double sum[COLUMNS], square[COLUMNS];
     int untrusted[COLUMNS], n_untrusted = 0;
     FN(column_pivots)(x, n_rows, stride, n_columns, pivots);
-    FN(sums_of_columns)(x, x, n_rows, stride, packed, packed, rows->n_columns, n_columns, pivots, 0, sum, square,
-                        rows->near);
+    const struct FN(tile) all = {.x = x,
+                                 .u = x,
+                                 .n_rows = n_rows,
+                                 .stride = stride,
+                                 .packed_x = packed,
+                                 .packed_u = packed,
+                                 .packed_stride = rows->n_columns,
+                                 .centers = pivots,
+                                 .passing = FN(passing_of)(NULL),
+                                 .sum_v = sum,
+                                 .sum_vd = square};
+    FN(sums_of_columns)(&all, n_columns, NO_U, rows->near);
     if (n_rows < FEW_ROWS) {
         FN(moments_interleaved_wide)(x, n_rows, stride, n_columns, NULL, center, mean, m2);
         return;

@@ -1,5 +1,4 @@
-/* The two maps of bnfast_coefficients (kernels.h), normalize and gradient, for both layouts: one body, whose
- * constant flags the compiler folds.
+/* The map of bnfast_coefficients (kernels.h), for both layouts: one body, whose constant flags the compiler folds.
  *
  * The mean is subtracted before the scale, never folded into the shift: x*scale + shift loses every digit once
  * |mean| >> std. What rounding the mean to the data's dtype leaves is in the shift (round_centers). Error of
@@ -16,60 +15,91 @@
 #define MANY_COLUMNS (16 * VN)
 
 struct FN(map) {
-    FN(vec) center, scale, shift, u_center, u_scale, hat_scale;
+    FN(vec) center, scale, shift, u_center, u_scale, hat_scale, y_scale, y_shift;
+    struct FN(rectifier) rectifier;
 };
+
+/* Whether the map reads u. */
+#define READS_U(flags) (((flags) & (BNFAST_GRADIENT | BNFAST_ADD)) != 0)
+
+/* Whether it needs coefficients of y besides. */
+#define PASSES(flags) (((flags) & BNFAST_GRADIENT) && ((flags) & BNFAST_RECTIFY))
 
 /* Coefficients of columns j .. j + n - 1 */
 static ALWAYS_INLINE struct FN(map)
-    FN(map_of_columns)(const bnfast_coefficients *c, ptrdiff_t j, ptrdiff_t n, int gradient)
+    FN(map_of_columns)(const bnfast_coefficients *c, ptrdiff_t j, ptrdiff_t n, int flags)
 {
     const FN(vec) zero = FN(set1)(0);
-    struct FN(map) map = {zero, zero, zero, zero, zero, zero};
+    struct FN(map) map = {zero, zero, zero, zero, zero, zero, zero, zero, {zero, zero}};
     map.center = FN(load_up_to)((const T *)c->center + j, n, zero);
     map.scale = FN(load_up_to)((const T *)c->scale + j, n, zero);
     map.shift = FN(load_up_to)((const T *)c->shift + j, n, zero);
-    if (gradient) {
+    if (flags & BNFAST_GRADIENT) {
         map.u_center = FN(load_up_to)((const T *)c->u_center + j, n, zero);
         map.u_scale = FN(load_up_to)((const T *)c->u_scale + j, n, zero);
         map.hat_scale = FN(load_up_to)((const T *)c->hat_scale + j, n, zero);
     }
+    if (PASSES(flags)) {
+        map.y_scale = FN(load_up_to)((const T *)c->y_scale + j, n, zero);
+        map.y_shift = FN(load_up_to)((const T *)c->y_shift + j, n, zero);
+    }
+    if (flags & BNFAST_RECTIFY)
+        map.rectifier = FN(rectifier_of)(&c->rectifier);
     return map;
 }
 
-static ALWAYS_INLINE struct FN(map) FN(map_of_channel)(const bnfast_coefficients *c, ptrdiff_t i, int gradient)
+static ALWAYS_INLINE struct FN(map) FN(map_of_channel)(const bnfast_coefficients *c, ptrdiff_t i, int flags)
 {
     const FN(vec) zero = FN(set1)(0);
-    struct FN(map) map = {zero, zero, zero, zero, zero, zero};
+    struct FN(map) map = {zero, zero, zero, zero, zero, zero, zero, zero, {zero, zero}};
     map.center = FN(set1)(((const T *)c->center)[i]);
     map.scale = FN(set1)(((const T *)c->scale)[i]);
     map.shift = FN(set1)(((const T *)c->shift)[i]);
-    if (gradient) {
+    if (flags & BNFAST_GRADIENT) {
         map.u_center = FN(set1)(((const T *)c->u_center)[i]);
         map.u_scale = FN(set1)(((const T *)c->u_scale)[i]);
         map.hat_scale = FN(set1)(((const T *)c->hat_scale)[i]);
     }
+    if (PASSES(flags)) {
+        map.y_scale = FN(set1)(((const T *)c->y_scale)[i]);
+        map.y_shift = FN(set1)(((const T *)c->y_shift)[i]);
+    }
+    if (flags & BNFAST_RECTIFY)
+        map.rectifier = FN(rectifier_of)(&c->rectifier);
     return map;
 }
 
-static ALWAYS_INLINE FN(vec) FN(map_value)(const struct FN(map) * map, FN(vec) x, FN(vec) u, int gradient)
+static ALWAYS_INLINE FN(vec) FN(map_value)(const struct FN(map) * map, FN(vec) x, FN(vec) u, int flags)
 {
-    const FN(vec) scaled = (x - map->center) * map->scale;
-    if (gradient)
+    const FN(vec) d = x - map->center, scaled = d * map->scale;
+    if (flags & BNFAST_GRADIENT) {
+        if (flags & BNFAST_RECTIFY)
+            u = FN(passed)(&map->rectifier, u, d * map->y_scale + map->y_shift);
         return (u - map->u_center) * map->u_scale + (scaled * map->hat_scale + map->shift);
-    return scaled + map->shift;
+    }
+    FN(vec) v = scaled + map->shift;
+    if (flags & BNFAST_ADD)
+        v = v + u;
+    if (flags & BNFAST_RECTIFY)
+        v = FN(rectified)(&map->rectifier, v);
+    return v;
 }
 
 /* Coefficients of a vector whose first k lanes belong to one channel and the others to the next. */
-static ALWAYS_INLINE struct FN(map) FN(map_of_two)(ptrdiff_t k, struct FN(map) first, struct FN(map) next, int gradient)
+static ALWAYS_INLINE struct FN(map) FN(map_of_two)(ptrdiff_t k, struct FN(map) first, struct FN(map) next, int flags)
 {
     struct FN(map) map = next;
     map.center = FN(select)(k, first.center, next.center);
     map.scale = FN(select)(k, first.scale, next.scale);
     map.shift = FN(select)(k, first.shift, next.shift);
-    if (gradient) {
+    if (flags & BNFAST_GRADIENT) {
         map.u_center = FN(select)(k, first.u_center, next.u_center);
         map.u_scale = FN(select)(k, first.u_scale, next.u_scale);
         map.hat_scale = FN(select)(k, first.hat_scale, next.hat_scale);
+    }
+    if (PASSES(flags)) {
+        map.y_scale = FN(select)(k, first.y_scale, next.y_scale);
+        map.y_shift = FN(select)(k, first.y_shift, next.y_shift);
     }
     return map;
 }
@@ -77,17 +107,17 @@ static ALWAYS_INLINE struct FN(map) FN(map_of_two)(ptrdiff_t k, struct FN(map) f
 /* n <= VN elements of `rows` rows, through one set of coefficients. All loads come before the first store: rows that
  * lie a power of two apart would otherwise wait for stores that only look like theirs (equal low address bits). */
 static ALWAYS_INLINE void FN(map_elements)(const struct FN(map) * map, const T *x, const T *u, T *out, ptrdiff_t rows,
-                                           ptrdiff_t stride, ptrdiff_t out_stride, ptrdiff_t n, int gradient,
-                                           int stream)
+                                           ptrdiff_t stride, ptrdiff_t u_stride, ptrdiff_t out_stride, ptrdiff_t n,
+                                           int flags, int stream)
 {
     const FN(vec) zero = FN(set1)(0);
     FN(vec) value[ROWS];
     for (ptrdiff_t r = 0; r < rows; r++) {
         const FN(vec) x_values = FN(load_up_to)(x + r * stride, n, zero);
         FN(vec) u_values = zero;
-        if (gradient)
-            u_values = FN(load_up_to)(u + r * stride, n, zero);
-        value[r] = FN(map_value)(map, x_values, u_values, gradient);
+        if (READS_U(flags))
+            u_values = FN(load_up_to)(u + r * u_stride, n, zero);
+        value[r] = FN(map_value)(map, x_values, u_values, flags);
     }
     for (ptrdiff_t r = 0; r < rows; r++)
         if (n < VN)
@@ -106,7 +136,7 @@ static ALWAYS_INLINE int FN(written)(const bnfast_writer *w) { return w->row == 
 /* At least n elements more, or all that is left. A row is written as one run: a vector may begin in one channel and end
  * in the next, so that no line of memory is written in two parts. Channels have at least VN elements, but for one that
  * is alone. */
-static ALWAYS_INLINE void FN(write_map)(bnfast_writer *w, ptrdiff_t n, int gradient, int stream)
+static ALWAYS_INLINE void FN(write_map)(bnfast_writer *w, ptrdiff_t n, int flags, int stream)
 {
     const bnfast_coefficients *c = &w->coefficients;
     const ptrdiff_t ahead = w->ahead * (ptrdiff_t)sizeof(T);
@@ -117,34 +147,34 @@ static ALWAYS_INLINE void FN(write_map)(bnfast_writer *w, ptrdiff_t n, int gradi
 #define ASK_AHEAD \
     if (stream && ahead) { \
         PREFETCH_L2(x + j, ahead); \
-        if (gradient) \
+        if (READS_U(flags)) \
             PREFETCH_L2(u + j, ahead); \
     }
     for (; n > 0 && row < w->runs.n_rows; row++, x += stride, u += stride, out += stride, i = j = end = 0) {
-        struct FN(map) map = FN(map_of_channel)(c, i, gradient);
+        struct FN(map) map = FN(map_of_channel)(c, i, flags);
         if (end == 0) {
             end = length;
             if (stream) {
                 j = FN(to_aligned)(out, row_length);
                 if (j > 0)
-                    FN(map_elements)(&map, x, u, out, 1, 0, 0, j, gradient, 0);
+                    FN(map_elements)(&map, x, u, out, 1, 0, 0, 0, j, flags, 0);
                 n -= j;
             }
         }
         for (;;) {
             for (; n > 0 && end - j >= VN; n -= VN, j += VN) {
                 ASK_AHEAD
-                FN(map_elements)(&map, x + j, u + j, out + j, 1, 0, 0, VN, gradient, stream);
+                FN(map_elements)(&map, x + j, u + j, out + j, 1, 0, 0, 0, VN, flags, stream);
             }
             if (n <= 0)
                 goto enough;
             if (end == row_length)
                 break;
-            const struct FN(map) next = FN(map_of_channel)(c, ++i, gradient);
+            const struct FN(map) next = FN(map_of_channel)(c, ++i, flags);
             if (j < end) {
                 ASK_AHEAD
-                const struct FN(map) both = FN(map_of_two)(end - j, map, next, gradient);
-                FN(map_elements)(&both, x + j, u + j, out + j, 1, 0, 0, VN, gradient, stream);
+                const struct FN(map) both = FN(map_of_two)(end - j, map, next, flags);
+                FN(map_elements)(&both, x + j, u + j, out + j, 1, 0, 0, 0, VN, flags, stream);
                 n -= VN;
                 j += VN;
             }
@@ -152,7 +182,7 @@ static ALWAYS_INLINE void FN(write_map)(bnfast_writer *w, ptrdiff_t n, int gradi
             map = next;
         }
         if (j < row_length)
-            FN(map_elements)(&map, x + j, u + j, out + j, 1, 0, 0, row_length - j, gradient, 0);
+            FN(map_elements)(&map, x + j, u + j, out + j, 1, 0, 0, 0, row_length - j, flags, 0);
         n -= row_length - j;
     }
 enough:
@@ -166,31 +196,53 @@ enough:
     w->end = end;
 }
 
+/* One body for each combination of flags there is. */
+#define FOR_EACH_MAP(flags, DO) \
+    switch (flags) { \
+    case 0: \
+        DO(0); \
+        break; \
+    case BNFAST_ADD: \
+        DO(BNFAST_ADD); \
+        break; \
+    case BNFAST_RECTIFY: \
+        DO(BNFAST_RECTIFY); \
+        break; \
+    case BNFAST_ADD | BNFAST_RECTIFY: \
+        DO(BNFAST_ADD | BNFAST_RECTIFY); \
+        break; \
+    case BNFAST_GRADIENT: \
+        DO(BNFAST_GRADIENT); \
+        break; \
+    default: \
+        DO(BNFAST_GRADIENT | BNFAST_RECTIFY); \
+    }
+
 static void FN(write_some)(bnfast_writer *w, ptrdiff_t n)
 {
-    if (w->gradient && w->stream)
-        FN(write_map)(w, n, 1, 1);
-    else if (w->gradient)
-        FN(write_map)(w, n, 1, 0);
-    else if (w->stream)
-        FN(write_map)(w, n, 0, 1);
-    else
-        FN(write_map)(w, n, 0, 0);
+#define WRITE(flags) \
+    if (w->stream) \
+        FN(write_map)(w, n, flags, 1); \
+    else \
+        FN(write_map)(w, n, flags, 0)
+    FOR_EACH_MAP(w->map, WRITE)
+#undef WRITE
 }
 
 static void FN(write_rest)(bnfast_writer *w) { FN(write_some)(w, PTRDIFF_MAX); }
 
 /* `rows` rows of interleaved columns at once, whose coefficients are loaded once for all of them. */
 static ALWAYS_INLINE void FN(map_rows)(const T *x, const T *u, T *out, const T *next_x, const T *next_u, ptrdiff_t rows,
-                                       const bnfast_columns *columns, const bnfast_coefficients *c, int gradient,
+                                       const bnfast_columns *columns, const bnfast_coefficients *c, int flags,
                                        int stream)
 {
     const ptrdiff_t n_columns = columns->n_columns, out_stride = columns->out_stride;
     ptrdiff_t j = 0;
 #define ELEMENTS(n, stream) \
     do { \
-        const struct FN(map) map = FN(map_of_columns)(c, j, n, gradient); \
-        FN(map_elements)(&map, x + j, u + j, out + j, rows, columns->stride, out_stride, n, gradient, stream); \
+        const struct FN(map) map = FN(map_of_columns)(c, j, n, flags); \
+        FN(map_elements)(&map, x + j, u + j, out + j, rows, columns->stride, columns->u_stride, out_stride, n, flags, \
+                         stream); \
         j += (n); \
     } while (0)
     if (stream) {
@@ -207,8 +259,8 @@ static ALWAYS_INLINE void FN(map_rows)(const T *x, const T *u, T *out, const T *
             else if (n_columns < columns->stride) {
                 /* a part of wide rows is not the one stream that the hardware expects */
                 PREFETCH_L2(x + j, 2 * columns->stride * (ptrdiff_t)sizeof(T));
-                if (gradient)
-                    PREFETCH_L2(u + j, 2 * columns->stride * (ptrdiff_t)sizeof(T));
+                if (READS_U(flags))
+                    PREFETCH_L2(u + j, 2 * columns->u_stride * (ptrdiff_t)sizeof(T));
             }
             ELEMENTS(VN, 1);
         }
@@ -227,35 +279,35 @@ static ALWAYS_INLINE void FN(map_rows)(const T *x, const T *u, T *out, const T *
 /* n elements of dense interleaved rows, written as one run: vectors begin where the memory is aligned, at whatever
  * column that is, and may go on in the next row, for which the coefficients repeat themselves past their end. */
 static ALWAYS_INLINE void FN(map_run)(const T *x, const T *u, T *out, ptrdiff_t n, ptrdiff_t n_columns,
-                                      const bnfast_coefficients *c, int gradient, int stream)
+                                      const bnfast_coefficients *c, int flags, int stream)
 {
     const ptrdiff_t head = FN(to_aligned)(out, n);
     ptrdiff_t j = head, column = head; /* column: j modulo n_columns */
-    struct FN(map) map = FN(map_of_columns)(c, 0, head, gradient);
+    struct FN(map) map = FN(map_of_columns)(c, 0, head, flags);
     if (head > 0)
-        FN(map_elements)(&map, x, u, out, 1, 0, 0, head, gradient, 0);
+        FN(map_elements)(&map, x, u, out, 1, 0, 0, 0, head, flags, 0);
     for (; j + VN <= n; j += VN) {
-        map = FN(map_of_columns)(c, column, VN, gradient);
-        FN(map_elements)(&map, x + j, u + j, out + j, 1, 0, 0, VN, gradient, stream);
+        map = FN(map_of_columns)(c, column, VN, flags);
+        FN(map_elements)(&map, x + j, u + j, out + j, 1, 0, 0, 0, VN, flags, stream);
         column += VN;
         if (column >= n_columns)
             column -= n_columns;
     }
     if (j < n) {
-        map = FN(map_of_columns)(c, column, n - j, gradient);
-        FN(map_elements)(&map, x + j, u + j, out + j, 1, 0, 0, n - j, gradient, 0);
+        map = FN(map_of_columns)(c, column, n - j, flags);
+        FN(map_elements)(&map, x + j, u + j, out + j, 1, 0, 0, 0, n - j, flags, 0);
     }
 }
 
 /* The same for rows of whole vectors: as rows that begin where the memory is aligned, some of which share the loads
  * of coefficients. */
 static ALWAYS_INLINE void FN(map_shifted_rows)(const T *x, const T *u, T *out, ptrdiff_t n_rows, ptrdiff_t n_columns,
-                                               const bnfast_coefficients *c, int gradient)
+                                               const bnfast_coefficients *c, int flags)
 {
     const ptrdiff_t head = FN(to_aligned)(out, n_columns);
     if (head > 0) {
-        const struct FN(map) map = FN(map_of_columns)(c, 0, head, gradient);
-        FN(map_elements)(&map, x, u, out, 1, 0, 0, head, gradient, 0);
+        const struct FN(map) map = FN(map_of_columns)(c, 0, head, flags);
+        FN(map_elements)(&map, x, u, out, 1, 0, 0, 0, head, flags, 0);
         x += head;
         u += head;
         out += head;
@@ -264,8 +316,8 @@ static ALWAYS_INLINE void FN(map_shifted_rows)(const T *x, const T *u, T *out, p
 #define SHIFTED_ROWS(rows, width) \
     do { \
         for (ptrdiff_t j = 0; j + VN <= (width); j += VN) { \
-            const struct FN(map) map = FN(map_of_columns)(c, head + j, VN, gradient); \
-            FN(map_elements)(&map, x + j, u + j, out + j, rows, n_columns, n_columns, VN, gradient, 0); \
+            const struct FN(map) map = FN(map_of_columns)(c, head + j, VN, flags); \
+            FN(map_elements)(&map, x + j, u + j, out + j, rows, n_columns, n_columns, n_columns, VN, flags, 0); \
         } \
         x += (rows) * n_columns; \
         u += (rows) * n_columns; \
@@ -283,37 +335,38 @@ static ALWAYS_INLINE void FN(map_shifted_rows)(const T *x, const T *u, T *out, p
         const ptrdiff_t left = n_columns - head, whole = left / VN * VN;
         for (ptrdiff_t j = 0; j < left; j += VN) {
             const ptrdiff_t n = j < whole ? VN : left - j;
-            const struct FN(map) map = FN(map_of_columns)(c, head + j, n, gradient);
-            FN(map_elements)(&map, x + j, u + j, out + j, 1, 0, 0, n, gradient, 0);
+            const struct FN(map) map = FN(map_of_columns)(c, head + j, n, flags);
+            FN(map_elements)(&map, x + j, u + j, out + j, 1, 0, 0, 0, n, flags, 0);
         }
     }
 #undef SHIFTED_ROWS
 }
 
 static ALWAYS_INLINE void FN(map_columns)(const T *x, const T *u, T *out, const bnfast_columns *columns,
-                                          const bnfast_coefficients *c, int gradient, int stream)
+                                          const bnfast_coefficients *c, int flags, int stream)
 {
     const ptrdiff_t n_rows = columns->n_rows, stride = columns->stride, out_stride = columns->out_stride;
     const T *next_x = columns->next_x, *next_u = columns->next_u;
     ptrdiff_t r = 0;
-    const int dense = stride == columns->n_columns && out_stride == stride && stride >= VN;
+    const int dense = stride == columns->n_columns && out_stride == stride && stride >= VN &&
+                      (!READS_U(flags) || columns->u_stride == stride);
     if (dense && !stream && stride % VN == 0) {
-        FN(map_shifted_rows)(x, u, out, n_rows, stride, c, gradient);
+        FN(map_shifted_rows)(x, u, out, n_rows, stride, c, flags);
         return;
     }
     /* rows that end in parts of vectors; where those are cheap, rows by themselves are faster in cache */
     if (dense && (stream || VBYTES < 64)) {
         if (stream)
-            FN(map_run)(x, u, out, n_rows * stride, stride, c, gradient, 1);
+            FN(map_run)(x, u, out, n_rows * stride, stride, c, flags, 1);
         else
-            FN(map_run)(x, u, out, n_rows * stride, stride, c, gradient, 0);
+            FN(map_run)(x, u, out, n_rows * stride, stride, c, flags, 0);
         return;
     }
 #define DO_ROWS(rows) \
     do { \
-        FN(map_rows)(x, u, out, next_x, next_u, rows, columns, c, gradient, stream); \
+        FN(map_rows)(x, u, out, next_x, next_u, rows, columns, c, flags, stream); \
         x += (rows) * stride; \
-        u += (rows) * stride; \
+        u += (rows) * columns->u_stride; \
         out += (rows) * out_stride; \
         if (next_x) \
             next_x += (rows) * out_stride; \
@@ -334,20 +387,14 @@ static ALWAYS_INLINE void FN(map_columns)(const T *x, const T *u, T *out, const 
 #undef DO_ROWS
 }
 
-static void FN(normalize_interleaved)(const void *x, void *out, const bnfast_columns *columns,
-                                      const bnfast_coefficients *c, int stream)
+static void FN(map_interleaved)(const void *x, const void *u, void *out, const bnfast_columns *columns,
+                                const bnfast_coefficients *c, int map, int stream)
 {
-    if (stream)
-        FN(map_columns)(x, x, out, columns, c, 0, 1);
-    else
-        FN(map_columns)(x, x, out, columns, c, 0, 0);
-}
-
-static void FN(gradient_interleaved)(const void *x, const void *u, void *out, const bnfast_columns *columns,
-                                     const bnfast_coefficients *c, int stream)
-{
-    if (stream)
-        FN(map_columns)(x, u, out, columns, c, 1, 1);
-    else
-        FN(map_columns)(x, u, out, columns, c, 1, 0);
+#define MAP(flags) \
+    if (stream) \
+        FN(map_columns)(x, u, out, columns, c, flags, 1); \
+    else \
+        FN(map_columns)(x, u, out, columns, c, flags, 0)
+    FOR_EACH_MAP(map, MAP)
+#undef MAP
 }

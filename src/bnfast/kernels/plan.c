@@ -239,9 +239,11 @@ static void choose_interleaved(bnfast_job *job)
  * (Measured; of a last level that is said to be huge 48 MiB are believed.) */
 static int is_streamed(const bnfast_job *job)
 {
-    const ptrdiff_t bytes = (arrays_read(job) + 1) * bytes_of_array(job);
-    return applies(job) && job->out != job->x && job->out != job->u &&
-           choice(forced.stream, bytes > least(bnfast_last_level_bytes() / 4 * 3, MOST_WRITTEN_THROUGH));
+    const ptrdiff_t arrays =
+        arrays_read(job) + 1 + (job->residual != NULL) + (job->passed != NULL && job->passed != job->out);
+    return applies(job) && job->out != job->x && job->out != mapped_beside(job) && job->out != job->u &&
+           choice(forced.stream,
+                  arrays * bytes_of_array(job) > least(bnfast_last_level_bytes() / 4 * 3, MOST_WRITTEN_THROUGH));
 }
 
 /* About the time that an operation takes on one thread where its arrays lie in L2: measured with AVX-512, and near
@@ -251,9 +253,15 @@ static ptrdiff_t nanoseconds(const bnfast_job *job)
     static const struct {
         int element, channel; /* picoseconds; of float32 */
     } costs[] = {
-        [BNFAST_MOMENTS] = {125, 2000},       [BNFAST_FORWARD] = {180, 3000}, [BNFAST_EVAL] = {125, 1000},
-        [BNFAST_BACKWARD] = {250, 3000},      [BNFAST_JVP] = {250, 3000},     [BNFAST_FLOOR] = {125, 0},
+        [BNFAST_MOMENTS] = {125, 2000},
+        [BNFAST_FORWARD] = {180, 3000},
+        [BNFAST_EVAL] = {125, 1000},
+        [BNFAST_BACKWARD] = {250, 3000},
+        [BNFAST_JVP] = {250, 3000},
+        [BNFAST_FLOOR] = {125, 0},
         [BNFAST_BACKWARD_EVAL] = {180, 2000},
+        [BNFAST_BACKWARD_SUMS] = {125, 1000},
+        [BNFAST_BACKWARD_APPLY] = {125, 2000},
     };
     const double elements = (double)bytes_of_array(job) / 4;
     return (

@@ -45,9 +45,10 @@ static void reduce(const bnfast_job *job, const bnfast_block *block, ptrdiff_t s
     const ptrdiff_t size = job->kernels->itemsize, offset = (from + (block->first + i) * job->inner) * size;
     double *a = block->a + s * block->width + i, *b = block->b + s * block->width + i;
     const void *center = (const char *)block->channel.center + i * size;
+    const bnfast_passing passing = bnfast_passing_at(job, &block->channel, i, offset);
     if (job->u)
-        job->kernels->sums_planar((const char *)job->x + offset, (const char *)job->u + offset, &runs, next, center, a,
-                                  b, writer);
+        job->kernels->sums_planar((const char *)job->x + offset, (const char *)job->u + offset, &runs, next, center,
+                                  passes(job) ? &passing : NULL, a, b, writer);
     else
         job->kernels->moments_planar((const char *)job->x + offset, &runs, next, center, a, b, writer);
 }
@@ -58,19 +59,16 @@ static bnfast_writer writer_of(const bnfast_job *job, const bnfast_block *block,
                                ptrdiff_t row, ptrdiff_t n_rows, ptrdiff_t begin, ptrdiff_t length)
 {
     const ptrdiff_t offset = (row * period(job) + (block->first + i) * job->inner + begin) * job->kernels->itemsize;
+    const void *const beside = mapped_beside(job);
     bnfast_writer writer = {
-        .x = (const char *)job->x + offset,
-        .u = job->u ? (const char *)job->u + offset : NULL,
+        .x = (const char *)(maps_u_only(job) ? beside : job->x) + offset,
         .out = (char *)job->out + offset,
         .runs = {n_rows, period(job), n_channels, length},
         .coefficients = bnfast_coefficients_at(job, &block->channel, i),
-        .gradient = maps_gradient(job),
+        .map = map_flags(job),
         .stream = job->stream,
     };
-    if (maps_u_only(job))
-        writer.x = writer.u;
-    if (!writer.gradient)
-        writer.u = writer.x;
+    writer.u = beside ? (const char *)beside + offset : writer.x;
     return writer;
 }
 

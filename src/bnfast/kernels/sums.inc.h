@@ -27,6 +27,65 @@ struct FN(pair) {
     FN(vec) sum_v, sum_vd;
 };
 
+/* What of u is taken, where there is one: all of it, or what an activation of y passes. */
+enum { FN(NO_U), FN(ALL), FN(PASSED) };
+#define NO_U FN(NO_U)
+#define ALL FN(ALL)
+#define PASSED FN(PASSED)
+
+/* bnfast_passing, from some element and channel on. */
+struct FN(passing) {
+    const T *y_scale, *y_shift, *residual;
+    T *stored;
+    struct FN(rectifier) rectifier;
+};
+
+static ALWAYS_INLINE struct FN(passing) FN(passing_of)(const bnfast_passing *of)
+{
+    struct FN(passing) passing = {NULL, NULL, NULL, NULL, {FN(set1)(0), FN(set1)(0)}};
+    if (of) {
+        passing.y_scale = of->y_scale;
+        passing.y_shift = of->y_shift;
+        passing.residual = of->residual;
+        passing.stored = of->passed;
+        passing.rectifier = FN(rectifier_of)(&of->rectifier);
+    }
+    return passing;
+}
+
+/* The same, `elements` of the data and `channels` further on. */
+static ALWAYS_INLINE struct FN(passing)
+    FN(passing_at)(struct FN(passing) passing, ptrdiff_t elements, ptrdiff_t channels, int kind)
+{
+    if (kind == PASSED) {
+        passing.y_scale += channels;
+        passing.y_shift += channels;
+    }
+    if (kind == PASSED && passing.residual)
+        passing.residual += elements;
+    if (kind == PASSED && passing.stored)
+        passing.stored += elements;
+    return passing;
+}
+
+/* n as the count of a vector's elements. */
+static ALWAYS_INLINE ptrdiff_t FN(within)(ptrdiff_t n) { return n < 0 ? 0 : n < VN ? n : VN; }
+
+/* What is taken of the first n <= VN elements of u at `at`. */
+static ALWAYS_INLINE FN(vec) FN(taken)(const struct FN(passing) * passing, ptrdiff_t at, ptrdiff_t n, FN(vec) x,
+                                       FN(vec) u, FN(vec) center, FN(vec) y_scale, FN(vec) y_shift, int kind)
+{
+    if (kind != PASSED)
+        return u;
+    FN(vec) v = (x - center) * y_scale + y_shift;
+    if (passing->residual)
+        v = v + FN(load_up_to)(passing->residual + at, n, FN(set1)(0));
+    u = FN(passed)(&passing->rectifier, u, v);
+    if (passing->stored)
+        FN(store_up_to)(passing->stored + at, n, u);
+    return u;
+}
+
 static ALWAYS_INLINE void FN(take)(struct FN(pair) * s, FN(vec) x, FN(vec) u, FN(vec) center, int with_u)
 {
     const FN(vec) d = x - center, v = with_u ? u : d;
@@ -43,18 +102,27 @@ static ALWAYS_INLINE void FN(take)(struct FN(pair) * s, FN(vec) x, FN(vec) u, FN
                 PREFETCH_L2(row_u + i * VL, ahead * (ptrdiff_t)sizeof(T)); \
             for (int k = 0; k < VU; k++) { \
                 more; \
-                FN(take)(&chain[i][k], FN(load)(row + i * VL + k * VN), \
-                         with_u ? FN(load)(row_u + i * VL + k * VN) : zero, center, with_u); \
+                const FN(vec) x_values = FN(load)(row + i * VL + k * VN); \
+                FN(vec) u_values = zero; \
+                if (with_u) \
+                    u_values = FN(taken)(&passing, row - x + i * VL + k * VN, VN, x_values, \
+                                         FN(load)(row_u + i * VL + k * VN), center, y_scale, y_shift, with_u); \
+                FN(take)(&chain[i][k], x_values, u_values, center, with_u); \
             } \
         }
 
 /* x, u: (n_rows, length), rows `stride` apart IN, u where with_u; next: elements to what is reduced next; sum_v,
- * sum_vd: scalars OUT; w: a normalize that goes on meanwhile, or NULL */
+ * sum_vd: scalars OUT; w: a map with these flags that goes on meanwhile, or NULL */
 static ALWAYS_INLINE void FN(sums_of_rows)(const T *x, const T *u, ptrdiff_t n_rows, ptrdiff_t stride, ptrdiff_t length,
-                                           ptrdiff_t next, T center_value, int with_u, double *sum_v, double *sum_vd,
-                                           bnfast_writer *w)
+                                           ptrdiff_t next, T center_value, struct FN(passing) passing, int with_u,
+                                           double *sum_v, double *sum_vd, bnfast_writer *w, int flags)
 {
     const FN(vec) center = FN(set1)(center_value), zero = FN(set1)(0);
+    FN(vec) y_scale = zero, y_shift = zero;
+    if (with_u == PASSED) {
+        y_scale = FN(set1)(*passing.y_scale);
+        y_shift = FN(set1)(*passing.y_shift);
+    }
     struct FN(pair) chain[2][VU];
     FN(wide) wide_v[VU * WIDE_PER_VEC], wide_vd[VU * WIDE_PER_VEC];
     memset(wide_v, 0, sizeof wide_v);
@@ -81,13 +149,13 @@ static ALWAYS_INLINE void FN(sums_of_rows)(const T *x, const T *u, ptrdiff_t n_r
             const ptrdiff_t ahead = left > reach ? reach : to_next;
             const ptrdiff_t together = w ? FN(vectors_left)(w) / (2 * VU) : 0;
             if (together > 0) {
-                const struct FN(map) map = FN(map_of_channel)(&w->coefficients, w->channel, with_u);
+                const struct FN(map) map = FN(map_of_channel)(&w->coefficients, w->channel, flags);
                 const T *from = (const T *)w->x + w->at, *from_u = (const T *)w->u + w->at;
                 T *out = (T *)w->out + w->at;
                 steps = together < steps ? together : steps;
                 w->at += steps * 2 * VL;
 #define MAP_ONE(stream) \
-    FN(map_elements)(&map, from, from_u, out, 1, 0, 0, VN, with_u, stream); \
+    FN(map_elements)(&map, from, from_u, out, 1, 0, 0, 0, VN, flags, stream); \
     from += VN; \
     from_u += VN; \
     out += VN
@@ -117,10 +185,13 @@ static ALWAYS_INLINE void FN(sums_of_rows)(const T *x, const T *u, ptrdiff_t n_r
                     PREFETCH_L2(row_u + i * VL, to_next * (ptrdiff_t)sizeof(T));
                 for (int k = 0; k < VU; k++) {
                     const ptrdiff_t j = i * VL + k * VN;
+                    const FN(vec) x_values = FN(load_part)(row + j, left - j, center);
                     FN(vec) u_values = zero;
                     if (with_u)
-                        u_values = FN(load_part)(row_u + j, left - j, zero);
-                    FN(take)(&chain[i][k], FN(load_part)(row + j, left - j, center), u_values, center, with_u);
+                        u_values =
+                            FN(taken)(&passing, row - x + j, FN(within)(left - j), x_values,
+                                      FN(load_part)(row_u + j, left - j, zero), center, y_scale, y_shift, with_u);
+                    FN(take)(&chain[i][k], x_values, u_values, center, with_u);
                 }
             }
             room -= 1;
@@ -134,24 +205,57 @@ static ALWAYS_INLINE void FN(sums_of_rows)(const T *x, const T *u, ptrdiff_t n_r
     *sum_vd = FN(fold_wide)(wide_vd);
 }
 
-/* Rows that do not lie in L2: adds a tile of at most TILE_ROWS of them to the sums of `vectors` vectors of columns from
- * c on, or of n < VN columns, in the order of memory, while `ahead` elements on from what is taken is asked for.
- * packed_x, packed_u: (n_rows, .) OUT, rows `packed_stride` apart, the same elements again; or NULL */
-static ALWAYS_INLINE void FN(sums_of_far_tile)(const T *x, const T *u, ptrdiff_t n_rows, ptrdiff_t stride, T *packed_x,
-                                               T *packed_u, ptrdiff_t packed_stride, const T *centers, ptrdiff_t c,
-                                               int vectors, ptrdiff_t n, int with_u, double *sum_v, double *sum_vd,
-                                               ptrdiff_t ahead)
+/* A tile: n_rows rows, of which some vectors of columns are added to their sums, or n < VN columns. Everything points to
+ * its first column; packed_x, packed_u: (n_rows, .) OUT, rows `packed_stride` apart, the same elements again, or NULL;
+ * ahead: elements from what is taken to what is asked for */
+struct FN(tile) {
+    const T *x, *u;
+    ptrdiff_t n_rows, stride;
+    T *packed_x, *packed_u;
+    ptrdiff_t packed_stride;
+    const T *centers;
+    struct FN(passing) passing;
+    double *sum_v, *sum_vd;
+    ptrdiff_t n, ahead;
+};
+
+/* The tile `columns` further on. */
+static ALWAYS_INLINE struct FN(tile) FN(tile_at)(const struct FN(tile) * from, ptrdiff_t columns, int kind)
+{
+    struct FN(tile) tile = *from;
+    tile.x += columns;
+    tile.u += columns;
+    if (tile.packed_x) {
+        tile.packed_x += columns;
+        tile.packed_u += columns;
+    }
+    tile.centers += columns;
+    tile.passing = FN(passing_at)(tile.passing, columns, columns, kind);
+    tile.sum_v += columns;
+    tile.sum_vd += columns;
+    return tile;
+}
+
+/* Rows that do not lie in L2, at most TILE_ROWS of them: in the order of memory, while what is ahead is asked for. */
+static ALWAYS_INLINE void FN(far_tile)(const struct FN(tile) * tile, int vectors, ptrdiff_t n, int with_u)
 {
     const FN(vec) zero = FN(set1)(0);
-    FN(vec) center[COLUMN_VECTORS];
+    const struct FN(passing) passing = tile->passing;
+    const ptrdiff_t n_rows = tile->n_rows, stride = tile->stride, packed_stride = tile->packed_stride;
+    const ptrdiff_t ahead = tile->ahead;
+    double *const sum_v = tile->sum_v, *const sum_vd = tile->sum_vd;
+    const T *x = tile->x, *u = tile->u;
+    T *packed_x = tile->packed_x, *packed_u = tile->packed_u;
+    FN(vec) center[COLUMN_VECTORS], y_scale[COLUMN_VECTORS], y_shift[COLUMN_VECTORS];
     struct FN(pair) chain[2][COLUMN_VECTORS];
-    for (int k = 0; k < vectors; k++)
-        center[k] = FN(load_up_to)(centers + c + k * VN, n, zero);
-    x += c;
-    u += c;
-    if (packed_x) {
-        packed_x += c;
-        packed_u += c;
+    ptrdiff_t at = 0;
+    for (int k = 0; k < vectors; k++) {
+        center[k] = FN(load_up_to)(tile->centers + k * VN, n, zero);
+        y_scale[k] = y_shift[k] = zero;
+        if (with_u == PASSED) {
+            y_scale[k] = FN(load_up_to)(passing.y_scale + k * VN, n, zero);
+            y_shift[k] = FN(load_up_to)(passing.y_shift + k * VN, n, zero);
+        }
     }
 #define TAKE_ROW(i) \
     for (int k = 0; k < vectors; k++) { \
@@ -163,6 +267,8 @@ static ALWAYS_INLINE void FN(sums_of_far_tile)(const T *x, const T *u, ptrdiff_t
         if (with_u) { \
             PREFETCH_L2(u + k * VN, ahead * (ptrdiff_t)sizeof(T)); \
             u_values = FN(load_up_to)(u + k * VN, n, zero); \
+            u_values = \
+                FN(taken)(&passing, at + k * VN, n, x_values, u_values, center[k], y_scale[k], y_shift[k], with_u); \
             if (packed_x) \
                 FN(store_up_to)(packed_u + k * VN, n, u_values); \
         } \
@@ -170,6 +276,7 @@ static ALWAYS_INLINE void FN(sums_of_far_tile)(const T *x, const T *u, ptrdiff_t
     } \
     x += stride; \
     u += stride; \
+    at += stride; \
     if (packed_x) { \
         packed_x += packed_stride; \
         packed_u += packed_stride; \
@@ -188,8 +295,8 @@ static ALWAYS_INLINE void FN(sums_of_far_tile)(const T *x, const T *u, ptrdiff_t
             TAKE_ROW(0)
         }
         for (int k = 0; k < vectors; k++) {
-            FN(widen_add_columns)(sum_v + c + k * VN, chain[0][k].sum_v + chain[1][k].sum_v, n);
-            FN(widen_add_columns)(sum_vd + c + k * VN, chain[0][k].sum_vd + chain[1][k].sum_vd, n);
+            FN(widen_add_columns)(sum_v + k * VN, chain[0][k].sum_v + chain[1][k].sum_v, n);
+            FN(widen_add_columns)(sum_vd + k * VN, chain[0][k].sum_vd + chain[1][k].sum_vd, n);
         }
     }
 #undef TAKE_ROW
@@ -197,19 +304,26 @@ static ALWAYS_INLINE void FN(sums_of_far_tile)(const T *x, const T *u, ptrdiff_t
 
 /* The sums of one vector of columns, in float64, while their rows are taken. */
 struct FN(columns) {
-    FN(vec) center;
+    FN(vec) center, y_scale, y_shift;
     FN(wide) v0, v1, vd0, vd1; /* v1, vd1: where a vector widens to two */
 };
 
 /* Two chains of at most COLUMN_CHAIN rows each (rows 0, 2, 4, ... and 1, 3, 5, ...) of the first n columns. */
 static ALWAYS_INLINE void FN(take_rows)(struct FN(columns) * c, const T *x, const T *u, ptrdiff_t n_rows,
-                                        ptrdiff_t stride, ptrdiff_t n, int with_u)
+                                        ptrdiff_t stride, ptrdiff_t n, const struct FN(passing) * passing, ptrdiff_t at,
+                                        int with_u)
 {
     const FN(vec) zero = FN(set1)(0);
     struct FN(pair) chain[2] = {{zero, zero}, {zero, zero}};
 #define TAKE_ROW(r, i) \
-    FN(take)(&chain[i], FN(load_up_to)(x + (r) * stride, n, c->center), \
-             with_u ? FN(load_up_to)(u + (r) * stride, n, zero) : zero, c->center, with_u)
+    do { \
+        const FN(vec) x_values = FN(load_up_to)(x + (r) * stride, n, c->center); \
+        FN(vec) u_values = zero; \
+        if (with_u) \
+            u_values = FN(taken)(passing, at + (r) * stride, n, x_values, FN(load_up_to)(u + (r) * stride, n, zero), \
+                                 c->center, c->y_scale, c->y_shift, with_u); \
+        FN(take)(&chain[i], x_values, u_values, c->center, with_u); \
+    } while (0)
     if (n_rows == 2 * COLUMN_CHAIN) {
         TAKE_ROW(0, 0);
         TAKE_ROW(1, 1);
@@ -236,10 +350,17 @@ static ALWAYS_INLINE void FN(take_rows)(struct FN(columns) * c, const T *x, cons
 }
 _Static_assert(COLUMN_CHAIN == 4, "take_rows has its rows written out");
 
-static ALWAYS_INLINE void FN(begin_columns)(struct FN(columns) * c, const T *centers, ptrdiff_t n, const double *sum_v,
-                                            const double *sum_vd)
+static ALWAYS_INLINE void FN(begin_columns)(struct FN(columns) * c, const T *centers, ptrdiff_t n,
+                                            const struct FN(passing) * passing, ptrdiff_t first, int with_u,
+                                            const double *sum_v, const double *sum_vd)
 {
-    c->center = FN(load_up_to)(centers, n, FN(set1)(0));
+    const FN(vec) zero = FN(set1)(0);
+    c->center = FN(load_up_to)(centers, n, zero);
+    c->y_scale = c->y_shift = zero;
+    if (with_u == PASSED) {
+        c->y_scale = FN(load_up_to)(passing->y_scale + first, n, zero);
+        c->y_shift = FN(load_up_to)(passing->y_shift + first, n, zero);
+    }
     if (n == VN) {
         c->v0 = FN(load_wide)(sum_v);
         c->vd0 = FN(load_wide)(sum_vd);
@@ -284,27 +405,30 @@ static ALWAYS_INLINE void FN(end_columns)(const struct FN(columns) * c, ptrdiff_
     }
 }
 
-/* Rows that lie in L2: adds them to the sums of one or two vectors of columns, or of n < VN columns; two, because their
- * sums fit into registers. */
-static ALWAYS_INLINE void FN(sums_of_near_tile)(const T *x, const T *u, ptrdiff_t n_rows, ptrdiff_t stride,
-                                                const T *centers, int vectors, ptrdiff_t n, int with_u, double *sum_v,
-                                                double *sum_vd)
+/* Rows that lie in L2; at most two vectors, because their sums fit into registers. */
+static ALWAYS_INLINE void FN(near_tile)(const struct FN(tile) * tile, int vectors, ptrdiff_t n, int with_u)
 {
+    const struct FN(passing) passing = tile->passing;
+    const ptrdiff_t stride = tile->stride;
+    const T *x = tile->x, *u = tile->u;
+    double *const sum_v = tile->sum_v, *const sum_vd = tile->sum_vd;
     struct FN(columns) first, second;
-    FN(begin_columns)(&first, centers, n, sum_v, sum_vd);
+    ptrdiff_t at = 0;
+    FN(begin_columns)(&first, tile->centers, n, &passing, 0, with_u, sum_v, sum_vd);
     if (vectors == 2)
-        FN(begin_columns)(&second, centers + VN, VN, sum_v + VN, sum_vd + VN);
-    for (ptrdiff_t rows; n_rows > 0; n_rows -= rows, x += rows * stride, u += rows * stride) {
+        FN(begin_columns)(&second, tile->centers + VN, VN, &passing, VN, with_u, sum_v + VN, sum_vd + VN);
+    for (ptrdiff_t left = tile->n_rows, rows; left > 0;
+         left -= rows, x += rows * stride, u += rows * stride, at += rows * stride) {
         rows = 2 * COLUMN_CHAIN;
-        if (n_rows >= rows) {
-            FN(take_rows)(&first, x, u, 2 * COLUMN_CHAIN, stride, n, with_u);
+        if (left >= rows) {
+            FN(take_rows)(&first, x, u, 2 * COLUMN_CHAIN, stride, n, &passing, at, with_u);
             if (vectors == 2)
-                FN(take_rows)(&second, x + VN, u + VN, 2 * COLUMN_CHAIN, stride, VN, with_u);
+                FN(take_rows)(&second, x + VN, u + VN, 2 * COLUMN_CHAIN, stride, VN, &passing, at + VN, with_u);
         } else {
-            rows = n_rows;
-            FN(take_rows)(&first, x, u, rows, stride, n, with_u);
+            rows = left;
+            FN(take_rows)(&first, x, u, rows, stride, n, &passing, at, with_u);
             if (vectors == 2)
-                FN(take_rows)(&second, x + VN, u + VN, rows, stride, VN, with_u);
+                FN(take_rows)(&second, x + VN, u + VN, rows, stride, VN, &passing, at + VN, with_u);
         }
     }
     FN(end_columns)(&first, n, sum_v, sum_vd);
@@ -312,78 +436,105 @@ static ALWAYS_INLINE void FN(sums_of_near_tile)(const T *x, const T *u, ptrdiff_
         FN(end_columns)(&second, VN, sum_v + VN, sum_vd + VN);
 }
 
+/* One function for each kind of tile: the bodies are long. */
+#define TILES_OF(kind) \
+    static NEVER_INLINE void FN(near_two_##kind)(const struct FN(tile) * tile) { FN(near_tile)(tile, 2, VN, kind); } \
+    static NEVER_INLINE void FN(near_one_##kind)(const struct FN(tile) * tile) { FN(near_tile)(tile, 1, VN, kind); } \
+    static NEVER_INLINE void FN(near_part_##kind)(const struct FN(tile) * tile) \
+    { \
+        FN(near_tile)(tile, 1, tile->n, kind); \
+    } \
+    static NEVER_INLINE void FN(far_some_##kind)(const struct FN(tile) * tile) \
+    { \
+        FN(far_tile)(tile, COLUMN_VECTORS, VN, kind); \
+    } \
+    static NEVER_INLINE void FN(far_one_##kind)(const struct FN(tile) * tile) { FN(far_tile)(tile, 1, VN, kind); } \
+    static NEVER_INLINE void FN(far_part_##kind)(const struct FN(tile) * tile) { FN(far_tile)(tile, 1, tile->n, kind); }
+
+TILES_OF(NO_U)
+TILES_OF(ALL)
+TILES_OF(PASSED)
+#undef TILES_OF
+
+/* A tile from column c on, n columns of it where it is a part of a vector. */
+#define DO_TILE(name, c, count) \
+    do { \
+        struct FN(tile) some = FN(tile_at)(&tile, c, with_u); \
+        some.n = count; \
+        if (with_u == NO_U) \
+            FN(name##_NO_U)(&some); \
+        else if (with_u == ALL) \
+            FN(name##_ALL)(&some); \
+        else \
+            FN(name##_PASSED)(&some); \
+    } while (0)
+
 /* The rows are taken all at once, so that the sums stay in registers; but eight at a time where they displace each
  * other from L1, being a power of two apart. */
-static ALWAYS_INLINE void FN(sums_of_near_columns)(const T *x, const T *u, ptrdiff_t n_rows, ptrdiff_t stride,
-                                                   ptrdiff_t n_columns, const T *centers, int with_u, double *sum_v,
-                                                   double *sum_vd)
+static ALWAYS_INLINE void FN(sums_of_near_columns)(const struct FN(tile) * all, ptrdiff_t n_columns, int with_u)
 {
+    const ptrdiff_t stride = all->stride, n_rows = all->n_rows;
     const ptrdiff_t tile_rows = stride * (ptrdiff_t)sizeof(T) % 2048 == 0 ? 2 * COLUMN_CHAIN : n_rows;
     /* columns before the first that begins a line of memory, where that is the same one in every row; not for so few
      * that the parts of vectors at both ends would cost more */
-    const ptrdiff_t head = stride % VL == 0 && n_columns >= 16 * VL ? FN(to_line)(x, VL) : 0;
-    memset(sum_v, 0, (size_t)n_columns * sizeof *sum_v);
-    memset(sum_vd, 0, (size_t)n_columns * sizeof *sum_vd);
-    for (ptrdiff_t r = 0; r < n_rows; r += tile_rows, x += tile_rows * stride, u += tile_rows * stride) {
-        const ptrdiff_t rows = n_rows - r < tile_rows ? n_rows - r : tile_rows;
-        ptrdiff_t c = 0;
-#define TILE(vectors, n) \
-    FN(sums_of_near_tile)(x + c, u + c, rows, stride, centers + c, vectors, n, with_u, sum_v + c, sum_vd + c)
-        for (; c + VN <= head; c += VN)
-            TILE(1, VN);
-        if (c < head)
-            TILE(1, head - c);
-        for (c = head; c + 2 * VN <= n_columns; c += 2 * VN)
-            TILE(2, VN);
-        for (; c + VN <= n_columns; c += VN)
-            TILE(1, VN);
-        if (c < n_columns)
-            TILE(1, n_columns - c);
-#undef TILE
-    }
-}
-
-static ALWAYS_INLINE void FN(sums_of_far_columns)(const T *x, const T *u, ptrdiff_t n_rows, ptrdiff_t stride,
-                                                  T *packed_x, T *packed_u, ptrdiff_t packed_stride,
-                                                  ptrdiff_t n_columns, const T *centers, int with_u, double *sum_v,
-                                                  double *sum_vd, ptrdiff_t next)
-{
-    const ptrdiff_t tile_rows = TILE_ROWS(with_u);
-    memset(sum_v, 0, (size_t)n_columns * sizeof *sum_v);
-    memset(sum_vd, 0, (size_t)n_columns * sizeof *sum_vd);
+    const ptrdiff_t head = stride % VL == 0 && n_columns >= 16 * VL ? FN(to_line)(all->x, VL) : 0;
+    struct FN(tile) tile = *all;
     for (ptrdiff_t r = 0; r < n_rows; r += tile_rows) {
-        const ptrdiff_t rows = n_rows - r < tile_rows ? n_rows - r : tile_rows;
-        ptrdiff_t c = 0, ahead = tile_rows * stride;
-        if (r + tile_rows >= n_rows)
-            ahead = next + (n_rows < tile_rows ? 0 : tile_rows - n_rows) * stride;
-#define TILE(vectors, n) \
-    FN(sums_of_far_tile)(x + r * stride, u + r * stride, rows, stride, packed_x ? packed_x + r * packed_stride : NULL, \
-                         packed_x ? packed_u + r * packed_stride : NULL, packed_stride, centers, c, vectors, n, \
-                         with_u, sum_v, sum_vd, ahead)
-        for (; c + COLUMN_VECTORS * VN <= n_columns; c += COLUMN_VECTORS * VN)
-            TILE(COLUMN_VECTORS, VN);
+        ptrdiff_t c = 0;
+        tile.n_rows = n_rows - r < tile_rows ? n_rows - r : tile_rows;
+        for (; c + VN <= head; c += VN)
+            DO_TILE(near_one, c, VN);
+        if (c < head)
+            DO_TILE(near_part, c, head - c);
+        for (c = head; c + 2 * VN <= n_columns; c += 2 * VN)
+            DO_TILE(near_two, c, VN);
         for (; c + VN <= n_columns; c += VN)
-            TILE(1, VN);
+            DO_TILE(near_one, c, VN);
         if (c < n_columns)
-            TILE(1, n_columns - c);
-#undef TILE
+            DO_TILE(near_part, c, n_columns - c);
+        tile.x += tile_rows * stride;
+        tile.u += tile_rows * stride;
+        tile.passing = FN(passing_at)(tile.passing, tile_rows * stride, 0, with_u);
     }
 }
 
-/* rows: (n_rows, n_columns <= COLUMNS) of x, u IN; centers: (n_columns,) IN; sum_v, sum_vd: (n_columns,) OUT; packed_x,
- * packed_u: NULL, or (n_rows, n_columns) with rows packed_stride apart OUT */
-static ALWAYS_INLINE void FN(sums_of_columns)(const T *x, const T *u, ptrdiff_t n_rows, ptrdiff_t stride, T *packed_x,
-                                              T *packed_u, ptrdiff_t packed_stride, ptrdiff_t n_columns,
-                                              const T *centers, int with_u, double *sum_v, double *sum_vd, int near)
+/* next: elements from the first row to what is needed after these */
+static ALWAYS_INLINE void FN(sums_of_far_columns)(const struct FN(tile) * all, ptrdiff_t n_columns, ptrdiff_t next,
+                                                  int with_u)
 {
-    const ptrdiff_t next = n_rows * stride;
-    if (packed_x)
-        FN(sums_of_far_columns)(x, u, n_rows, stride, packed_x, packed_u, packed_stride, n_columns, centers, with_u,
-                                sum_v, sum_vd, next);
-    else if (near)
-        FN(sums_of_near_columns)(x, u, n_rows, stride, n_columns, centers, with_u, sum_v, sum_vd);
+    const ptrdiff_t tile_rows = TILE_ROWS(with_u), stride = all->stride, n_rows = all->n_rows;
+    struct FN(tile) tile = *all;
+    for (ptrdiff_t r = 0; r < n_rows; r += tile_rows) {
+        ptrdiff_t c = 0;
+        tile.n_rows = n_rows - r < tile_rows ? n_rows - r : tile_rows;
+        tile.ahead = tile_rows * stride;
+        if (r + tile_rows >= n_rows)
+            tile.ahead = next + (n_rows < tile_rows ? 0 : tile_rows - n_rows) * stride;
+        for (; c + COLUMN_VECTORS * VN <= n_columns; c += COLUMN_VECTORS * VN)
+            DO_TILE(far_some, c, VN);
+        for (; c + VN <= n_columns; c += VN)
+            DO_TILE(far_one, c, VN);
+        if (c < n_columns)
+            DO_TILE(far_part, c, n_columns - c);
+        tile.x += tile_rows * stride;
+        tile.u += tile_rows * stride;
+        if (tile.packed_x) {
+            tile.packed_x += tile_rows * tile.packed_stride;
+            tile.packed_u += tile_rows * tile.packed_stride;
+        }
+        tile.passing = FN(passing_at)(tile.passing, tile_rows * stride, 0, with_u);
+    }
+}
+
+/* all: n_rows rows, n_columns <= COLUMNS, sum_v, sum_vd: (n_columns,) OUT; near: they lie in L2 */
+static ALWAYS_INLINE void FN(sums_of_columns)(const struct FN(tile) * all, ptrdiff_t n_columns, int with_u, int near)
+{
+    memset(all->sum_v, 0, (size_t)n_columns * sizeof *all->sum_v);
+    memset(all->sum_vd, 0, (size_t)n_columns * sizeof *all->sum_vd);
+    if (near && all->packed_x == NULL)
+        FN(sums_of_near_columns)(all, n_columns, with_u);
     else
-        FN(sums_of_far_columns)(x, u, n_rows, stride, NULL, NULL, 0, n_columns, centers, with_u, sum_v, sum_vd, next);
+        FN(sums_of_far_columns)(all, n_columns, all->n_rows * all->stride, with_u);
 }
 
 /* Where rows are short and many, their elements are summed as columns, and the columns of a channel added at the end:
@@ -409,24 +560,38 @@ static ALWAYS_INLINE double FN(fold_columns)(const double *columns, ptrdiff_t le
 
 /* x, u: (n_rows, n_channels, length) IN; centers, sum_v, sum_vd: (n_channels,) IN, OUT, OUT; the rest as for
  * sums_of_rows */
-static void FN(sums_of_short_rows)(const T *x, const T *u, const bnfast_runs *runs, ptrdiff_t next, const T *centers,
-                                   int with_u, double *sum_v, double *sum_vd)
+static ALWAYS_INLINE void FN(sums_of_short_rows_as)(const T *x, const T *u, const bnfast_runs *runs, ptrdiff_t next,
+                                                    const T *centers, struct FN(passing) passing, int with_u,
+                                                    double *sum_v, double *sum_vd)
 {
     const ptrdiff_t length = runs->length, n_channels = runs->n_channels, group = COLUMNS / length;
-    T column_centers[COLUMNS];
+    T column_centers[COLUMNS], y_scale[COLUMNS], y_shift[COLUMNS];
     double column_v[COLUMNS], column_vd[COLUMNS];
     for (ptrdiff_t i = 0; i < n_channels; i += group) {
         const ptrdiff_t n = n_channels - i < group ? n_channels - i : group;
         const ptrdiff_t to_next = i + n < n_channels ? n * length : next - i * length;
+        struct FN(passing) of_columns = FN(passing_at)(passing, i * length, 0, with_u);
         for (ptrdiff_t c = 0; c < n; c++)
-            for (ptrdiff_t j = 0; j < length; j++)
+            for (ptrdiff_t j = 0; j < length; j++) {
                 column_centers[c * length + j] = centers[i + c];
-        if (with_u)
-            FN(sums_of_far_columns)(x + i * length, u + i * length, runs->n_rows, runs->stride, NULL, NULL, 0,
-                                    n * length, column_centers, 1, column_v, column_vd, to_next);
-        else
-            FN(sums_of_far_columns)(x + i * length, u + i * length, runs->n_rows, runs->stride, NULL, NULL, 0,
-                                    n * length, column_centers, 0, column_v, column_vd, to_next);
+                if (with_u == PASSED) {
+                    y_scale[c * length + j] = passing.y_scale[i + c];
+                    y_shift[c * length + j] = passing.y_shift[i + c];
+                }
+            }
+        of_columns.y_scale = y_scale;
+        of_columns.y_shift = y_shift;
+        const struct FN(tile) rows = {.x = x + i * length,
+                                      .u = u + i * length,
+                                      .n_rows = runs->n_rows,
+                                      .stride = runs->stride,
+                                      .centers = column_centers,
+                                      .passing = of_columns,
+                                      .sum_v = column_v,
+                                      .sum_vd = column_vd};
+        memset(column_v, 0, sizeof column_v);
+        memset(column_vd, 0, sizeof column_vd);
+        FN(sums_of_far_columns)(&rows, n * length, to_next, with_u);
         for (ptrdiff_t c = 0; c < n; c++) {
             sum_v[i + c] = FN(fold_columns)(column_v + c * length, length);
             sum_vd[i + c] = FN(fold_columns)(column_vd + c * length, length);
@@ -434,27 +599,30 @@ static void FN(sums_of_short_rows)(const T *x, const T *u, const bnfast_runs *ru
     }
 }
 
-/* The sums of some channels. Shapes as for sums_of_short_rows. w: may go on meanwhile; or NULL */
-static void FN(sums_of_runs)(const T *x, const T *u, const bnfast_runs *runs, ptrdiff_t next, const T *centers,
-                             int with_u, double *sum_v, double *sum_vd, bnfast_writer *w)
+static void FN(sums_of_short_rows)(const T *x, const T *u, const bnfast_runs *runs, ptrdiff_t next, const T *centers,
+                                   const bnfast_passing *passing, int with_u, double *sum_v, double *sum_vd)
 {
-    if (FN(summed_as_columns)(runs)) {
-        FN(sums_of_short_rows)(x, u, runs, next, centers, with_u, sum_v, sum_vd);
-        return;
-    }
+    const struct FN(passing) all = FN(passing_of)(passing);
+#define SUMS(kind) FN(sums_of_short_rows_as)(x, u, runs, next, centers, all, kind, sum_v, sum_vd)
+    if (with_u == NO_U)
+        SUMS(NO_U);
+    else if (with_u == ALL)
+        SUMS(ALL);
+    else
+        SUMS(PASSED);
+#undef SUMS
+}
+
+/* The sums of some channels in rows that are long enough. Shapes as for sums_of_short_rows. w: goes on meanwhile, with
+ * these flags; or NULL */
+static ALWAYS_INLINE void FN(sums_of_long_rows)(const T *x, const T *u, const bnfast_runs *runs, ptrdiff_t next,
+                                                const T *centers, const bnfast_passing *passing, int with_u,
+                                                double *sum_v, double *sum_vd, bnfast_writer *w, int flags)
+{
+    const struct FN(passing) all = FN(passing_of)(passing);
     for (ptrdiff_t i = 0; i < runs->n_channels; i++) {
         const ptrdiff_t at = i * runs->length, to_next = i + 1 < runs->n_channels ? runs->length : next - at;
-#define SUMS(with_u, w) \
-    FN(sums_of_rows)(x + at, u + at, runs->n_rows, runs->stride, runs->length, to_next, centers[i], with_u, sum_v + i, \
-                     sum_vd + i, w)
-        if (with_u && w)
-            SUMS(1, w);
-        else if (with_u)
-            SUMS(1, NULL);
-        else if (w)
-            SUMS(0, w);
-        else
-            SUMS(0, NULL);
-#undef SUMS
+        FN(sums_of_rows)(x + at, u + at, runs->n_rows, runs->stride, runs->length, to_next, centers[i],
+                         FN(passing_at)(all, at, i, with_u), with_u, sum_v + i, sum_vd + i, w, flags);
     }
 }

@@ -26,10 +26,12 @@
 
 #if defined(__GNUC__)
 #define ALWAYS_INLINE inline __attribute__((always_inline))
+#define NEVER_INLINE __attribute__((noinline))
 /* Asks for the cache line `bytes` past p, into L2; any address will do. */
 #define PREFETCH_L2(p, bytes) __builtin_prefetch((const void *)((uintptr_t)(p) + (uintptr_t)(bytes)), 0, 2)
 #else
 #define ALWAYS_INLINE inline
+#define NEVER_INLINE
 #define PREFETCH_L2(p, bytes) ((void)0)
 #endif
 

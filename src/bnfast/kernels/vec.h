@@ -27,6 +27,24 @@ static ALWAYS_INLINE FN(vec) FN(select)(ptrdiff_t k, FN(vec) a, FN(vec) b)
     const lanes from_a = index < (TI)k;
     return (FN(vec))((from_a & (lanes)a) | (~from_a & (lanes)b));
 }
+
+#if !ISA_HAS_CHOICE
+/* In each lane: a <= b ? yes : no; a NaN is not <= anything. */
+static ALWAYS_INLINE FN(vec) FN(if_at_most)(FN(vec) a, FN(vec) b, FN(vec) yes, FN(vec) no)
+{
+    typedef TI lanes __attribute__((vector_size(VBYTES)));
+    const lanes chosen = a <= b;
+    return (FN(vec))((chosen & (lanes)yes) | (~chosen & (lanes)no));
+}
+
+/* a <= low or high <= a ? yes : no */
+static ALWAYS_INLINE FN(vec) FN(if_outside)(FN(vec) a, FN(vec) low, FN(vec) high, FN(vec) yes, FN(vec) no)
+{
+    typedef TI lanes __attribute__((vector_size(VBYTES)));
+    const lanes chosen = (a <= low) | (high <= a);
+    return (FN(vec))((chosen & (lanes)yes) | (~chosen & (lanes)no));
+}
+#endif
 #else
 typedef T FN(vec), FN(unaligned);
 typedef double FN(wide), FN(unaligned_wide);
@@ -34,6 +52,11 @@ typedef double FN(wide), FN(unaligned_wide);
 #define WN ((ptrdiff_t)1)
 static inline FN(vec) FN(set1)(T value) { return value; }
 static inline FN(vec) FN(select)(ptrdiff_t k, FN(vec) a, FN(vec) b) { return k > 0 ? a : b; }
+static inline FN(vec) FN(if_at_most)(FN(vec) a, FN(vec) b, FN(vec) yes, FN(vec) no) { return a <= b ? yes : no; }
+static inline FN(vec) FN(if_outside)(FN(vec) a, FN(vec) low, FN(vec) high, FN(vec) yes, FN(vec) no)
+{
+    return (a <= low) | (high <= a) ? yes : no;
+}
 #endif
 
 #define VU (VL / VN)

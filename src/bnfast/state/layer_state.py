@@ -30,11 +30,13 @@ OPTIONS = {  # of the constructor, and the types that a file's description may g
     "affine": bool | str,
     "track_running_stats": bool,
     "unbiased_running_var": bool,
+    "activation": str | None,
+    "negative_slope": float,
     "nonfinite": str,
     "dtype": str,
 }
 FIXED = tuple(name for name in OPTIONS if name not in ("eps", "momentum"))  # once a layer is made
-ADDED = {"nonfinite": "propagate"}  # since format 1, and what layers of before do
+ADDED = {"activation": None, "negative_slope": 0.01, "nonfinite": "propagate"}  # since format 1: what layers did before
 COUNTS = ("averaged", "skipped")  # of `Running`: None, or an array
 NOT_PICKLED = ("_contents", "_options", "_calibration", "_living", "_gamma", "_beta", "_eps", "_momentum", "_training")
 

@@ -64,7 +64,7 @@ class Moments:
         count = integer(count, "count")
         if count < 0:
             raise ValueError(f"count: expected at least 0, got {count}")
-        mean_array, m2_array = _statistics(mean, "mean"), _statistics(m2, "m2")
+        mean_array, m2_array = per_channel(mean, "mean"), per_channel(m2, "m2")
         if mean_array.shape != m2_array.shape:
             raise ValueError(f"m2: expected shape {mean_array.shape}, that of mean, got {m2_array.shape}")
         if bool((m2_array < 0).any()):
@@ -138,7 +138,7 @@ class Moments:
         return f"Moments(count={self.count}, mean={self.mean!r}, m2={self.m2!r})"
 
 
-def _statistics(value: ArrayLike, name: str) -> NDArray[np.float64]:
+def per_channel(value: ArrayLike, name: str) -> NDArray[np.float64]:
     """A read-only float64 copy, one value a channel."""
     array = np.asarray(value)
     if array.dtype.kind not in "fiu":
@@ -150,7 +150,7 @@ def _statistics(value: ArrayLike, name: str) -> NDArray[np.float64]:
     return copy
 
 
-def moments(x: ArrayLike, *, axis: int = 1) -> Moments:
+def moments(x: ArrayLike, *, axis: int = 1, mask: ArrayLike | None = None) -> Moments:
     """Mean and sum of squared deviations of each channel, in one pass over memory.
 
     Parameters
@@ -158,6 +158,8 @@ def moments(x: ArrayLike, *, axis: int = 1) -> Moments:
     x : (..., C, ...) array_like of float32 or float64, at least 2 dimensions
     axis : int
         The channel axis.
+    mask : bool array_like, broadcast to x's shape without its channel axis, optional
+        Where True, the position takes part; elsewhere x may be anything, NaN too.
 
     Returns
     -------
@@ -167,9 +169,9 @@ def moments(x: ArrayLike, *, axis: int = 1) -> Moments:
     Raises
     ------
     TypeError
-        If `x` is not a float32 or float64 array.
+        If `x` is not a float32 or float64 array, or `mask` not of bools.
     ValueError, numpy.exceptions.AxisError
-        If `x` has fewer than 2 dimensions, or no such axis.
+        If `x` has fewer than 2 dimensions, or no such axis, or `mask` does not broadcast.
 
     Notes
     -----
@@ -182,4 +184,8 @@ def moments(x: ArrayLike, *, axis: int = 1) -> Moments:
     >>> bnfast.moments(np.array([[1.0, 10.0], [3.0, 30.0]])).mean
     array([ 2., 20.])
     """
+    if mask is not None:
+        positions = _core.positions_of(mask, x, axis)
+        if not positions.all:
+            x, axis = positions.gather(x, "x"), 1
     return Moments(*_core.moments(x, axis))

@@ -210,6 +210,77 @@ static void expect(const char *what, ptrdiff_t i, double got, long double expect
         fail(what, i, got, (double)expected);
 }
 
+/* ---- activations ------------------------------------------------------------------------------------------------- */
+
+/* With slopes whose products are exact. */
+static const bnfast_rectifier rectifiers[] = {{0, (double)NAN}, {0, 2}, {0.25, (double)NAN}};
+enum { N_RECTIFIERS = sizeof rectifiers / sizeof rectifiers[0] };
+
+static long double rectified(const bnfast_rectifier *r, long double v)
+{
+    return v <= 0 ? (r->slope > 0 ? (long double)r->slope * v : 0) : v >= (long double)r->top ? (long double)r->top : v;
+}
+
+/* u times the derivative at v */
+static double taken(const bnfast_rectifier *r, double u, double v)
+{
+    return v <= 0 ? (r->slope > 0 ? r->slope * u : 0) : v >= r->top ? 0 : u;
+}
+
+/* (x - center) * scale + shift + residual in the dtype: the side of a kink on which it lies has no tolerance. */
+static double y_of(double x, double center, double scale, double shift_, double residual)
+{
+    if (k->itemsize == 8) {
+        const double scaled = (x - center) * scale, y = scaled + shift_;
+        return y + residual;
+    }
+    const float scaled = ((float)x - (float)center) * (float)scale, y = scaled + (float)shift_;
+    return (double)(y + (float)residual);
+}
+
+/* What sums take of u: all; what an activation passes, with a residual or without; and whether that is stored. */
+typedef enum { ALL, PASSED, PASSED_WITH_RESIDUAL, STORED, STORED_WITH_RESIDUAL, N_KINDS } kind_of_sums;
+
+typedef struct {
+    bnfast_passing passing;
+    const void *taken; /* like u: what it should take */
+} taking;
+
+/* Of n_rows rows, `stride` apart, of n_channels channels of `length`. */
+static taking new_taking(kind_of_sums kind, const void *x, const void *u, const void *center, ptrdiff_t n_rows,
+                         ptrdiff_t stride, ptrdiff_t n_channels, ptrdiff_t length)
+{
+    taking t = {.taken = u};
+    if (kind == ALL)
+        return t;
+    const ptrdiff_t n = n_channels * length;
+    const void *residual =
+        kind == PASSED_WITH_RESIDUAL || kind == STORED_WITH_RESIDUAL ? new_rows(n_rows, stride, n, -1) : NULL;
+    void *expected = new_rows(n_rows, stride, n, 0);
+    t.passing.rectifier = rectifiers[(n_rows + n + (ptrdiff_t)kind) % N_RECTIFIERS];
+    t.passing.y_scale = new_values(n_channels, 1), t.passing.y_shift = new_values(n_channels, 0.5);
+    t.passing.residual = residual;
+    t.passing.passed = kind >= STORED ? new_rows(n_rows, stride, n, 9) : NULL;
+    for (ptrdiff_t r = 0; r < n_rows; r++)
+        for (ptrdiff_t j = 0; j < n; j++) {
+            const ptrdiff_t at = r * stride + j, i = j / length;
+            const double y = y_of(get(x, at), get(center, i), get(t.passing.y_scale, i), get(t.passing.y_shift, i),
+                                  residual ? get(residual, at) : 0);
+            put(expected, at, taken(&t.passing.rectifier, get(u, at), y));
+        }
+    t.taken = expected;
+    return t;
+}
+
+static void expect_stored(const taking *t, ptrdiff_t n_rows, ptrdiff_t stride, ptrdiff_t n)
+{
+    for (ptrdiff_t i = 0; t->passing.passed && i < (n_rows - 1) * stride + n; i++) {
+        const double found = get(t->passing.passed, i), expected = i % stride < n ? get(t->taken, i) : (double)NAN;
+        if (!(found == expected || (isnan(found) && isnan(expected))))
+            fail("stored", i, found, expected);
+    }
+}
+
 /* ---- leaves ------------------------------------------------------------------------------------------------------ */
 
 /* One column against what the leaf says of it. x, u: first element, then n_rows of `length`, `stride` apart */
@@ -249,7 +320,7 @@ static void expect_packed(const char *what, const void *packed, const void *x, p
             fail(what, i, get(packed, i), get(x, i / n * stride + i % n));
 }
 
-static void reductions(ptrdiff_t n_rows, ptrdiff_t n, ptrdiff_t gap)
+static void reductions(ptrdiff_t n_rows, ptrdiff_t n, ptrdiff_t gap, kind_of_sums kind)
 {
     const ptrdiff_t stride = n + gap;
     const void *x = new_rows(n_rows, stride, n, 3), *u = new_rows(n_rows, stride, n, 0.5);
@@ -257,6 +328,7 @@ static void reductions(ptrdiff_t n_rows, ptrdiff_t n, ptrdiff_t gap)
     double *a = new_buffer(n, 8), *b = new_buffer(n, 8);
     void *packed_x = new_buffer(n_rows * n, (size_t)k->itemsize),
          *packed_u = new_buffer(n_rows * n, (size_t)k->itemsize);
+    const taking t = new_taking(kind, x, u, center, n_rows, stride, n, 1);
     for (int option = 0; option < 3; option++) {
         const bnfast_rows rows = {n_rows, stride, n, option == 2};
         const int pack = option == 1;
@@ -266,50 +338,65 @@ static void reductions(ptrdiff_t n_rows, ptrdiff_t n, ptrdiff_t gap)
         note(a, (size_t)n * 8), note(b, (size_t)n * 8);
         if (pack)
             expect_packed("packed x", packed_x, x, n_rows, stride, n);
-        k->sums_interleaved(x, u, &rows, center, a, b, pack ? packed_x : NULL, pack ? packed_u : NULL);
+        k->sums_interleaved(x, u, &rows, center, kind == ALL ? NULL : &t.passing, a, b, pack ? packed_x : NULL,
+                            pack ? packed_u : NULL);
         for (ptrdiff_t j = 0; j < n; j++)
-            expect_reduced(x, u, j, n_rows, stride, 1, get(center, j), a[j], b[j]);
+            expect_reduced(x, t.taken, j, n_rows, stride, 1, get(center, j), a[j], b[j]);
         note(a, (size_t)n * 8), note(b, (size_t)n * 8);
+        expect_stored(&t, n_rows, stride, n);
         if (pack) {
             expect_packed("packed x", packed_x, x, n_rows, stride, n);
-            expect_packed("packed u", packed_u, u, n_rows, stride, n);
+            expect_packed("packed u", packed_u, t.taken, n_rows, stride, n);
         }
     }
     release_buffers();
 }
 
-static bnfast_coefficients new_coefficients(ptrdiff_t n, ptrdiff_t pad)
+enum { N_COEFFICIENTS = 8 };
+
+static bnfast_coefficients new_coefficients(ptrdiff_t n, ptrdiff_t pad, int flags)
 {
-    bnfast_coefficients c;
-    void **array[] = {&c.center, &c.scale, &c.shift, &c.u_center, &c.u_scale, &c.hat_scale};
-    for (int i = 0; i < 6; i++) {
-        *array[i] = new_values(n + pad, 1);
+    bnfast_coefficients c = {.rectifier = rectifiers[(n + flags) % N_RECTIFIERS]};
+    void **array[N_COEFFICIENTS] = {&c.center,  &c.scale,     &c.shift,   &c.u_center,
+                                    &c.u_scale, &c.hat_scale, &c.y_scale, &c.y_shift};
+    for (int i = 0; i < N_COEFFICIENTS; i++) {
+        /* y, which an activation meets, on both sides of its kinks */
+        const int moved = array[i] == &c.y_shift || (array[i] == &c.shift && !(flags & BNFAST_GRADIENT));
+        *array[i] = new_values(n + pad, moved ? -1 : 1);
         for (ptrdiff_t j = 0; j < pad; j++)
             put(*array[i], n + j, get(*array[i], j % n));
     }
     return c;
 }
 
-static void expect_mapped(const bnfast_coefficients *c, ptrdiff_t j, double x, double u, int gradient, double got)
+static void expect_mapped(const bnfast_coefficients *c, ptrdiff_t j, double x, double u, int flags, double got)
 {
     const long double scaled = ((long double)x - get(c->center, j)) * get(c->scale, j), shift_ = get(c->shift, j);
-    if (gradient) {
+    if (flags & BNFAST_GRADIENT) {
+        if (flags & BNFAST_RECTIFY)
+            u = taken(&c->rectifier, u, y_of(x, get(c->center, j), get(c->y_scale, j), get(c->y_shift, j), 0));
         const long double first = ((long double)u - get(c->u_center, j)) * get(c->u_scale, j),
                           second = scaled * get(c->hat_scale, j);
         expect("gradient", j, got, first + second + shift_, fabsl(first) + fabsl(second) + fabsl(shift_));
-    } else
-        expect("normalize", j, got, scaled + shift_, fabsl(scaled) + fabsl(shift_));
+        return;
+    }
+    const long double residual = flags & BNFAST_ADD ? u : 0, y = scaled + shift_ + residual;
+    expect("normalize", j, got, flags & BNFAST_RECTIFY ? rectified(&c->rectifier, y) : y,
+           fabsl(scaled) + fabsl(shift_) + fabsl(residual));
 }
 
+static int reads_u(int flags) { return (flags & (BNFAST_GRADIENT | BNFAST_ADD)) != 0; }
+
 /* planar: n_rows of n_channels runs of `length`; interleaved: n_rows of `length` columns, n_channels being 0 */
-static void map(ptrdiff_t n_rows, ptrdiff_t n_channels, ptrdiff_t length, ptrdiff_t gap, int gradient, int stream,
+static void map(ptrdiff_t n_rows, ptrdiff_t n_channels, ptrdiff_t length, ptrdiff_t gap, int flags, int stream,
                 int in_place, int look_ahead)
 {
     const ptrdiff_t n = n_channels ? n_channels * length : length, stride = n + gap;
     const ptrdiff_t out_stride = n_channels || in_place ? stride : n + 2 * gap;
-    void *x = new_rows(n_rows, stride, n, 3), *u = new_rows(n_rows, stride, n, 0.5);
+    const ptrdiff_t u_stride = n_channels || in_place == 2 ? stride : n + 3 * gap;
+    void *x = new_rows(n_rows, stride, n, 3), *u = new_rows(n_rows, u_stride, n, 0.5);
     void *out = in_place == 1 ? x : in_place == 2 ? u : new_rows(n_rows, out_stride, n, 9);
-    const bnfast_coefficients c = new_coefficients(n_channels ? n_channels : n, n_channels ? 0 : BNFAST_PAD);
+    const bnfast_coefficients c = new_coefficients(n_channels ? n_channels : n, n_channels ? 0 : BNFAST_PAD, flags);
     const void *old_x = x, *old_u = u;
     const ptrdiff_t total = n_rows > 0 ? (n_rows - 1) * stride + n : 0;
     if (in_place) {
@@ -321,30 +408,30 @@ static void map(ptrdiff_t n_rows, ptrdiff_t n_channels, ptrdiff_t length, ptrdif
             old_u = copy;
     }
     if (n_channels) {
-        bnfast_writer writer = {x,      gradient ? u : x,
-                                out,    {n_rows, stride, n_channels, length},
-                                c,      gradient,
-                                stream, look_ahead ? n : 0,
-                                0,      0,
-                                0,      0};
+        bnfast_writer writer = {.x = x,
+                                .u = reads_u(flags) ? u : x,
+                                .out = out,
+                                .runs = {n_rows, stride, n_channels, length},
+                                .coefficients = c,
+                                .map = flags,
+                                .stream = stream,
+                                .ahead = look_ahead ? n : 0};
         k->write_rest(&writer);
     } else {
-        const bnfast_columns columns = {n_rows,
-                                        n,
-                                        stride,
-                                        out_stride,
-                                        look_ahead ? (const char *)x + n * k->itemsize : NULL,
-                                        look_ahead ? (const char *)u + n * k->itemsize : NULL};
-        if (gradient)
-            k->gradient_interleaved(x, u, out, &columns, &c, stream);
-        else
-            k->normalize_interleaved(x, out, &columns, &c, stream);
+        const bnfast_columns columns = {.n_rows = n_rows,
+                                        .n_columns = n,
+                                        .stride = stride,
+                                        .u_stride = u_stride,
+                                        .out_stride = out_stride,
+                                        .next_x = look_ahead ? (const char *)x + n * k->itemsize : NULL,
+                                        .next_u = look_ahead ? (const char *)u + n * k->itemsize : NULL};
+        k->map_interleaved(x, reads_u(flags) ? u : x, out, &columns, &c, flags, stream);
     }
     bnfast_stream_fence();
     for (ptrdiff_t r = 0; r < n_rows; r++)
         for (ptrdiff_t j = 0; j < n; j++) {
             const ptrdiff_t at = r * stride + j;
-            expect_mapped(&c, n_channels ? j / length : j, get(old_x, at), get(old_u, at), gradient,
+            expect_mapped(&c, n_channels ? j / length : j, get(old_x, at), get(old_u, r * u_stride + j), flags,
                           get(out, r * out_stride + j));
         }
     for (ptrdiff_t r = 0; r < n_rows; r++)
@@ -355,10 +442,10 @@ static void map(ptrdiff_t n_rows, ptrdiff_t n_channels, ptrdiff_t length, ptrdif
     release_buffers();
 }
 
-/* Both reductions of n_channels runs of `length`; beside: a map of as many goes on meanwhile, normalize during moments and
+/* Reductions of n_channels runs of `length`; beside: a map of as many goes on meanwhile, normalize during moments and
  * gradient during sums. */
 static void planar_reductions(ptrdiff_t n_rows, ptrdiff_t n_channels, ptrdiff_t length, ptrdiff_t gap, int beside,
-                              int stream)
+                              int stream, kind_of_sums kind)
 {
     const ptrdiff_t n = n_channels * length, stride = n + gap;
     const bnfast_runs runs = {n_rows, stride, n_channels, length};
@@ -366,23 +453,29 @@ static void planar_reductions(ptrdiff_t n_rows, ptrdiff_t n_channels, ptrdiff_t 
     const void *center = new_values(n_channels, 3), *from = new_rows(n_rows, stride, n, 1);
     void *out = new_rows(n_rows, stride, n, 9);
     double *a = new_buffer(n_channels, 8), *b = new_buffer(n_channels, 8);
-    const bnfast_coefficients c = new_coefficients(n_channels, 0);
-    for (int gradient = 0; gradient < 2; gradient++) {
-        bnfast_writer writer = {from, u, out, runs, c, gradient, stream, 0, 0, 0, 0, 0};
+    const taking t = new_taking(kind, x, u, center, n_rows, stride, n_channels, length);
+    const bnfast_coefficients c = new_coefficients(n_channels, 0, BNFAST_GRADIENT);
+    for (int gradient = kind == ALL ? 0 : 1; gradient < 2; gradient++) {
+        /* the map of a gradient takes of u what the sums do, or finds it stored */
+        const int flags = !gradient ? 0 : kind == PASSED ? BNFAST_GRADIENT | BNFAST_RECTIFY : BNFAST_GRADIENT;
+        bnfast_writer writer = {
+            .x = from, .u = u, .out = out, .runs = runs, .coefficients = c, .map = flags, .stream = stream};
         if (gradient)
-            k->sums_planar(x, u, &runs, n, center, a, b, beside ? &writer : NULL);
+            k->sums_planar(x, u, &runs, n, center, kind == ALL ? NULL : &t.passing, a, b, beside ? &writer : NULL);
         else
             k->moments_planar(x, &runs, n, center, a, b, beside ? &writer : NULL);
         for (ptrdiff_t i = 0; i < n_channels; i++)
-            expect_reduced(x, gradient ? u : NULL, i * length, n_rows, stride, length, get(center, i), a[i], b[i]);
+            expect_reduced(x, gradient ? t.taken : NULL, i * length, n_rows, stride, length, get(center, i), a[i],
+                           b[i]);
         note(a, (size_t)n_channels * 8), note(b, (size_t)n_channels * 8);
+        expect_stored(&t, n_rows, stride, n);
         if (!beside)
             continue;
         k->write_rest(&writer);
         bnfast_stream_fence();
         for (ptrdiff_t r = 0; r < n_rows; r++)
             for (ptrdiff_t j = 0; j < n; j++)
-                expect_mapped(&c, j / length, get(from, r * stride + j), get(u, r * stride + j), gradient,
+                expect_mapped(&c, j / length, get(from, r * stride + j), get(u, r * stride + j), flags,
                               get(out, r * stride + j));
         for (ptrdiff_t i = 0; i < (n_rows - 1) * stride + n; i++)
             if (i % stride >= n && !isnan(get(out, i)))
@@ -398,10 +491,13 @@ static void coefficients(ptrdiff_t n, bnfast_operation operation, int few)
     bnfast_channels of = {.operation = operation, .count = count, .eps = 1e-5};
     const double *a = new_doubles(n, 1), *b = new_doubles(n, 2);
     double *mean = new_doubles(n, 3), *inv_std = new_doubles(n, 2), *m2 = new_buffer(n, 8);
-    double *dbeta = new_buffer(n, 8), *dgamma = new_buffer(n, 8);
+    const int given_sums = operation == BNFAST_BACKWARD_APPLY;
+    double *dbeta = given_sums ? new_doubles(n, 1) : new_buffer(n, 8),
+           *dgamma = given_sums ? new_doubles(n, 2) : new_buffer(n, 8);
     const void *center = new_values(n, 3);
-    void **array[] = {&of.c.center, &of.c.scale, &of.c.shift, &of.c.u_center, &of.c.u_scale, &of.c.hat_scale};
-    for (int i = 0; i < 6; i++)
+    void **array[N_COEFFICIENTS] = {&of.c.center,  &of.c.scale,     &of.c.shift,   &of.c.u_center,
+                                    &of.c.u_scale, &of.c.hat_scale, &of.c.y_scale, &of.c.y_shift};
+    for (int i = 0; i < N_COEFFICIENTS; i++)
         *array[i] = new_values(n, 0);
     memcpy(of.c.center, center, (size_t)(n * k->itemsize));
     of.a = a, of.b = b, of.mean = mean, of.inv_std = inv_std;
@@ -410,12 +506,13 @@ static void coefficients(ptrdiff_t n, bnfast_operation operation, int few)
         of.gamma = new_parameter(n, 2), of.beta = new_parameter(n, 0), of.var = new_doubles(n, 2);
         if (operation == BNFAST_JVP)
             of.vgamma = new_parameter(n, 0), of.vbeta = new_parameter(n, 0);
-        of.dbeta = dbeta, of.dgamma = dgamma;
     }
+    if (!few || given_sums)
+        of.dbeta = dbeta, of.dgamma = dgamma;
     double *given_mean = new_buffer(n, 8);
     memcpy(given_mean, mean, (size_t)n * 8);
     k->make_coefficients(n, &of);
-    const int gradient = operation == BNFAST_BACKWARD || operation == BNFAST_JVP;
+    const int gradient = operation == BNFAST_BACKWARD || operation == BNFAST_JVP || given_sums;
     /* what rounding a centre of up to 5 leaves is rounded itself, to float64 and to the dtype */
     const long double rest = 5 * ((long double)epsilon() + DBL_EPSILON / (long double)epsilon());
     for (ptrdiff_t i = 0; i < n; i++) {
@@ -443,11 +540,13 @@ static void coefficients(ptrdiff_t n, bnfast_operation operation, int few)
             continue;
         }
         const long double lo = (long double)given_mean[i] - (k->itemsize == 4 ? (float)given_mean[i] : given_mean[i]);
-        const long double u_hat = (b[i] - lo * a[i]) * s;
-        if (!few) {
+        const long double u_sum = given_sums ? dbeta[i] : a[i], u_hat = given_sums ? dgamma[i] : (b[i] - lo * a[i]) * s;
+        if (!few && !given_sums) {
             expect("dbeta", i, dbeta[i], a[i], 0);
             expect("dgamma", i, dgamma[i], u_hat, (3 + fabsl(u_hat)) * (DBL_EPSILON / (long double)epsilon()));
         }
+        if (operation == BNFAST_BACKWARD_SUMS)
+            continue;
         if (!gradient) {
             expect("scale", i, get(of.c.scale, i), slope, fabsl(slope));
             if (get(of.c.center, i) != 0 || get(of.c.shift, i) != 0)
@@ -455,15 +554,30 @@ static void coefficients(ptrdiff_t n, bnfast_operation operation, int few)
             continue;
         }
         const long double hat = vgamma - slope * u_hat / count;
-        const long double at_means = ((long double)a[i] / count - get(of.c.u_center, i)) * slope +
+        const long double at_means = (u_sum / count - get(of.c.u_center, i)) * slope +
                                      ((long double)mean[i] - get(of.c.center, i)) * s * hat + get(of.c.shift, i);
         expect("u_scale", i, get(of.c.u_scale, i), slope, fabsl(slope));
         expect("hat_scale", i, get(of.c.hat_scale, i), hat, fabsl(vgamma) + fabsl(slope * u_hat));
         expect("scale", i, get(of.c.scale, i), s, fabsl(s));
         expect("shift", i, (double)at_means, vbeta, fabsl(vbeta) + (fabsl(slope) + fabsl(s * hat)) * rest);
     }
-    for (int i = 0; i < (gradient ? 6 : operation == BNFAST_MOMENTS ? 0 : 3); i++)
+    const int none = operation == BNFAST_MOMENTS || operation == BNFAST_BACKWARD_SUMS;
+    for (int i = 0; i < (gradient ? 6 : none ? 0 : 3); i++)
         note(*array[i], (size_t)(n * k->itemsize));
+    if (operation == BNFAST_BACKWARD || operation == BNFAST_BACKWARD_SUMS) {
+        memcpy(mean, given_mean, (size_t)n * 8);
+        k->make_y_coefficients(n, &of);
+        for (ptrdiff_t i = 0; i < n; i++) {
+            const long double slope = parameter_at(&of.gamma, i, 1) * inv_std[i], beta = parameter_at(&of.beta, i, 0);
+            if (get(of.c.center, i) != (k->itemsize == 4 ? (double)(float)mean[i] : mean[i]))
+                fail("center of y", i, get(of.c.center, i), mean[i]);
+            expect("y_scale", i, get(of.c.y_scale, i), slope, fabsl(slope));
+            expect("y_shift", i, (double)((mean[i] - (long double)get(of.c.center, i)) * slope + get(of.c.y_shift, i)),
+                   beta, fabsl(beta) + fabsl(slope) * rest);
+        }
+        note(of.c.center, (size_t)(n * k->itemsize));
+        note(of.c.y_scale, (size_t)(n * k->itemsize)), note(of.c.y_shift, (size_t)(n * k->itemsize));
+    }
     note(mean, (size_t)n * 8), note(inv_std, (size_t)n * 8);
     release_buffers();
 }
@@ -532,20 +646,25 @@ static void leaves_of_size(ptrdiff_t n)
     if (n == 0)
         return; /* a segment has elements */
     static const ptrdiff_t row_counts[] = {1, 2, 7, 37};
-    for (int i = 0; i < 4; i++) {
-        reductions(row_counts[i], n, i % 2 * 3);
-        for (int n_channels = 1; n_channels < 4; n_channels += 2)
-            for (int beside = 0; beside < (n >= SHORTEST_RUN ? 2 : 1); beside++)
-                planar_reductions(row_counts[i], n_channels, n, i % 2 * 3, beside, i % 2);
-    }
-    for (int gradient = 0; gradient < 2; gradient++)
+    for (int i = 0; i < 4; i++)
+        for (kind_of_sums kind = ALL; kind < N_KINDS; kind++) {
+            reductions(row_counts[i], n, i % 2 * 3, kind);
+            /* beside sums that meet a residual a map finds stored what they took */
+            const int beside_too = n >= SHORTEST_RUN && kind != PASSED_WITH_RESIDUAL;
+            for (int n_channels = 1; n_channels < 4; n_channels += 2)
+                for (int beside = 0; beside <= beside_too; beside++)
+                    planar_reductions(row_counts[i], n_channels, n, i % 2 * 3, beside, i % 2, kind);
+        }
+    static const int maps[] = {
+        0, BNFAST_ADD, BNFAST_RECTIFY, BNFAST_ADD | BNFAST_RECTIFY, BNFAST_GRADIENT, BNFAST_GRADIENT | BNFAST_RECTIFY};
+    for (int m = 0; m < (int)(sizeof maps / sizeof maps[0]); m++)
         for (int stream = 0; stream < 2; stream++)
-            for (int in_place = 0; in_place < (gradient ? 3 : 2); in_place++) {
-                map(1, 1, n, 0, gradient, stream, in_place, stream);
-                map(9, 0, n, 0, gradient, stream, in_place, 0);
-                map(6, 0, n, 2, gradient, stream, in_place, stream);
+            for (int in_place = 0; in_place < (reads_u(maps[m]) ? 3 : 2); in_place++) {
+                map(1, 1, n, 0, maps[m], stream, in_place, stream);
+                map(9, 0, n, 0, maps[m], stream, in_place, 0);
+                map(6, 0, n, 2, maps[m], stream, in_place, stream);
                 if (n >= SHORTEST_RUN)
-                    map(2, 3, n, 1, gradient, stream, in_place, stream);
+                    map(2, 3, n, 1, maps[m], stream, in_place, stream);
             }
 }
 
@@ -638,17 +757,20 @@ static void run(const bnfast_job *job)
 typedef struct {
     bnfast_operation operation;
     ptrdiff_t outer, channels, inner;
-    int n_threads, stream, in_place; /* in_place: out is x, 2: u */
-    int few;                         /* leave out what may be left out: gamma, beta, vgamma, vbeta, m2 or var */
-    ptrdiff_t poisoned;              /* this channel has a NaN and an Inf; -1: none */
-    ptrdiff_t left_out;              /* this channel's results are not in the digest; -1: all are */
-    const unsigned char *bytes;      /* of x and u, again and again; NULL: numbers near 3 */
+    int n_threads, stream, in_place; /* in_place: out is x, 2: u, 3: the residual */
+    int rectifies, residual;         /* y goes through an activation; and has a residual */
+    int stored;                 /* what is taken of u: in memory of its own, 2: u's, 3: the residual's; 0: nowhere */
+    int few;                    /* leave out what may be left out: gamma, beta, vgamma, vbeta, m2 or var */
+    ptrdiff_t poisoned;         /* this channel has a NaN and an Inf; -1: none */
+    ptrdiff_t left_out;         /* this channel's results are not in the digest; -1: all are */
+    const unsigned char *bytes; /* of x and u, again and again; NULL: numbers near 3 */
     size_t n_bytes;
 } example;
 
 static int has_u(bnfast_operation operation)
 {
-    return operation == BNFAST_BACKWARD || operation == BNFAST_BACKWARD_EVAL || operation == BNFAST_JVP;
+    return operation == BNFAST_BACKWARD || operation == BNFAST_BACKWARD_EVAL || operation == BNFAST_BACKWARD_SUMS ||
+           operation == BNFAST_BACKWARD_APPLY || operation == BNFAST_JVP;
 }
 
 static void fill(void *p, ptrdiff_t n, const example *e)
@@ -658,8 +780,20 @@ static void fill(void *p, ptrdiff_t n, const example *e)
             ((unsigned char *)p)[i] = e->bytes[i % e->n_bytes];
 }
 
-static void expect_job(const example *e, const bnfast_job *job, const void *x, const void *u, double *given_mean,
-                       double *given_inv_std);
+static void expect_job(const example *e, const bnfast_job *job, const void *x, const void *u, const void *residual,
+                       double *given_mean, double *given_inv_std);
+
+static void *copy_of(const void *values, ptrdiff_t n)
+{
+    if (values == NULL)
+        return NULL;
+    return memcpy(new_buffer(n, (size_t)k->itemsize), values, (size_t)(n * k->itemsize));
+}
+
+static int modified(const bnfast_job *job, const void *now, const void *old, ptrdiff_t n)
+{
+    return now && now != job->out && now != job->passed && memcmp(now, old, (size_t)(n * k->itemsize)) != 0;
+}
 
 static uint64_t run_job(const example *e)
 {
@@ -667,9 +801,9 @@ static uint64_t run_job(const example *e)
     digest = 14695981039346656037u;
     snprintf(context, sizeof context,
              "job %d (%td, %td, %td) %s itemsize %td place %d shift %td threads %d stream %d in place %d few %d "
-             "poisoned %td",
+             "rectifies %d residual %d stored %d poisoned %td",
              e->operation, e->outer, channels, e->inner, k->isa, k->itemsize, where, shift, e->n_threads, e->stream,
-             e->in_place, e->few, e->poisoned);
+             e->in_place, e->few, e->rectifies, e->residual, e->stored, e->poisoned);
     random_state = 88172645463325252u;
     void *x = new_values(n, 3),
          *u = has_u(e->operation) || (e->operation == BNFAST_FLOOR && !e->few) ? new_values(n, 0.5) : NULL;
@@ -680,10 +814,10 @@ static uint64_t run_job(const example *e)
         put(x, e->poisoned * e->inner, (double)NAN);
         put(x, n - (channels - e->poisoned - 1) * e->inner - 1, -(double)INFINITY);
     }
-    void *old_x = new_buffer(n, (size_t)k->itemsize), *old_u = new_buffer(u ? n : 0, (size_t)k->itemsize);
-    memcpy(old_x, x, (size_t)(n * k->itemsize));
-    if (u)
-        memcpy(old_u, u, (size_t)(n * k->itemsize));
+    void *residual = e->residual ? new_values(n, -2) : NULL;
+    if (residual)
+        fill(residual, n, e);
+    void *const old_x = copy_of(x, n), *const old_u = copy_of(u, n), *const old_residual = copy_of(residual, n);
     double *mean = new_doubles(channels, 3), *inv_std = new_doubles(channels, 2),
            *given_mean = new_doubles(channels, 0), *given_inv_std = new_doubles(channels, 0);
     memcpy(given_mean, mean, (size_t)channels * 8), memcpy(given_inv_std, inv_std, (size_t)channels * 8);
@@ -695,12 +829,22 @@ static uint64_t run_job(const example *e)
                       .inner = e->inner,
                       .x = x,
                       .u = u,
+                      .residual = residual,
+                      .rectifies = e->rectifies,
+                      .rectifier = rectifiers[(e->outer + channels) % N_RECTIFIERS],
                       .eps = 1e-5,
                       .mean = mean,
                       .inv_std = inv_std,
                       .n_threads = e->n_threads};
-    if (e->operation != BNFAST_MOMENTS)
-        job.out = e->in_place == 2 && u ? u : e->in_place ? x : new_values(n, 9);
+    if (e->operation != BNFAST_MOMENTS && e->operation != BNFAST_BACKWARD_SUMS)
+        job.out = e->in_place == 2 && u            ? u
+                  : e->in_place == 3 && residual   ? residual
+                  : e->in_place && e->in_place < 3 ? x
+                                                   : new_values(n, 9);
+    if (e->stored)
+        job.passed = e->stored == 2 ? u : e->stored == 3 && residual ? residual : new_values(n, 9);
+    if (job.passed == job.out && e->operation != BNFAST_BACKWARD_EVAL)
+        job.passed = e->stored ? new_values(n, 9) : NULL;
     if (!e->few) {
         job.gamma = new_parameter(channels, 2), job.beta = new_parameter(channels, 0);
         if (e->operation == BNFAST_JVP)
@@ -713,6 +857,7 @@ static uint64_t run_job(const example *e)
         job.var = new_doubles(channels, 2);
     if (has_u(e->operation) && !(e->few && e->operation == BNFAST_JVP))
         job.dbeta = new_doubles(channels, 0), job.dgamma = new_doubles(channels, 0);
+    job.count = 1.5 * (double)(e->outer * e->inner); /* of an apply: there are other parts */
     /* caches of any size: they decide about blocks, and about copying them together */
     bnfast_set_caches((ptrdiff_t)1 << (15 + e->channels % 6), (ptrdiff_t)1 << (15 + e->outer % 11));
     bnfast_plan(&job);
@@ -728,10 +873,12 @@ static uint64_t run_job(const example *e)
     if (where != HEAP) /* there Valgrind sees it */
         memset(job.workspace, 0xFF, (size_t)job.workspace_bytes);
     run(&job);
-    expect_job(e, &job, old_x, old_u, given_mean, given_inv_std);
-    for (ptrdiff_t i = 0; job.out && i < e->outer * channels; i++)
-        if (i % channels != e->left_out)
-            note_values((const char *)job.out + i * e->inner * k->itemsize, e->inner, k->itemsize);
+    expect_job(e, &job, old_x, old_u, old_residual, given_mean, given_inv_std);
+    const void *const written[] = {job.out, job.passed};
+    for (int w = 0; w < 2; w++)
+        for (ptrdiff_t i = 0; written[w] && i < e->outer * channels; i++)
+            if (i % channels != e->left_out)
+                note_values((const char *)written[w] + i * e->inner * k->itemsize, e->inner, k->itemsize);
     const double *const results[] = {mean, inv_std, job.m2, job.dbeta, job.dgamma};
     for (int i = 0; i < 5; i++)
         for (ptrdiff_t c = 0; results[i] && c < channels; c++)
@@ -739,8 +886,7 @@ static uint64_t run_job(const example *e)
                 note_values(results[i] + c, 1, 8);
     if (e->left_out < 0)
         note(&infinite, sizeof infinite);
-    if ((job.out != x && memcmp(x, old_x, (size_t)(n * k->itemsize)) != 0) ||
-        (u && job.out != u && memcmp(u, old_u, (size_t)(n * k->itemsize)) != 0))
+    if (modified(&job, x, old_x, n) || modified(&job, u, old_u, n) || modified(&job, residual, old_residual, n))
         fail("an input was modified", 0, 0, 0);
     free(workspace);
     release_buffers();
@@ -759,15 +905,29 @@ static int ordinary(const void *x, ptrdiff_t first, ptrdiff_t rows, ptrdiff_t st
     return 1;
 }
 
-static void expect_job(const example *e, const bnfast_job *job, const void *x, const void *u, double *given_mean,
-                       double *given_inv_std)
+/* What is taken of u at `at`, in channel c. */
+static double taken_in_job(const bnfast_job *job, const void *x, const void *u, const void *residual, ptrdiff_t at,
+                           ptrdiff_t c, double mean, double inv_std)
+{
+    if (!job->rectifies)
+        return get(u, at);
+    const double slope = (double)parameter_at(&job->gamma, c, 1) * inv_std;
+    const double center = k->itemsize == 4 ? (double)(float)mean : mean;
+    const double shift_ = (double)parameter_at(&job->beta, c, 0) - (mean - center) * slope;
+    return taken(&job->rectifier, get(u, at),
+                 y_of(get(x, at), center, slope, shift_, residual ? get(residual, at) : 0));
+}
+
+static void expect_job(const example *e, const bnfast_job *job, const void *x, const void *u, const void *residual,
+                       double *given_mean, double *given_inv_std)
 {
     const ptrdiff_t inner = e->inner, stride = e->channels * inner;
     const bnfast_operation operation = e->operation;
     const long double count = (long double)e->outer * inner;
     for (ptrdiff_t c = 0; c < e->channels; c++) {
         if (e->poisoned == c || !ordinary(x, c * inner, e->outer, stride, inner) ||
-            (has_u(operation) && !ordinary(u, c * inner, e->outer, stride, inner)))
+            (has_u(operation) && !ordinary(u, c * inner, e->outer, stride, inner)) ||
+            (residual && !ordinary(residual, c * inner, e->outer, stride, inner)))
             continue;
         long double mean = 0, m2 = 0, largest = 0, sum = 0, dot = 0, size = 0, size_dot = 0, rest = 0, rest_dot = 0;
 #define EACH \
@@ -802,12 +962,15 @@ static void expect_job(const example *e, const bnfast_job *job, const void *x, c
         if (has_u(operation)) {
             EACH
             {
-                const long double v = get(u, at), hat = ((long double)get(x, at) - center) * inv_std;
+                const long double v = taken_in_job(job, x, u, residual, at, c, given_mean[c], given_inv_std[c]),
+                                  hat = ((long double)get(x, at) - center) * inv_std;
                 add(&sum, &rest, v), add(&dot, &rest_dot, v * hat), size += fabsl(v),
                     size_dot += fabsl(v * hat) + fabsl(v * inv_std);
             }
             sum += rest, dot += rest_dot;
-            if (job->dbeta) {
+            if (operation == BNFAST_BACKWARD_APPLY) /* those of all parts, as given */
+                sum = job->dbeta[c], dot = job->dgamma[c];
+            else if (job->dbeta) {
                 expect("dbeta", c, job->dbeta[c], sum, size);
                 expect("dgamma", c, job->dgamma[c], dot,
                        size_dot + size * largest * (long double)epsilon() * fabsl(inv_std));
@@ -819,23 +982,34 @@ static void expect_job(const example *e, const bnfast_job *job, const void *x, c
         {
             const double got = get(job->out, at);
             const long double hat = ((long double)get(x, at) - center) * inv_std,
-                              v = u && job->u ? (long double)get(u, at) : 0;
+                              v = has_u(operation)
+                                      ? taken_in_job(job, x, u, residual, at, c, given_mean[c], given_inv_std[c])
+                                  : u ? (long double)get(u, at)
+                                      : 0;
+            if (job->passed && job->passed != job->out && (long double)get(job->passed, at) != v)
+                fail("what is taken of u", at, get(job->passed, at), (double)v);
             /* the mean is a rounded float64, whatever the data are */
             const long double spread = fabsl(hat) + largest * (DBL_EPSILON / epsilon()) * fabsl(inv_std) + 1;
             switch (operation) {
             case BNFAST_FORWARD:
-            case BNFAST_EVAL:
-                expect("y", at, got, gamma * hat + beta, fabsl(gamma) * spread * (1 + fabsl(hat)) + fabsl(beta));
+            case BNFAST_EVAL: {
+                const long double added = residual ? get(residual, at) : 0, y = gamma * hat + beta + added;
+                expect("y", at, got, job->rectifies ? rectified(&job->rectifier, y) : y,
+                       fabsl(gamma) * spread * (1 + fabsl(hat)) + fabsl(beta) + fabsl(added));
                 break;
+            }
             case BNFAST_BACKWARD_EVAL:
                 expect("dx", at, got, gamma * inv_std * v, fabsl(gamma * inv_std * v));
                 break;
             case BNFAST_BACKWARD:
+            case BNFAST_BACKWARD_APPLY:
             case BNFAST_JVP: {
+                const long double values = operation == BNFAST_BACKWARD_APPLY ? (long double)job->count : count;
                 const long double vgamma = parameter_at(&job->vgamma, c, 0), vbeta = parameter_at(&job->vbeta, c, 0);
                 expect("dx or dy", at, got,
-                       gamma * inv_std * (v - sum / count - hat * (dot / count)) + vgamma * hat + vbeta,
-                       fabsl(gamma * inv_std) * (fabsl(v) + size / count + spread * (size_dot / count)) +
+                       gamma * inv_std * (v - sum / values - hat * (dot / values)) + vgamma * hat + vbeta,
+                       fabsl(gamma * inv_std) *
+                               (fabsl(v) + (size + fabsl(sum)) / values + spread * ((size_dot + fabsl(dot)) / values)) +
                            fabsl(vgamma) * spread + fabsl(vbeta));
                 break;
             }
@@ -862,6 +1036,19 @@ static int next_isa(int i) /* the i-th or a later one that can run here and was 
         if (bnfast_isa_supported(i) && (only_isa == NULL || strcmp(only_isa, bnfast_isa_name(i)) == 0))
             return i;
     return -1;
+}
+
+/* what: 1: an activation, 2: a residual, 3: both. What is taken of u is stored where the extension has it stored: where
+ * there is a residual, and in eval. */
+static void fuse(example *e, int what, int how)
+{
+    e->rectifies = what & 1, e->residual = what >> 1 & 1;
+    if (has_u(e->operation)) {
+        e->residual &= e->rectifies;
+        e->stored = e->operation == BNFAST_BACKWARD_SUMS ? 0
+                    : e->residual                        ? 1 + how % 3
+                                                         : e->rectifies && e->operation == BNFAST_BACKWARD_EVAL;
+    }
 }
 
 /* The same example for every instruction set, on one thread and on several: same bits. */
@@ -895,6 +1082,14 @@ static const ptrdiff_t shapes[][3] = {
     {7, 19, 23},  {2, 2, 70000}, {66, 1, 1},   {4097, 1, 1}, {257, 64, 1}, {513, 80, 2}, {8, 40, 31},  {1, 2100, 1}};
 enum { N_SHAPES = sizeof shapes / sizeof shapes[0] };
 
+/* The options of a job from here on: an activation, a residual, both. */
+enum { FUSED = 4, N_OPTIONS = 7 };
+
+static int fuses(bnfast_operation operation)
+{
+    return operation != BNFAST_MOMENTS && operation != BNFAST_FLOOR && operation != BNFAST_JVP;
+}
+
 static void all_jobs(int poison, ptrdiff_t largest)
 {
     uint64_t all = 0;
@@ -903,7 +1098,7 @@ static void all_jobs(int poison, ptrdiff_t largest)
         if (shape[0] * shape[1] * shape[2] > largest)
             continue;
         for (int operation = BNFAST_MOMENTS; operation <= BNFAST_JVP; operation++)
-            for (int option = 0; option < 4; option++)
+            for (int option = 0; option < (fuses((bnfast_operation)operation) ? N_OPTIONS : FUSED); option++)
                 for (ptrdiff_t itemsize = 4; itemsize <= 8; itemsize += 4) {
                     where = (place)((s + option) % N_PLACES);
                     shift = (s * 5 + option + operation) % 16;
@@ -915,9 +1110,12 @@ static void all_jobs(int poison, ptrdiff_t largest)
                                  .few = option == 3,
                                  .in_place = operation == BNFAST_FLOOR ? 0
                                              : option == 2             ? 1 + (operation % 2)
+                                             : option >= FUSED         ? (s + option) % 4
                                                                        : 0,
                                  .poisoned = -1,
                                  .left_out = -1};
+                    if (option >= FUSED)
+                        fuse(&e, option - FUSED + 1, s);
                     if (!poison)
                         all = all * 1099511628211u ^ run_everywhere(e, itemsize);
                     for (ptrdiff_t c = 0; poison && c < least(shape[1], 5); c++) {
@@ -1010,7 +1208,7 @@ int LLVMFuzzerTestOneInput(const unsigned char *data, size_t n)
         return 0;
     where = (place)(data[8] % N_PLACES), shift = data[9] % 16;
     on_threads = 0;
-    example e = {.operation = (bnfast_operation)(data[0] % 7),
+    example e = {.operation = (bnfast_operation)(data[0] % (BNFAST_JVP + 1)),
                  .outer = 1 + data[1] + data[2] % 4 * 200,
                  .channels = 1 + data[3] + data[4] % 2 * 40,
                  .inner = 1 + data[5] % (data[6] % 2 ? 16 : 200),
@@ -1023,6 +1221,8 @@ int LLVMFuzzerTestOneInput(const unsigned char *data, size_t n)
                  .n_bytes = n - HEADER};
     if (e.operation == BNFAST_FLOOR)
         e.in_place = 0;
+    if (e.operation != BNFAST_MOMENTS && e.operation != BNFAST_FLOOR && e.operation != BNFAST_JVP)
+        fuse(&e, data[11] >> 1 & 3, data[11] >> 3);
     while (e.outer * e.channels * e.inner > 20000)
         e.outer = (e.outer + 1) / 2, e.channels = (e.channels + 1) / 2;
     if (data[10] & 128) /* numbers near 3, for which there is a reference */

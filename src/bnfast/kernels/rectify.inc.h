@@ -1,0 +1,39 @@
+/* Activations of the rectifier family (bnfast_rectifier, kernels.h), and their derivatives times a gradient.
+ *
+ * One body for all of them: what differs are two constants, and comparisons and choices cost less than the memory that
+ * the map waits for. */
+
+struct FN(rectifier) {
+    FN(vec) slope, top;
+};
+
+static ALWAYS_INLINE struct FN(rectifier) FN(rectifier_of)(const bnfast_rectifier *of)
+{
+    const struct FN(rectifier) rectifier = {FN(set1)((T)of->slope), FN(set1)((T)of->top)};
+    return rectifier;
+}
+
+/* slope * v, and +0 for a slope of 0, whatever v is. */
+static ALWAYS_INLINE FN(vec) FN(below)(const struct FN(rectifier) * of, FN(vec) v)
+{
+    const FN(vec) zero = FN(set1)(0);
+    return FN(if_at_most)(of->slope, zero, zero, of->slope * v);
+}
+
+static ALWAYS_INLINE FN(vec) FN(rectified)(const struct FN(rectifier) * of, FN(vec) v)
+{
+    return FN(if_at_most)(v, FN(set1)(0), FN(below)(of, v), FN(if_at_most)(of->top, v, of->top, v));
+}
+
+/* u times the derivative at v: where there is a top, slope is 0 */
+static ALWAYS_INLINE FN(vec) FN(passed)(const struct FN(rectifier) * of, FN(vec) u, FN(vec) v)
+{
+    return FN(if_outside)(v, FN(set1)(0), of->top, FN(below)(of, u), u);
+}
+
+/* The same of one element. */
+static ALWAYS_INLINE T FN(passed_one)(const bnfast_rectifier *of, T u, T v)
+{
+    const T slope = (T)of->slope;
+    return (v <= 0) | ((T)of->top <= v) ? (slope <= 0 ? 0 : slope * u) : u;
+}
