@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from bnfast.commands import bench
-from bnfast.commands.bench import compare, contenders, loop, tables, worker
+from bnfast.commands.bench import block, compare, contenders, loop, residual_block, tables, worker
 from bnfast.commands.bench import shapes as table_of_shapes
-from bnfast.commands.bench.shapes import OPERATIONS, QUICK, SHAPES, SIZES, Shape, family, group, named
+from bnfast.commands.bench.shapes import BLOCK, OPERATIONS, QUICK, SHAPES, SIZES, Shape, family, group, named
 
 TINY = "8x16,32x64"
 
@@ -80,6 +80,7 @@ def test_durations_have_three_digits(seconds, text):
 def test_bytes_moved():
     shape = Shape((2, 3, 5))
     assert [shape.bytes_moved(operation, 4) for operation in OPERATIONS] == [240, 360, 240]
+    assert [shape.bytes_moved(operation, 4) for operation in BLOCK] == [360, 600]
 
 
 def test_shapes_have_names_of_their_own_and_places_in_memory():
@@ -162,6 +163,63 @@ def test_contender_gives_right_results(name, shape, fresh, own_torch_settings):
     np.testing.assert_array_equal(case.dy, dy)
 
 
+@pytest.mark.parametrize("shape", CASES, ids=lambda shape: shape.name)
+@pytest.mark.parametrize("name", ["bnfast", "bnfast+numpy", "numpy", "onednn", "torch"])
+@pytest.mark.filterwarnings("default")  # other people's packages warn
+def test_contender_does_the_block_right(name, shape, own_torch_settings):
+    try:
+        contender = block.create(name, 2)
+    except contenders.Unavailable as error:
+        pytest.skip(str(error))
+    case, base = (block.BlockCase(shape, "float32") for _ in range(2))
+    operations = contender.operations(case)
+    assert tuple(operations) == BLOCK
+    for operation, (variants, run) in operations.items():
+        expected = base.expected(operation, np.arange(shape.channels))
+        assert variants
+        for variant in variants:
+            found = run(variant)
+            assert found.keys() == expected.keys()
+            contenders.check(case, operation, found)
+            for key, value in expected.items():
+                np.testing.assert_allclose(found[key], value, rtol=1e-3, atol=1e-4)
+    for array in ("x", "dy", "residual"):
+        np.testing.assert_array_equal(getattr(case, array), getattr(base, array))
+
+
+def test_check_finds_a_wrong_block():
+    case = block.BlockCase(SHAPES["8x16"], "float32")
+    good = block.create("bnfast", 1).operations(case)
+    for operation, key in (
+        ("block", "y"),
+        *(("block backward", key) for key in ("dx", "dgamma", "dbeta", "dresidual")),
+    ):
+        found = {name: value.copy() for name, value in good[operation].result("").items()}
+        found[key][..., -1] += 0.01 * np.abs(found[key]).max() + 0.01
+        with pytest.raises(ArithmeticError, match=f"{operation} of 8x16: {key}"):
+            contenders.check(case, operation, found)
+
+
+def test_relu_in_a_block_is_taken_of_nothing_that_rounding_may_turn():
+    case = block.BlockCase(SHAPES["128x256"], "float32")
+    y = contenders.F.batch_norm(case.x, case.gamma, case.beta, eps=contenders.EPS, residual=case.residual)[0]
+    assert 0.9 * block.MARGIN < np.abs(y).min() < 2 * block.MARGIN
+
+
+def test_onednn_does_not_fuse_the_block():
+    """Once it does on a CPU, `block.BlockOneDnn` should use that."""
+    from bnfast.commands.bench import onednn
+
+    try:
+        engine = onednn.Engine()
+    except ImportError as error:
+        pytest.skip(str(error))
+    data = engine.descriptor((4, 32), (32, 1))
+    assert engine.forward(data, 1e-5, training=True)
+    with pytest.raises(onednn.Status, match="status 3"):
+        engine.forward(data, 1e-5, training=True, flags=onednn.FUSE_ADD_RELU)
+
+
 def test_check_finds_a_wrong_result():
     case = contenders.Case(SHAPES["8x16"], "float32")
     good = contenders.create("bnfast", 1).operations(case)
@@ -186,6 +244,12 @@ def test_the_floor_copies_or_adds():
     for operation, expected in (("forward", case.x), ("backward", case.x + case.dy), ("eval", case.x)):
         operations[operation].variants[""]()
         np.testing.assert_array_equal(case.out, expected)
+    case = block.BlockCase(SHAPES["128x256"], "float32")
+    forward, backward = (op.variants[""] for op in block.create("floor", 2).operations(case).values())
+    forward()
+    backward()
+    for found, expected in ((case.out, case.x + case.residual), (case.dx, case.out), (case.dresidual, case.dy)):
+        np.testing.assert_array_equal(found, expected)
 
 
 def test_a_build_without_the_floor_says_so(monkeypatch):
@@ -215,6 +279,27 @@ def test_training_in_numpy_and_with_bnfast_is_the_same(monkeypatch):
     ours, plain = (loop.Training(kind).notes()["losses"] for kind in ("bnfast", "numpy"))
     np.testing.assert_allclose(ours, plain, rtol=1e-3)
     assert ours[-1] < ours[0]
+
+
+@pytest.mark.parametrize("kind", residual_block.KINDS)
+@pytest.mark.filterwarnings("default")  # other people's packages warn
+def test_a_residual_block_is_the_same_however_it_is_computed(kind, monkeypatch, own_torch_settings):
+    monkeypatch.setattr(residual_block, "DIMS", (4, 5, 5, 16))
+    try:
+        found = residual_block.ResidualBlock(kind)
+    except contenders.Unavailable as error:
+        pytest.skip(str(error))
+    assert found.notes()["error"] < 1e-5
+    for operation in found.tasks().values():  # may be called again and again
+        operation.variants[""]()
+
+
+def test_a_wrong_residual_block_is_refused(monkeypatch):
+    monkeypatch.setattr(residual_block, "DIMS", (4, 5, 5, 16))
+    right = residual_block.expected()
+    monkeypatch.setattr(residual_block, "expected", lambda: {**right, "dweight": right["dweight"] * 1.02})
+    with pytest.raises(ArithmeticError, match="dweight of the residual block is wrong"):
+        residual_block.ResidualBlock("fused")
 
 
 # --- Workers --------------------------------------------------------------------------------------------------
@@ -345,7 +430,7 @@ def test_workers_do_not_outlive_the_command(tqdm, how):
 
 # --- The command ----------------------------------------------------------------------------------------------
 
-KEYS = ["format", "date", "command", "machine", "threads", "dtype", "fresh", "between", "sizes"]
+KEYS = ["format", "date", "command", "machine", "threads", "dtype", "fresh", "between", "sizes", "block"]
 KEYS += ["rounds", "samples_per_turn"]
 KEYS += ["contenders", "missing", "results", "geometric_means"]
 RESULT_KEYS = ["shape", "operation", "group", "contender", "median", "q1", "q3", "min", "samples"]
@@ -397,6 +482,20 @@ def test_the_sweep_is_measured_and_drawn(tqdm, tmp_path, monkeypatch, capsys):
     assert figure.read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_block_is_measured_and_drawn(tqdm, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    figure = tmp_path / "bench.png"
+    found = run_bench(tmp_path, "--block", "--only", "bnfast+numpy", "--shapes", "8x16,5x7x2", "--figure", str(figure))
+    assert found["block"]
+    seen = {(r["shape"], r["operation"], r["contender"]) for r in found["results"]}
+    assert seen == {(s, o, c) for s in ("8x16", "5x7x2") for o in BLOCK for c in ("bnfast", "bnfast+numpy")}
+    out = capsys.readouterr().out
+    for text in (*(tables.OP_TITLES[operation] for operation in BLOCK), "batch norm of bnfast, the rest NumPy"):
+        assert text in out
+    assert tables.OP_TITLES["eval"] not in out
+    assert figure.read_bytes().startswith(b"\x89PNG")
+
+
 def test_cold_calls_are_measured_beside_one_thread(tqdm, tmp_path, capsys):
     found = run_bench(tmp_path, "--cold", "--only", "bnfast-1", "--shapes", "8x16,5x7x2")
     assert found["between"] == "cold"
@@ -420,6 +519,7 @@ def test_calls_whose_result_is_read_take_longer(tqdm, tmp_path, capsys):
         ("--quick", {"bnfast", "floor", "onednn", "torch", "numpy"}),
         ("--cold", {"bnfast", "bnfast-1", "onednn", "torch"}),
         ("--sizes --quick", {"bnfast", "onednn", "torch"}),
+        ("--block", {"bnfast", "bnfast+numpy", "floor", "onednn", "torch", "torch.compile", "numpy"}),
         ("--cold --only numpy", {"bnfast", "numpy"}),
     ],
 )
@@ -467,6 +567,10 @@ def test_a_missing_contender_is_named(tqdm, tmp_path, monkeypatch, capsys):
         ("--dtype int8", "--dtype"),
         ("--loop --fresh", "--loop"),
         ("--loop --cold", "--loop"),
+        ("--loop --block", "--loop"),
+        ("--block --fresh", "--block"),
+        ("--block --sizes", "--block"),
+        ("--only bnfast+numpy", "bnfast+numpy"),
         ("--cold --consumer", "--consumer"),
         ("--sizes --shapes 8x16", "--sizes"),
         ("--explain 8", "--explain"),

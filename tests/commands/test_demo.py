@@ -106,10 +106,13 @@ def test_networks_differ_in_batch_norm_alone(name):
     build, _ = demo.NETWORKS[name]
     rng_with, rng_without = np.random.default_rng(5), np.random.default_rng(5)
     with_bn, without = build(rng_with, True), build(rng_without, False)
-    others = [layer for layer in with_bn if not isinstance(layer, BatchNorm)]
-    assert len(others) < len(with_bn)
-    assert [type(layer) for layer in others] == [type(layer) for layer in without]
-    for one, other in zip(others, without, strict=True):
+    assert [layer.activation for layer in with_bn if isinstance(layer, BatchNorm)] == ["relu"] * sum(
+        isinstance(layer, network.ReLU) for layer in without
+    )
+    others = [layer for layer in with_bn if not isinstance(layer, BatchNorm)]  # BatchNorm stands where a ReLU does
+    theirs = [layer for layer in without if not isinstance(layer, network.ReLU)]
+    assert [type(layer) for layer in others] == [type(layer) for layer in theirs]
+    for one, other in zip(others, theirs, strict=True):
         for key, parameter in one.parameters().items():
             np.testing.assert_array_equal(parameter, other.parameters()[key])
     assert rng_with.bit_generator.state == rng_without.bit_generator.state  # so the batches are the same

@@ -164,9 +164,13 @@ def activated(
 
     Beta makes the bias before it superfluous; it stays, so that networks with and without differ in nothing else.
     """
-    if normalise == "before":
-        return [layer, BatchNorm(n_features), activation()]
-    return [layer, activation()] if normalise is None else [layer, activation(), BatchNorm(n_features)]
+    if normalise is None:
+        return [layer, activation()]
+    if normalise == "after":
+        return [layer, activation(), BatchNorm(n_features)]
+    if activation is ReLU:
+        return [layer, BatchNorm(n_features, activation="relu")]  # both in one pass
+    return [layer, BatchNorm(n_features), activation()]
 
 
 def perceptron(

@@ -32,6 +32,7 @@ def main(argv: list[str]) -> int:
     if args.threads is not None and args.threads < 1:
         parser.error(f"--threads must be at least 1, not {args.threads}")
     alone = args.figure or args.only or args.shapes or args.fresh or args.cold or args.consumer or args.sizes
+    alone = alone or args.block
     if args.loop and (alone or args.dtype != "float32" or args.explain):
         parser.error("--loop goes with --threads, --quick and --json only")
     if args.explain and (alone or args.json or args.quick):
@@ -40,6 +41,8 @@ def main(argv: list[str]) -> int:
         parser.error("--cold and --consumer do not go together")
     if args.sizes and args.shapes:
         parser.error("--sizes has shapes of its own; leave out --shapes")
+    if args.block and (args.fresh or args.cold or args.consumer or args.sizes):
+        parser.error("--block goes with --dtype, --threads, --only, --shapes, --quick, --json and --figure only")
     work = run_explain if args.explain else run_loop if args.loop else run_comparison
     return ended("bench", lambda: work(args, argv, parser), (*ERRORS, RuntimeError))
 
@@ -59,6 +62,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--sizes", action="store_true", help="a sweep instead: five kinds of arrays from 16 KB to 256 MB each")
     add("--cold", action="store_true", help="other work of 300 µs before each call; beside bnfast on one thread")
     add("--consumer", action="store_true", help="the result is read after each call, and that is timed, too")
+    add("--block", action="store_true", help="the residual block instead: relu(batch norm(x) + residual), and backward")
     add("--explain", metavar="SHAPE", help="print how the kernels go about a shape, and measure nothing")
     add("--loop", action="store_true", help="batch normalisation in training loops, beside matrix products, instead")
     return parser
@@ -68,11 +72,10 @@ def run_comparison(args: argparse.Namespace, argv: list[str], parser: argparse.A
     """Compare the contenders and report."""
     from .compare import Plan, compare, known_contenders
     from .figure import draw, draw_sizes
-    from .shapes import OPERATIONS
     from .tables import table
 
     try:
-        contenders, left_out = known_contenders(args.only, args.quick, usual_contenders(args))
+        contenders, left_out = known_contenders(args.only, args.quick, usual_contenders(args), block=args.block)
     except ValueError as error:
         parser.error(f"--only: {error}")
     try:
@@ -86,8 +89,10 @@ def run_comparison(args: argparse.Namespace, argv: list[str], parser: argparse.A
 
     rounds, samples = (3, 3) if args.quick else (7, 5)
     between = "cold" if args.cold else "consumer" if args.consumer else ""
-    plan = Plan(shapes, contenders, args.threads or 2, args.dtype, args.fresh, rounds, samples, between, args.sizes)
-    with tqdm(total=len(shapes) * len(OPERATIONS), leave=False, disable=None) as bar:
+    plan = Plan(
+        shapes, contenders, args.threads or 2, args.dtype, args.fresh, rounds, samples, between, args.sizes, args.block
+    )
+    with tqdm(total=len(shapes) * len(plan.operations), leave=False, disable=None) as bar:
 
         def tick(text: str) -> None:
             if text:

@@ -14,13 +14,15 @@ import numpy as np
 
 from ... import _core
 from ...runtime.config import __version__
+from .block import BLOCK_CONTENDERS
 from .contenders import ALONE, CONTENDERS
-from .shapes import OPERATIONS, Shape, family, group, named
+from .shapes import BLOCK, OPERATIONS, Shape, family, group, named
 from .worker import Worker, WorkerError
 
 __all__ = ["BASE", "Plan", "compare", "geometric_means", "machine", "summary"]
 
 BASE = "bnfast"  # what ratios are to
+OURS = (BASE, ALONE, "bnfast+numpy", "floor")  # their OpenMP runtime is as bnfast sets it up
 
 
 class Plan(NamedTuple):
@@ -35,6 +37,12 @@ class Plan(NamedTuple):
     samples: int = 5  # in a turn
     between: str = ""  # what happens around a call: "cold" or "consumer" (worker.py)
     sizes: bool = False  # whether the shapes are those of the sweep
+    block: bool = False  # whether the residual is added and ReLU taken, too
+
+    @property
+    def operations(self) -> tuple[str, ...]:
+        """What is measured of each shape."""
+        return BLOCK if self.block else OPERATIONS
 
 
 def machine() -> dict[str, Any]:
@@ -114,7 +122,7 @@ def compare(plan: Plan, argv: Sequence[str], tick: Callable[[str], object]) -> d
     argv : sequence of str
         The command's arguments, for the record.
     tick : callable
-        Called with a description before each of the len(shapes) * len(OPERATIONS) measurements.
+        Called with a description before each of the len(shapes) * len(plan.operations) measurements.
 
     Returns
     -------
@@ -137,10 +145,10 @@ def compare(plan: Plan, argv: Sequence[str], tick: Callable[[str], object]) -> d
             workers[name] = stack.enter_context(
                 Worker(
                     name,
-                    "contenders:create",
+                    "block:create" if plan.block else "contenders:create",
                     {"name": name, "threads": threads, "dtype": plan.dtype},
                     environment(threads),
-                    openmp_as_it_comes=name not in (BASE, ALONE, "floor"),
+                    openmp_as_it_comes=name not in OURS,
                 )
             )
         for name, worker in list(workers.items()):
@@ -150,7 +158,7 @@ def compare(plan: Plan, argv: Sequence[str], tick: Callable[[str], object]) -> d
         for shape in plan.shapes:
             tick(shape)
             ready = prepared(workers, plan, named(shape), missing)
-            for operation in OPERATIONS:
+            for operation in plan.operations:
                 tick(f"{shape} {operation}")
                 raw += turns(ready, plan, named(shape), operation, missing)
                 tick("")
@@ -163,6 +171,7 @@ def compare(plan: Plan, argv: Sequence[str], tick: Callable[[str], object]) -> d
         "fresh": plan.fresh,
         "between": plan.between,
         "sizes": plan.sizes,
+        "block": plan.block,
         "rounds": plan.rounds,
         "samples_per_turn": plan.samples,
         "contenders": about,
@@ -196,7 +205,11 @@ def prepared(workers: dict[str, Worker], plan: Plan, shape: Shape, missing: dict
     ready = dict(workers)
     for name, worker in list(ready.items()):
         with dropping(ready, name, missing, f", {shape.name}"):
-            worker.send("prepare", shape=shape.name, dtype=plan.dtype, fresh=plan.fresh, between=plan.between)
+            worker.send(
+                "prepare",
+                **{"shape": shape.name, "dtype": plan.dtype, "fresh": plan.fresh},
+                **{"between": plan.between, "block": plan.block},
+            )
     for name, worker in list(ready.items()):
         with dropping(ready, name, missing, f", {shape.name}"):
             worker.receive()
@@ -243,18 +256,19 @@ def turns(
 
 
 def known_contenders(
-    only: str | None, quick: bool, usual: Sequence[str] | None = None
+    only: str | None, quick: bool, usual: Sequence[str] | None = None, *, block: bool = False
 ) -> tuple[list[str], dict[str, str]]:
     """(contenders to run, in their order; those left out and why). Raises ValueError for an unknown name.
 
-    usual: those to run where `only` names none, instead of all but `ALONE`.
+    usual: those to run where `only` names none, instead of all but `ALONE`. block: of the block.
     """
+    known = list(BLOCK_CONTENDERS if block else CONTENDERS)
     if only is None and usual is not None:
-        return [name for name in CONTENDERS if name in usual], {}
+        return [name for name in known if name in usual], {}
     if only is None:
-        names = [name for name in CONTENDERS if name != ALONE and not (quick and name == "torch.compile")]
+        names = [name for name in known if name != ALONE and not (quick and name == "torch.compile")]
         return names, {"torch.compile": "compiles for minutes, so --quick leaves it out"} if quick else {}
     wanted = set(filter(None, only.split(",")))
-    if unknown := sorted(wanted - CONTENDERS.keys()):
-        raise ValueError(f"unknown contender {', '.join(unknown)}; there are {', '.join(CONTENDERS)}")
-    return [name for name in CONTENDERS if name in wanted | {BASE}], {}
+    if unknown := sorted(wanted.difference(known)):
+        raise ValueError(f"unknown contender {', '.join(unknown)}; there are {', '.join(known)}")
+    return [name for name in known if name in wanted | {BASE}], {}

@@ -107,18 +107,17 @@ class Case:
         """A view (N, C, ...) of an array that lies as x does."""
         return np.moveaxis(array, self.axis, 1)
 
-
-def expected(case: Case, operation: str, channels: NDArray[np.intp]) -> dict[str, Array]:
-    """What `bnfast.reference` says, for some of the channels."""
-    x, dy = case.x.take(channels, case.axis), case.dy.take(channels, case.axis)
-    names = ("gamma", "beta", "mean", "var", "inv_std")
-    gamma, beta, mean, var, inv_std = (getattr(case, name)[channels] for name in names)
-    if operation == "forward":
-        return {"y": reference.batch_norm(x, gamma, beta, axis=case.axis, eps=EPS)[0]}
-    if operation == "eval":
-        return {"y": reference.batch_norm_eval(x, mean, var, gamma, beta, axis=case.axis, eps=EPS)}
-    dx, dgamma, dbeta = reference.batch_norm_backward(dy, x, mean, inv_std, gamma, axis=case.axis)
-    return {"dx": dx, "dgamma": dgamma, "dbeta": dbeta}
+    def expected(self, operation: str, channels: NDArray[np.intp]) -> dict[str, Array]:
+        """What `bnfast.reference` says, for some of the channels."""
+        x, dy = (array.take(channels, self.axis) for array in (self.x, self.dy))
+        names = ("gamma", "beta", "mean", "var", "inv_std")
+        gamma, beta, mean, var, inv_std = (getattr(self, name)[channels] for name in names)
+        if operation == "forward":
+            return {"y": reference.batch_norm(x, gamma, beta, axis=self.axis, eps=EPS)[0]}
+        if operation == "eval":
+            return {"y": reference.batch_norm_eval(x, mean, var, gamma, beta, axis=self.axis, eps=EPS)}
+        dx, dgamma, dbeta = reference.batch_norm_backward(dy, x, mean, inv_std, gamma, axis=self.axis)
+        return {"dx": dx, "dgamma": dgamma, "dbeta": dbeta}
 
 
 def check(case: Case, operation: str, result: dict[str, Array]) -> None:
@@ -131,7 +130,7 @@ def check(case: Case, operation: str, result: dict[str, Array]) -> None:
     """
     n = case.shape.channels
     channels = np.unique(np.linspace(0, n - 1, min(n, CHECKED_CHANNELS)).astype(np.intp))
-    for name, value in expected(case, operation, channels).items():
+    for name, value in case.expected(operation, channels).items():
         found = result[name].take(channels, case.axis if result[name].ndim > 1 else 0)
         error = float(np.abs(found - value).max())
         if not error <= TOLERANCE * max(1.0, float(np.abs(value).max())):
@@ -221,10 +220,10 @@ class Floor:
         floor: Any = getattr(_core, "memory_floor", None)
         if floor is None:
             raise Unavailable("floor not available in this build of bnfast")
-        self._floor, self.about = floor, "the memory traffic alone"
+        self.floor, self.about = floor, "the memory traffic alone"
 
     def operations(self, case: Case) -> dict[str, Operation]:
-        floor, x, dy, out = self._floor, case.x, case.dy, case.out
+        floor, x, dy, out = self.floor, case.x, case.dy, case.out
 
         def run(u: Array | None) -> Callable[[], object]:
             if case.fresh:
@@ -246,9 +245,9 @@ class Torch:
         self.torch.set_grad_enabled(False)
         self.about = f"PyTorch {self.torch.__version__}"
 
-    def tensors(self, case: Case) -> dict[str, Any]:
-        """Tensors over the arrays of the case; x, dy and out are (N, C, ...)."""
-        found = {name: self.torch.from_numpy(case.logical(getattr(case, name))) for name in ("x", "dy", "out")}
+    def tensors(self, case: Case, *more: str) -> dict[str, Any]:
+        """Tensors over the arrays of the case; x, dy, out and `more` are (N, C, ...)."""
+        found = {name: self.torch.from_numpy(case.logical(getattr(case, name))) for name in ("x", "dy", "out", *more)}
         for name in ("gamma", "beta", "mean", "var", "inv_std"):
             found[name] = self.torch.from_numpy(getattr(case, name))
         return found
@@ -274,12 +273,15 @@ class Torch:
         return {name: as_arrays(case, name, variants) for name, variants in ways.items()}
 
 
+RESULTS = {"backward": ("dx", "dgamma", "dbeta"), "block backward": ("dx", "dgamma", "dbeta", "dresidual")}
+
+
 def as_arrays(case: Case, name: str, variants: dict[str, Callable[[], Any]]) -> Operation:
     """An operation whose variants return a tuple of tensors."""
 
     def result(variant: str) -> dict[str, Array]:
-        names = ("dx", "dgamma", "dbeta") if name == "backward" else ("y",)
-        found = {key: value.numpy() for key, value in zip(names, variants[variant](), strict=False)}
+        names = RESULTS.get(name, ("y",))
+        found = {key: value.detach().numpy() for key, value in zip(names, variants[variant](), strict=False)}
         return {key: np.moveaxis(value, 1, case.axis) if value.ndim > 1 else value for key, value in found.items()}
 
     return Operation(dict(variants), result)
@@ -340,10 +342,10 @@ class OneDnn:
         from .onednn import Engine
 
         try:
-            self._engine = Engine()
+            self.engine = Engine()
         except ImportError as error:
             raise Unavailable(first_line(error)) from None
-        self.about = f"oneDNN {self._engine.version}"
+        self.about = f"oneDNN {self.engine.version}"
 
     @staticmethod
     def views(case: Case) -> Iterator[tuple[str, tuple[int, ...], tuple[int, ...]]]:
@@ -367,7 +369,7 @@ class OneDnn:
         dgamma, dbeta, *batch = (np.zeros_like(case.gamma) for _ in range(4))
         for name, dims, strides in self.views(case):
             try:
-                calls = self._primitives(case, dims, strides, [dgamma, dbeta, *batch])
+                calls = self.primitives(case, dims, strides, [dgamma, dbeta, *batch])
             except Status:
                 continue
             for found, (call, kind) in zip((forward, backward, evaluate), calls, strict=True):
@@ -388,13 +390,13 @@ class OneDnn:
             "eval": Operation(evaluate, lambda variant: {"y": run(evaluate, variant)}),
         }
 
-    def _primitives(
+    def primitives(
         self, case: Case, dims: tuple[int, ...], strides: tuple[int, ...], small: list[Array]
     ) -> list[tuple[Callable[[], object], str]]:
         """(call, oneDNN's implementation) of forward, backward and eval."""
         from .onednn import Primitive
 
-        engine, (dgamma, dbeta, batch_mean, batch_var) = self._engine, small
+        engine, (dgamma, dbeta, batch_mean, batch_var) = self.engine, small
         data, vector = engine.descriptor(dims, strides), engine.descriptor((case.shape.channels,), (1,))
         training = engine.forward(data, EPS, training=True)
         inputs = {"src": (data, case.x), "scale": (vector, case.gamma)}
@@ -443,8 +445,13 @@ CONTENDERS: dict[str, type[Contender]] = {
 }
 
 
-def create(name: str, threads: int, dtype: str = "float32") -> Contender:
-    """A contender by its name; raises `Unavailable`."""
+def without_float64(name: str, dtype: str) -> None:
+    """Raise `Unavailable` if the contender does not take the dtype."""
     if name == "onednn" and dtype != "float32":
         raise Unavailable(f"oneDNN normalises no {dtype}")
+
+
+def create(name: str, threads: int, dtype: str = "float32") -> Contender:
+    """A contender by its name; raises `Unavailable`."""
+    without_float64(name, dtype)
     return CONTENDERS[name](threads)

@@ -4,7 +4,7 @@ import io
 
 from .contenders import ALONE
 from .shapes import OPERATIONS, SIZES, family, named
-from .tables import OP_TITLES, Report, contenders_of
+from .tables import OP_TITLES, Report, contenders_of, operations_of
 
 __all__ = ["draw", "draw_sizes"]
 
@@ -12,6 +12,7 @@ STYLES = {  # colour (Okabe and Ito's), marker
     "floor": ("#999999", "|"),
     "bnfast": ("#0072B2", "o"),
     ALONE: ("#56B4E9", "o"),
+    "bnfast+numpy": ("#000000", "P"),
     "onednn": ("#009E73", "^"),
     "torch": ("#D55E00", "s"),
     "torch.compile": ("#E69F00", "D"),
@@ -30,15 +31,15 @@ def draw(report: Report) -> bytes:
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    names = contenders_of(report)
+    names, operations = contenders_of(report), operations_of(report)
     unit = "floor" if "floor" in names else "bnfast"
     found = {(r["operation"], r["shape"], r["contender"]): r for r in report["results"]}
     shapes = list(dict.fromkeys(r["shape"] for r in report["results"]))
     height = 2.6 + 0.36 * len(shapes)
     figure = Figure(figsize=(14, height), dpi=150, layout="constrained")
-    panels = figure.subplots(1, len(OPERATIONS), sharey=True)
+    panels = figure.subplots(1, len(operations), sharey=True)
     rows = range(len(shapes))
-    for axes, operation in zip(panels, OPERATIONS, strict=True):
+    for axes, operation in zip(panels, operations, strict=True):
         largest = 1.0
         for name in reversed(names):
             if name == unit == "floor":

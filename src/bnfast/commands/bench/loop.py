@@ -2,7 +2,8 @@
 
 Two libraries with threads of their own can cost more together than apart: idle threads of one spin on the cores that
 the other needs. `python -m bnfast bench --loop` measures (a) a matrix product alternating with a forward pass, against
-the sum of the two alone, and (b) whole training steps of a perceptron. Each configuration has a process of its own.
+the sum of the two alone, (b) whole training steps of a perceptron, and (c) a residual block of a convolutional network
+(`residual_block`). Each configuration has a process of its own.
 """
 
 import contextlib
@@ -22,6 +23,7 @@ from ... import functional as F
 from ..network import Linear, ReLU, cross_entropy
 from .compare import record, summary
 from .contenders import EPS, Operation, Unavailable
+from .residual_block import DIMS
 from .tables import busy, duration, grid
 from .worker import Worker, WorkerError
 
@@ -203,8 +205,8 @@ class Configuration(NamedTuple):
     openmp_as_it_comes: bool = False
 
 
-def configurations(threads: int | None) -> tuple[list[Configuration], list[Configuration]]:
-    """Those of (a) and those of (b). `threads` None: what the libraries do by themselves."""
+def configurations(threads: int | None) -> tuple[list[Configuration], ...]:
+    """Those of (a), of (b) and of (c). `threads` None: what the libraries do by themselves."""
     variables = ("BNFAST_NUM_THREADS", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS")
     given: dict[str, str | None] = dict.fromkeys(variables, str(threads)) if threads else {}
     several = f"bnfast, {threads} threads" if threads else "bnfast, default threads"
@@ -217,7 +219,16 @@ def configurations(threads: int | None) -> tuple[list[Configuration], list[Confi
         Configuration("NumPy alone", "loop:Training", {"kind": "numpy"}, given),
         Configuration("PyTorch, eager", "loop:Training", {"kind": "torch", "threads": threads}, given, True),
     ]
-    return pairs, steps
+    blocks = [
+        Configuration(name, "residual_block:ResidualBlock", {"kind": kind, "threads": threads}, given, kind == "torch")
+        for name, kind in (
+            ("bnfast, fused", "fused"),
+            ("bnfast, then NumPy", "steps"),
+            ("NumPy alone", "numpy"),
+            ("PyTorch, eager", "torch"),
+        )
+    ]
+    return pairs, steps, blocks
 
 
 def measure_loops(threads: int | None, quick: bool, argv: Sequence[str], tick: Callable[[], object]) -> dict[str, Any]:
@@ -227,15 +238,17 @@ def measure_loops(threads: int | None, quick: bool, argv: Sequence[str], tick: C
     -------
     dict
         "pairs": {configuration: {"product", "forward", "both": {median, q1, q3}, "sum", "ratio"}};
-        "steps": {configuration: {"step": {...}, "losses"}}; "missing": {configuration: why}; and the record.
+        "steps": {configuration: {"step": {...}, "losses"}}; "blocks": {configuration: {"forward", "backward": {...},
+        "error"}}; "missing": {configuration: why}; and the record.
     """
     missing: dict[str, str] = {}
     begun = record(argv)
-    pairs, steps = (take_turns(kind, quick, missing, tick) for kind in configurations(threads))
+    pairs, steps, blocks = (take_turns(kind, quick, missing, tick) for kind in configurations(threads))
     for found in pairs.values():
         found["sum"] = found["product"]["median"] + found["forward"]["median"]
         found["ratio"] = found["both"]["median"] / found["sum"]
-    return {"format": 1, **begun, "threads": threads, "pairs": pairs, "steps": steps, "missing": missing}
+    parts = {"pairs": pairs, "steps": steps, "blocks": blocks}
+    return {"format": 1, **begun, "threads": threads, **parts, "missing": missing}
 
 
 def take_turns(
@@ -296,4 +309,11 @@ def table(report: Mapping[str, Any]) -> str:
         rows.append([name, *map(duration, (step["median"],)), f"{duration(step['q1'])} to {duration(step['q3'])}"])
         rows[-1].append(f"{loss:.4f}")
     lines += ["", f"(b) a training step of {'-'.join(map(str, WIDTHS))} with batch normalisation, batch {BATCH}"]
+    lines += grid(rows)
+    rows = [["", "forward", "backward", "together", "error"]]
+    for name, found in report["blocks"].items():
+        forward, backward = found["forward"]["median"], found["backward"]["median"]
+        rows.append([name, *map(duration, (forward, backward, forward + backward)), f"{found['error']:.0e}"])
+    what = "batch norm, ReLU -> 1x1 convolution -> batch norm, + x, ReLU"
+    lines += ["", f"(c) {what}, channels-last {'x'.join(map(str, DIMS))}"]
     return "\n".join(lines + grid(rows))

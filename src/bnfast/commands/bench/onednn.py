@@ -1,4 +1,4 @@
-"""oneDNN's batch normalisation through its C API: just enough of it, by ctypes.
+"""oneDNN's batch normalisation, and ReLU of a sum, through its C API: just enough of it, by ctypes.
 
 Constants are those of `dnnl_types.h` and `dnnl_common_types.h`, version 3. The library is that of the package
 onednn-cpu-gomp, whose threads are GNU OpenMP's.
@@ -22,10 +22,12 @@ F32 = 3
 ENGINE_CPU = 1
 STREAM_IN_ORDER = 1
 FORWARD_TRAINING, FORWARD_INFERENCE, BACKWARD = 64, 96, 128
-USE_GLOBAL_STATS, USE_SCALE, USE_SHIFT = 1, 2, 4
+USE_GLOBAL_STATS, USE_SCALE, USE_SHIFT, FUSE_ADD_RELU = 1, 2, 4, 16
+BINARY_ADD, RELU, RELU_USE_DST = 0x1FFF0, 0x20, 0x100
 QUERY_IMPL_INFO = 8
 ARGUMENTS = {
     "src": 1,
+    "src_1": 2,
     "dst": 17,
     "mean": 49,
     "variance": 50,
@@ -112,10 +114,10 @@ class Engine:
         self.call("dnnl_memory_create", byref(handle), descriptor, self._handle, c_void_p(array.ctypes.data))
         return handle
 
-    def forward(self, data: c_void_p, eps: float, training: bool) -> c_void_p:
+    def forward(self, data: c_void_p, eps: float, training: bool, flags: int = 0) -> c_void_p:
         """Descriptor of a forward primitive: statistics of the batch in training, given ones otherwise."""
         handle = c_void_p()
-        flags = USE_SCALE | USE_SHIFT | (0 if training else USE_GLOBAL_STATS)
+        flags |= USE_SCALE | USE_SHIFT | (0 if training else USE_GLOBAL_STATS)
         kind = FORWARD_TRAINING if training else FORWARD_INFERENCE
         self.call(
             "dnnl_batch_normalization_forward_primitive_desc_create",
@@ -130,6 +132,33 @@ class Engine:
             "dnnl_batch_normalization_backward_primitive_desc_create",
             *(byref(handle), self._handle, c_int(BACKWARD), data, data, data),
             *(c_float(eps), c_uint(USE_SCALE | USE_SHIFT), forward, None),
+        )
+        return handle
+
+    def add_relu(self, data: c_void_p) -> c_void_p:
+        """Descriptor of dst = relu(src + src_1)."""
+        handle, post_ops, attributes = c_void_p(), c_void_p(), c_void_p()
+        self.call("dnnl_post_ops_create", byref(post_ops))
+        self.call("dnnl_post_ops_append_eltwise", post_ops, c_int(RELU), c_float(0), c_float(0))
+        self.call("dnnl_primitive_attr_create", byref(attributes))
+        self.call("dnnl_primitive_attr_set_post_ops", attributes, post_ops)
+        self.call(
+            "dnnl_binary_primitive_desc_create",
+            *(byref(handle), self._handle, c_int(BINARY_ADD), data, data, data, attributes),
+        )
+        return handle
+
+    def relu_backward(self, data: c_void_p) -> c_void_p:
+        """Descriptor of diff_src = diff_dst where dst > 0, else 0."""
+        forward, handle = c_void_p(), c_void_p()
+        slope = (c_float(0), c_float(0))
+        self.call(
+            "dnnl_eltwise_forward_primitive_desc_create",
+            *(byref(forward), self._handle, c_int(FORWARD_TRAINING), c_int(RELU_USE_DST), data, data, *slope, None),
+        )
+        self.call(
+            "dnnl_eltwise_backward_primitive_desc_create",
+            *(byref(handle), self._handle, c_int(RELU_USE_DST), data, data, data, *slope, forward, None),
         )
         return handle
 

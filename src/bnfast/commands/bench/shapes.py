@@ -2,9 +2,11 @@
 
 from typing import NamedTuple
 
-__all__ = ["OPERATIONS", "QUICK", "SHAPES", "SIZES", "Shape", "family", "group", "named"]
+__all__ = ["BLOCK", "OPERATIONS", "QUICK", "SHAPES", "SIZES", "Shape", "family", "group", "named"]
 
 OPERATIONS = ("forward", "backward", "eval")
+BLOCK = ("block", "block backward")  # y = relu(batch norm(x) + residual), in training, and its gradients
+ARRAYS = {"forward": 2, "backward": 3, "eval": 2, "block": 3, "block backward": 5}
 
 
 class Shape(NamedTuple):
@@ -49,8 +51,11 @@ class Shape(NamedTuple):
         return size
 
     def bytes_moved(self, operation: str, itemsize: int) -> int:
-        """Least traffic: forward and eval read x and write y, backward reads x and dy and writes dx."""
-        return (3 if operation == "backward" else 2) * self.size * itemsize
+        """Least traffic: forward and eval read x and write y, backward reads x and dy and writes dx.
+
+        The block reads the residual, too, and its backward reads x, the residual and dy and writes dx and dresidual.
+        """
+        return ARRAYS[operation] * self.size * itemsize
 
 
 RESNET50 = (  # at batch 32

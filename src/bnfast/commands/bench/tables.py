@@ -3,12 +3,18 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .contenders import CONTENDERS
-from .shapes import OPERATIONS
+from .block import BLOCK_CONTENDERS
+from .shapes import BLOCK, OPERATIONS
 
-__all__ = ["OP_TITLES", "Report", "busy", "contenders_of", "duration", "grid", "headline", "table"]
+__all__ = ["OP_TITLES", "Report", "busy", "contenders_of", "duration", "grid", "headline", "operations_of", "table"]
 
-OP_TITLES = {"forward": "forward (training)", "backward": "backward", "eval": "forward (eval)"}
+OP_TITLES = {
+    "forward": "forward (training)",
+    "backward": "backward",
+    "eval": "forward (eval)",
+    "block": "block: relu(batch norm(x) + residual), training",
+    "block backward": "block backward",
+}
 
 BETWEEN = {
     "cold": "before each call 300 µs of other work on the calling thread, which is not timed",
@@ -43,7 +49,13 @@ def grid(rows: Sequence[Sequence[str]]) -> list[str]:
 def contenders_of(report: Report) -> list[str]:
     """Those with results, in their usual order."""
     found = {r["contender"] for r in report["results"]}
-    return [name for name in CONTENDERS if name in found]
+    return [name for name in BLOCK_CONTENDERS if name in found]  # all there are
+
+
+def operations_of(report: Report) -> list[str]:
+    """Those with results, in their usual order."""
+    found = {r["operation"] for r in report["results"]}
+    return [operation for operation in (*OPERATIONS, *BLOCK) if operation in found]
 
 
 def headline(report: Report) -> str:
@@ -73,7 +85,7 @@ def table(report: Report) -> str:
     found = {(r["operation"], r["shape"], r["contender"]): r for r in report["results"]}
     shapes = list(dict.fromkeys(r["shape"] for r in report["results"]))
     lines = [headline(report)]
-    for operation in OPERATIONS:
+    for operation in operations_of(report):
         times, ratios = [], []
         for shape in shapes:
             cells = [found.get((operation, shape, name)) for name in names]

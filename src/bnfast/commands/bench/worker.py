@@ -258,18 +258,20 @@ class Server:
         self._timer: Timer = timed
         self._chosen: dict[str, tuple[Callable[[], object], int]] = {}
 
-    def prepare(self, shape: str, dtype: str, fresh: bool, between: str = "") -> dict[str, Any]:
+    def prepare(self, shape: str, dtype: str, fresh: bool, between: str = "", block: bool = False) -> dict[str, Any]:
         """Make the arrays of a shape, run each variant of each operation once and check its result.
 
         between: what happens around a call: nothing, "cold" (other work before it), "consumer" (its result is read).
+        block: whether the contender is one of the block.
         """
+        from .block import BlockCase
         from .contenders import Case, check
         from .shapes import named
 
         self._operations, self._chosen = {}, {}
         self._timer = timed_cold if between == "cold" else timed
         gc.collect()
-        case = Case(named(shape), dtype, fresh)
+        case = BlockCase(named(shape), dtype) if block else Case(named(shape), dtype, fresh)
         self._operations = self._contender.operations(case)
         for name, operation in self._operations.items():
             for variant in operation.variants:
