@@ -492,8 +492,8 @@ def _positions(mask: ArrayLike | None, x: ArrayLike, axis: int, training: bool =
     positions = _core.positions_of(mask, x, axis)
     if positions.all:
         return None
-    if training and positions.count < 2:
-        raise ValueError(f"mask: expected at least 2 positions that take part when training, got {positions.count}")
+    if training:
+        _core.check_positions(positions.count)
     return positions
 
 

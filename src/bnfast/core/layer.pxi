@@ -71,6 +71,7 @@ cdef class Forward:
 
     cdef readonly cnp.ndarray x     # a view, whose shape nobody else can change
     cdef cnp.ndarray mask           # of the positions that take part, a copy; None: all
+    cdef Positions there            # those positions, until y is there; made again for the backward
     cdef bint has_residual
     cdef cnp.ndarray residual       # a view, kept where the backward needs it: with an activation; else None
     cdef bint rectifies
@@ -133,7 +134,9 @@ cdef class Forward:
 
     cdef Positions positions(self):
         """Those that take part; None: all."""
-        return None if self.mask is None else positions_of(self.mask, self.x, self.axis)
+        if self.mask is None or self.there is not None:
+            return self.there
+        return positions_of(self.mask, self.x, self.axis)
 
     cdef void set_parameters(self, bnfast_job *job) noexcept:
         job.rectifies, job.rectifier = self.rectifies, self.rectifier
@@ -404,18 +407,13 @@ cdef Forward new_forward(AtomicReference contents, Options options, x, gamma, be
 cdef int set_mask(Forward forward, mask) except -1:
     cdef Positions positions = positions_of(mask, forward.x, forward.axis)
     if not positions.all:
-        forward.mask = np.array(as_mask(mask, forward.x, forward.axis))
-        forward.count = positions.count
+        forward.mask, forward.there, forward.count = positions.mask, positions, positions.count
     return 0
 
 
 cdef int check_batch(Forward forward) except -1:
     """That a forward has the two values a channel that statistics need."""
-    if forward.mask is None:
-        return check_count(forward.x, forward.axis)
-    if forward.count < 2:
-        raise ValueError(f"mask: expected at least 2 positions that take part when training, got {forward.count}")
-    return 0
+    return check_count(forward.x, forward.axis) if forward.mask is None else check_positions(forward.count)
 
 
 cdef cnp.ndarray mapped_there(Forward forward, bnfast_job *job, cnp.ndarray out):
@@ -434,6 +432,7 @@ cdef int seal(Forward forward, out, tuple living) except -1:
     """Once y is there."""
     cnp.PyArray_CLEARFLAGS(forward.block, cnp.NPY_ARRAY_WRITEABLE)
     take_sample(forward.x, forward.sample)
+    forward.there = None  # it may hold a copy of x
     if not forward.rectifies:
         forward.residual = None  # its gradient is dy, whatever it was
     elif forward.residual is not None:
@@ -574,19 +573,18 @@ def backward_of(Forward forward, dy, out, tuple living, dtype, out_residual=None
         job.mean, job.inv_std = forward.running.row(0), values(sums) + 2 * forward.channels
         for i in range(forward.channels):
             job.inv_std[i] = 1.0 / sqrt(forward.running.row(1)[i] + forward.eps)
+    there = forward.positions()
+    if there is not None:
+        x, u, axis = there.gather(x, "x"), there.gather(u, "dy"), 1
+        residual = None if residual is None else there.gather(residual, "residual")
     if forward.has_residual and residual is None:
         residual = x  # without an activation it does not matter which
-    there = forward.positions()
     if there is None:
         dx, dresidual = mapped_back(&job, x, u, residual, axis, forward.channels, given_out, given_out_residual)
     else:
-        if residual is not None:
-            residual = there.gather(residual, "residual")
-        dx, dresidual = mapped_back(&job, there.gather(x, "x"), there.gather(u, "dy"), residual, 1, forward.channels,
-                                    None, None)
+        dx, dresidual = mapped_back(&job, x, u, residual, axis, forward.channels, None, None)
         dx = there.scatter(dx, given_out)
-        if dresidual is not None:
-            dresidual = there.scatter(dresidual, given_out_residual)
+        dresidual = None if dresidual is None else there.scatter(dresidual, given_out_residual)
     if out is not None:
         note_overwritten(out, (*living, forward), "the backward's out")
     if out_residual is not None:

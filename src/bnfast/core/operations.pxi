@@ -73,7 +73,7 @@ cdef tuple mapped_back(bnfast_job *job, cnp.ndarray x, cnp.ndarray dy, cnp.ndarr
     """
     cdef cnp.ndarray data, u, r, dx, dr = None
     cdef bint stored = residual is not None or (job.rectifies and job.operation == BNFAST_BACKWARD_EVAL)
-    if not stored and (job.rectifies == 0 or job.operation != BNFAST_BACKWARD_EVAL):
+    if not stored:
         return mapped(job, x, dy, axis, channels, out), None
     check_kept_shape(x, axis, channels, (dy, residual, out, out_residual))
     data = packed(x, axis, job)
@@ -83,7 +83,7 @@ cdef tuple mapped_back(bnfast_job *job, cnp.ndarray x, cnp.ndarray dy, cnp.ndarr
         dr = empty_like(data) if may_overlap(dx, data) else dx
     else:
         r = packed_like(residual, data)
-        if not (disjoint_or_same(dx, r)):
+        if not disjoint_or_same(dx, r):
             dx = empty_like(data)
         dr = out_residual
         if dr is None or not same_layout(dr, data) or may_overlap(dr, data) or not (

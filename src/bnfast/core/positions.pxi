@@ -47,8 +47,8 @@ cdef class Positions:
     """
 
     cdef readonly cnp.ndarray model  # x, dense
-    cdef int axis
-    cdef bnfast_job layout      # outer, channels, inner of it
+    cdef cnp.ndarray mask       # a copy, as positions lie in memory
+    cdef bnfast_job layout      # outer, channels, inner of x
     cdef cnp.ndarray runs       # (n, 2) intp
     cdef readonly Py_ssize_t count
 
@@ -86,25 +86,32 @@ cdef class Positions:
         return delivered(whole, given_out)
 
 
-def positions_of(mask, x, axis, str name="x"):
+cpdef int check_positions(Py_ssize_t count) except -1:
+    """That so many positions are enough for statistics."""
+    if count < 2:
+        raise ValueError(f"mask: expected at least 2 positions that take part when training, got {count}")
+    return 0
+
+
+def positions_of(mask, x, axis):
     """-> Positions of x where a mask is True."""
     cdef Positions positions = Positions.__new__(Positions)
-    cdef cnp.ndarray data = as_samples(x, name), flat, one_channel
+    cdef cnp.ndarray data = as_samples(x, "x"), broadcast
+    cdef int channel_axis = as_axis(axis, data)
     cdef Py_ssize_t n, n_runs, row
-    positions.axis = as_axis(axis, data)
-    flat = as_mask(mask, data, positions.axis)
-    positions.model = data = packed(data, positions.axis, &positions.layout)
+    broadcast = as_mask(mask, data, channel_axis)
+    positions.model = data = packed(data, channel_axis, &positions.layout)
     if cnp.PyArray_SIZE(data) == 0:
-        positions.layout.channels = cnp.PyArray_DIM(data, positions.axis)
-        positions.layout.outer, positions.layout.inner = cnp.PyArray_SIZE(flat), 1
-    # the mask in the order in which positions lie in memory
-    one_channel = np.empty_like(flat if positions.layout.channels == 0
-                                else (<object>data)[(slice(None),) * positions.axis + (0,)], dtype=np.bool_)
-    cnp.PyArray_CopyInto(one_channel, flat)
-    n = cnp.PyArray_SIZE(one_channel)
+        positions.layout.channels = cnp.PyArray_DIM(data, channel_axis)
+        positions.layout.outer, positions.layout.inner = cnp.PyArray_SIZE(broadcast), 1
+    one_channel = (slice(None),) * channel_axis + (0,)
+    positions.mask = np.empty_like(broadcast if positions.layout.channels == 0 else (<object>data)[one_channel],
+                                   dtype=np.bool_)
+    cnp.PyArray_CopyInto(positions.mask, broadcast)
+    n = cnp.PyArray_SIZE(positions.mask)
     row = n if positions.layout.inner == 1 else positions.layout.inner
-    n_runs = bnfast_list_runs(<const unsigned char *>cnp.PyArray_DATA(one_channel), n, row, &positions.count, NULL)
+    n_runs = bnfast_list_runs(<const unsigned char *>cnp.PyArray_DATA(positions.mask), n, row, &positions.count, NULL)
     positions.runs = np.empty((n_runs, 2), np.intp)
-    bnfast_list_runs(<const unsigned char *>cnp.PyArray_DATA(one_channel), n, row, &positions.count,
+    bnfast_list_runs(<const unsigned char *>cnp.PyArray_DATA(positions.mask), n, row, &positions.count,
                      <bnfast_run *>cnp.PyArray_DATA(positions.runs))
     return positions

@@ -20,7 +20,17 @@ from ... import __version__, _core, config, reference
 from ... import functional as F
 from .shapes import OPERATIONS, Shape
 
-__all__ = ["ALONE", "CONTENDERS", "Case", "Contender", "Operation", "Unavailable", "check", "create"]
+__all__ = [
+    "ALONE",
+    "CONTENDERS",
+    "Case",
+    "Contender",
+    "Operation",
+    "Unavailable",
+    "check",
+    "create",
+    "imported_torch",
+]
 
 Array = NDArray[Any]
 
@@ -233,15 +243,22 @@ class Floor:
         return {name: Operation({"": run(dy if name == "backward" else None)}, lambda _: {}) for name in OPERATIONS}
 
 
+def imported_torch(threads: int | None) -> Any:
+    """PyTorch on so many threads, None: as many as it takes; raises `Unavailable`."""
+    try:
+        torch: Any = importlib.import_module("torch")
+    except ImportError:
+        raise Unavailable("torch is not installed") from None
+    if threads:
+        torch.set_num_threads(threads)
+    return torch
+
+
 class Torch:
     """PyTorch's own kernels, called as directly as Python can."""
 
     def __init__(self, threads: int) -> None:
-        try:
-            self.torch: Any = importlib.import_module("torch")
-        except ImportError:
-            raise Unavailable("torch is not installed") from None
-        self.torch.set_num_threads(threads)
+        self.torch = imported_torch(threads)
         self.torch.set_grad_enabled(False)
         self.about = f"PyTorch {self.torch.__version__}"
 

@@ -7,7 +7,6 @@ the sum of the two alone, (b) whole training steps of a perceptron, and (c) a re
 """
 
 import contextlib
-import importlib
 import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -22,7 +21,7 @@ import bnfast
 from ... import functional as F
 from ..network import Linear, ReLU, cross_entropy
 from .compare import record, summary
-from .contenders import EPS, Operation, Unavailable
+from .contenders import EPS, Operation, imported_torch
 from .residual_block import DIMS
 from .tables import busy, duration, grid
 from .worker import Worker, WorkerError
@@ -164,12 +163,7 @@ def numpy_step(layers: list[Layer]) -> Callable[[], float]:
 
 def torch_step(threads: int | None) -> Callable[[], float]:
     """The same step of the same network in PyTorch, eager."""
-    try:
-        torch: Any = importlib.import_module("torch")
-    except ImportError:
-        raise Unavailable("torch is not installed") from None
-    if threads:
-        torch.set_num_threads(threads)
+    torch = imported_torch(threads)
     nn, modules = torch.nn, []
     for layer in perceptron(NumpyBatchNorm):
         if isinstance(layer, Linear):

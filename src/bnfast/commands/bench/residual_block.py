@@ -3,7 +3,6 @@
 x -> batch norm, ReLU -> 1x1 convolution (a product of matrices) -> batch norm, + x, ReLU.
 """
 
-import importlib
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -11,7 +10,7 @@ import numpy as np
 
 from ... import functional as F
 from ... import reference
-from .contenders import EPS, Array, Operation, Unavailable
+from .contenders import EPS, Array, Operation, imported_torch
 
 __all__ = ["DIMS", "KINDS", "ResidualBlock"]
 
@@ -163,12 +162,7 @@ def numpy_calls(stage: type[Stage]) -> Calls:
 
 def torch_calls(threads: int | None) -> Calls:
     """The block in PyTorch, eager, with autograd; the layers change what is theirs in place, as torchvision's do."""
-    try:
-        torch: Any = importlib.import_module("torch")
-    except ImportError:
-        raise Unavailable("torch is not installed") from None
-    if threads:
-        torch.set_num_threads(threads)
+    torch = imported_torch(threads)
     d, channels = data(), DIMS[-1]
 
     def image(name: str) -> Any:
