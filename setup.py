@@ -8,9 +8,14 @@ BNFAST_WERROR=1     warnings from our own C are errors
 """
 
 import os
+import re
 import subprocess
 import sys
 import tempfile
+import tomllib
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from pathlib import Path
 
 import numpy
@@ -20,8 +25,28 @@ from setuptools.command.build_ext import build_ext
 
 KERNELS = (
     *("baseline", "avx2", "avx512", "dispatch"),
-    *("plan", "planar", "interleaved", "block", "merge", "floor", "infinite", "positions"),
+    *("plan", "planar", "interleaved", "block", "merge", "floor", "infinite", "positions", "rows", "careful"),
 )
+
+PROBE = "int main(void) { return 0; }\n"
+
+NO_COMPILER = """
+bnfast: no working C compiler ({command}): {why}
+
+bnfast is compiled when it is installed from source. To get a compiler:
+  Debian, Ubuntu   sudo apt install gcc python3-dev
+  Fedora, Alma     sudo dnf install gcc python3-devel
+  Alpine           apk add gcc musl-dev python3-dev
+  macOS            xcode-select --install
+  Windows          Visual Studio's build tools, with C++
+  conda            conda install -c conda-forge c-compiler
+"""
+
+NO_OPENMP = """
+bnfast: this compiler works, and has no working OpenMP. Building WITHOUT threads: every call
+will run on one core, with the same results. On Debian and Ubuntu OpenMP comes with gcc; with
+clang install libomp-dev.
+"""
 
 OPENMP_PROBE = """
 #include <omp.h>
@@ -35,8 +60,44 @@ int main(void)
 """
 
 
+def long_description(readme: str, repository: str | None, version: str) -> str:
+    """The README as a package index shows it, where paths lead nowhere.
+
+    With the repository's address, links and figures are those of the release there. Without one figures are left out,
+    and links to files are their text.
+    """
+
+    def resolved(match: re.Match[str]) -> str:
+        figure, text, target = match[1], match[2], match[3]
+        if re.match(r"[a-z]+:|#", target):
+            return match[0]
+        if repository:
+            return f"{figure}[{text}]({repository}/{'raw' if figure else 'blob'}/v{version}/{target})"
+        return "" if figure else text
+
+    return re.sub(r"(!?)\[([^\]]*)\]\(([^)\s]+)\)", resolved, readme)
+
+
+def described() -> str:
+    """README.md, resolved with what pyproject.toml says."""
+    project = tomllib.loads(Path("pyproject.toml").read_text(encoding="utf-8"))["project"]
+    repository = project.get("urls", {}).get("Repository")
+    return long_description(Path("README.md").read_text(encoding="utf-8"), repository, project["version"])
+
+
 def switch(name: str) -> bool:
     return os.environ.get(name, "") not in ("", "0")
+
+
+def side_by_side(compile_all: Callable[..., list[str]]) -> Callable[..., list[str]]:
+    """A compiler's `compile` that takes as many sources at a time as there are cores: four take nearly all the time."""
+
+    def compiled(sources: list[str], **options: object) -> list[str]:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        with ThreadPoolExecutor(cores) as pool:
+            return list(chain.from_iterable(pool.map(lambda source: compile_all([source], **options), sources)))
+
+    return compiled
 
 
 class BuildExt(build_ext):
@@ -44,11 +105,13 @@ class BuildExt(build_ext):
 
     def build_extensions(self) -> None:
         msvc = self.compiler.compiler_type == "msvc"
+        self.check_compiler()
         compile_args, link_args = self.msvc_flags() if msvc else self.gcc_flags()
         openmp = self.openmp_flags(msvc)
         for extension in self.extensions:
             extension.extra_compile_args += compile_args + openmp[0]
             extension.extra_link_args += link_args + openmp[1]
+        self.compiler.compile = side_by_side(self.compiler.compile)
         super().build_extensions()
 
     def msvc_flags(self) -> tuple[list[str], list[str]]:
@@ -81,18 +144,20 @@ class BuildExt(build_ext):
             return flags
         if wanted == "1":
             sys.exit("bnfast: BNFAST_OPENMP=1, but a program with OpenMP does not compile and link here")
-        print(
-            f"""
-{"*" * 78}
-bnfast: this compiler has no working OpenMP. Building WITHOUT threads: every call
-will run on one core. On Debian and Ubuntu OpenMP comes with gcc; with clang
-install libomp-dev.
-{"*" * 78}
-""",
-            file=sys.stderr,
-            flush=True,
-        )
+        stars = "*" * 92
+        print(f"\n{stars}{NO_OPENMP}{stars}\n", file=sys.stderr, flush=True)
         return [], []
+
+    def check_compiler(self) -> None:
+        """Ends the build with advice if not even an empty program compiles: that is no question of OpenMP."""
+        with tempfile.TemporaryDirectory() as folder:
+            source = Path(folder, "probe.c")
+            source.write_text(PROBE)
+            try:
+                self.compiler.compile([str(source)], output_dir=folder)
+            except Exception as error:  # whatever the build tools raise
+                command = getattr(self.compiler, "compiler_so", None) or [self.compiler.compiler_type]
+                sys.exit(NO_COMPILER.format(command=command[0], why=error))
 
     def openmp_works(self, compile_args: list[str], link_args: list[str]) -> bool:
         """Compiles, links and runs a small program: a header without a library is not OpenMP."""
@@ -107,33 +172,36 @@ install libomp-dev.
                 return False
 
 
-extension = Extension(
+EXTENSION = Extension(
     "bnfast._core",
     sources=[
         "src/bnfast/core/_core.pyx",
+        *(f"src/bnfast/kernels/{name}.c" for name in KERNELS),  # the longest to compile first
         *(f"src/bnfast/runtime/{name}.c" for name in ("openmp", "budget", "rivals", "waking", "late")),
-        *(f"src/bnfast/kernels/{name}.c" for name in KERNELS),
     ],
     depends=[str(path) for pattern in ("*.h", "*.pxi") for path in sorted(Path("src/bnfast").rglob(pattern))],
     include_dirs=["src/bnfast", numpy.get_include()],
     define_macros=[("NPY_NO_DEPRECATED_API", "NPY_2_0_API_VERSION"), ("NPY_TARGET_VERSION", "NPY_2_0_API_VERSION")],
 )
 
-setup(
-    packages=[*find_packages("src"), "bnfast.examples"],
-    package_dir={"": "src", "bnfast.examples": "examples"},  # so that `python -m bnfast gallery` finds them
-    ext_modules=cythonize(
-        extension,
-        compiler_directives={
-            "language_level": 3,
-            "boundscheck": switch("BNFAST_DEBUG"),
-            "wraparound": False,
-            "cdivision": True,
-            "initializedcheck": switch("BNFAST_DEBUG"),
-            "embedsignature": True,
-            "freethreading_compatible": True,
-        },
-        build_dir="build/cython",
-    ),
-    cmdclass={"build_ext": BuildExt},
-)
+if __name__ == "__main__":  # tests import the messages
+    setup(
+        packages=[*find_packages("src"), "bnfast.examples"],
+        long_description=described(),
+        long_description_content_type="text/markdown",
+        package_dir={"": "src", "bnfast.examples": "examples"},  # so that `python -m bnfast gallery` finds them
+        ext_modules=cythonize(
+            EXTENSION,
+            compiler_directives={
+                "language_level": 3,
+                "boundscheck": switch("BNFAST_DEBUG"),
+                "wraparound": False,
+                "cdivision": True,
+                "initializedcheck": switch("BNFAST_DEBUG"),
+                "embedsignature": True,
+                "freethreading_compatible": True,
+            },
+            build_dir="build/cython",
+        ),
+        cmdclass={"build_ext": BuildExt},
+    )

@@ -28,6 +28,10 @@ CAPTION = (
     "f(x) - tD, falls like t², faster than the step t (it is o(t)); with a slope that is wrong by 1% it falls like t "
     "only."
 )
+ALT = (
+    "Left: measured slopes lie on a cosine whose maximum is at the gradient's angle. Right, double logarithmic: "
+    "two lines of error against step, the lower one twice as steep."
+)
 
 ANGLES = np.arange(0, 360, 5)  # degrees
 STEPS = 2.0 ** -np.arange(0, 16)

@@ -27,6 +27,10 @@ CAPTION = (
     "walls creeps along its floor. After (x - mean) / std it is nearly round, and the same descent, each at the best "
     "constant learning rate for its own valley, is there in a few steps."
 )
+ALT = (
+    "Contour lines of two losses with the path of a descent: left a narrow ellipse and a long zigzag, right near "
+    "circles and a few steps to the middle."
+)
 
 MAX_STEPS = 100_000
 

@@ -27,6 +27,10 @@ CAPTION = (
     "average closes in, and merged moments are the statistics of all that has passed, so those of the training set "
     "once it has."
 )
+ALT = (
+    "Distance of three kinds of statistics from those of the training set against images seen, for small and "
+    "large batches; and the test accuracy with each."
+)
 
 SMALL, LARGE = 4, 64
 IMAGES = 22 * LARGE  # of the 1437 to train on: whole batches of both sizes
@@ -100,9 +104,8 @@ def compute(seed: int) -> Result:
 
 
 def draw(results: Sequence[Result]) -> Figure:
-    """Show all seeds: batches of SMALL to the left, of LARGE to the right."""
-    figure, axes = panels(4, TITLE)
-    figure.set_size_inches(16, 4.8)
+    """Show all seeds: batches of SMALL above, of LARGE below."""
+    figure, axes = panels(4, TITLE, rows=2)
     styles = {"running": (VERMILION, "s"), "cumulative": (BLUE, "o"), "exact": (GREEN, "^")}
     for size, (far, right) in {SMALL: axes[:2], LARGE: axes[2:]}.items():
         first = int(np.searchsorted(SHARES, size / IMAGES))  # before that there is no batch yet

@@ -36,7 +36,11 @@ CAPTION = (
     "Each sigmoid shrinks the gradient, so that of eight layers without batch normalisation the first gets a "
     "thousandth and the network learns nothing; normalised, before or after the activation, it learns. If the weights "
     "are ten times too large, normalising before keeps most inputs of the sigmoids out of saturation and normalising "
-    "after does not: there the seed's advice, before, is what counts."
+    "after does not: there the notes' advice, before, is what counts."
+)
+ALT = (
+    "Norm of the gradient layer by layer, test accuracy by epoch, and the share of saturated sigmoids: without "
+    "batch normalisation the first layers' gradients are a thousandth."
 )
 
 DEPTH = 8

@@ -28,6 +28,13 @@ def isa(request):
     _core.select_isa(before)
 
 
+@pytest.fixture
+def force_plan():
+    """_core.force_plan, whose choices end with the test."""
+    yield _core.force_plan
+    _core.force_plan()
+
+
 @pytest.fixture(params=[np.float32, np.float64], ids=["float32", "float64"])
 def dtype(request):
     return request.param

@@ -196,7 +196,6 @@ WRONG_DATA = {  # row of the table: what to make of a right array, words of the 
     "complex": (lambda x: x.astype(np.complex64), ["complex64", *SUPPORTED]),
     "object": (lambda x: x.astype(object), ["object", *SUPPORTED]),
     "longdouble": (lambda x: x.astype(np.longdouble), [np.dtype(np.longdouble).name, *SUPPORTED]),
-    "float16": (lambda x: x.astype(np.float16), ["float16", *SUPPORTED]),
     "string": (lambda x: "abc", ["<U3", *SUPPORTED]),
     "datetime": (lambda x: x.astype("M8[s]"), ["datetime64[s]", *SUPPORTED]),
     "structured": (lambda x: np.zeros(x.shape, [("a", "f4")]), ["'a'", *SUPPORTED]),

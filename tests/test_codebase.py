@@ -32,11 +32,11 @@ PYTHON = [name for name, path in MODULES.items() if path.suffix == ".py"]
 # From the top down; what is not here stands beside them (`runtime`) or below (`_checks`).
 LEVELS = [
     {"__main__"},
-    {"commands"},
+    {"commands", "torch", "dask"},
     {"__init__"},
-    {"state.model"},
+    {"state.model", "state.fold", "state.trees"},
     {"layer", "scaling", "gradients"},
-    {"functional", "statistics", "state"},
+    {"functional", "statistics", "state", "distributed"},
     {"_core"},
 ]
 
@@ -47,39 +47,78 @@ MAY_IMPORT = {
     "_table": set(),
     "reference": set(),
     "runtime": {"_checks", "_core", "runtime"},
-    "functional": {"_core", "statistics"},
+    "functional": {"_checks", "_core", "statistics"},
     "statistics": {"_checks", "_core", "_table", "functional", "statistics"},
     "grad_mode": {"_core"},
     "state.files": set(),
     "state.names_of_0_1": set(),
-    "state.layer_state": {"_checks", "_core", "state.files", "statistics"},
+    "state.conventions": {"_checks"},
+    "distributed": {"_core", "distributed"},
+    "state.layer_state": {"_checks", "_core", "distributed", "state.conventions", "state.files", "statistics"},
+    "state.fold": {"_checks", "layer", "state.conventions"},
+    "state.trees": {"layer", "state.conventions", "state.files"},
     "state.model": {"_checks", "_core", "layer", "state"},  # makes layers of what is in a file
     "state": set(),
-    "layer": {"_checks", "_core", "functional", "grad_mode", "state.layer_state", "statistics"},
+    "layer": {"_checks", "_core", "distributed", "functional", "grad_mode", "state.layer_state", "statistics"},
     "scaling": {"_checks", "_core", "scaling", "state.files"},
     "gradients": {"_checks", "_table", "gradients"},  # and not the layer: it checks anybody's
     "__init__": {"functional", "grad_mode", "gradients", "layer", "runtime", "scaling", "state", "statistics"},
+    "dask": {"_checks", "dask", "scaling", "statistics"},
+    "torch.memory": set(),
+    "torch.calls": {"_core", "functional", "runtime.threads", "torch.memory"},
+    "torch.operator": {"torch.calls"},
+    "torch.processes": {
+        "_core",
+        "distributed.gather",
+        "functional",
+        "statistics.moments",
+        "torch.calls",
+        "torch.memory",
+    },
+    "torch.layers": {"_checks", "_core", "distributed.gather", "torch.calls", "torch.operator", "torch.processes"},
+    "torch.conversion": {"torch.layers"},
+    "torch": {"torch.conversion", "torch.layers"},
     "commands.figures": set(),
     "commands.common": set(),
     "commands.network": {"layer"},
     "commands.demo": {"commands.figures", "commands.network", "commands.common"},
     "commands.gallery": {"commands.common"},  # and the examples, by name
     "commands.bench": {
-        *("__init__", "_core", "commands.bench", "commands.network", "commands.common", "functional", "reference"),
+        *(
+            "__init__",
+            "_core",
+            "commands.bench",
+            "commands.network",
+            "commands.common",
+            "functional",
+            "layer",
+            "reference",
+        ),
         "runtime.config",
     },
     "commands": set(),
     "__main__": {"commands.bench", "commands.demo", "commands.gallery", "runtime.config"},
 }
 OTHER_PACKAGES = {  # the rest: NumPy
+    "torch": {"numpy", "torch", "ml_dtypes"},
+    "dask": {"numpy", "dask"},
+    "distributed.gather": {"numpy", "torch"},  # where a process group is given
     "commands.network": {"numpy", "sklearn"},
     "commands.demo": {"numpy", "matplotlib", "threadpoolctl", "tqdm"},
     "commands.figures": {"numpy", "matplotlib"},
     "commands.gallery": {"numpy", "threadpoolctl", "tqdm"},
     "commands.bench": {"numpy", "matplotlib", "tqdm"},
     "scaling.estimator": {"numpy", "sklearn"},
+    "scaling.peer": {"numpy", "sklearn"},
+    "scaling.exchange": {"numpy", "sklearn"},
     "state.model": {"numpy", "ml_dtypes"},  # for bfloat16 arrays, where they are met
 }
+
+
+NEEDED_BY_A_FOLDER = {
+    "torch": {"torch"},
+    "dask": {"dask"},
+}  # what may be imported at once: nobody imports these folders but who wants it
 
 
 def import_faults(found, name):
@@ -90,8 +129,12 @@ def import_faults(found, name):
         return [f"{name} is new: say in MAY_IMPORT what it may import"]
     faults = {other for other in own if not sources.lies_in(other, permitted)}
     faults |= others - set(sys.stdlib_module_names) - (sources.rule_of(name, OTHER_PACKAGES) or {"numpy"})
-    faults |= {f"{other} at once" for other in at_once - set(sys.stdlib_module_names) - {"numpy"}}
+    needed = sources.rule_of(name, NEEDED_BY_A_FOLDER) or set()
+    faults |= {f"{other} at once" for other in at_once - set(sys.stdlib_module_names) - {"numpy"} - needed}
     return [f"{name} imports {fault}" for fault in sorted(faults)]
+
+
+ALWAYS_IMPORTABLE = {name for name in MODULES if sources.rule_of(name, NEEDED_BY_A_FOLDER) is None}
 
 
 @pytest.mark.parametrize("name", PYTHON)
@@ -111,14 +154,13 @@ def test_what_a_module_may_import_lies_below_it():
         for other in permitted:
             if None not in (level(name), level(other)):
                 assert level(name) <= level(other), (name, other)
-        assert sources.lies_in(name, ["commands", "__main__"]) or not any(
-            sources.lies_in(p, ["commands"]) for p in permitted
-        )
+        for top in ("commands", *NEEDED_BY_A_FOLDER):
+            assert sources.lies_in(name, [top, "__main__"]) or not any(sources.lies_in(p, [top]) for p in permitted)
 
 
 def test_no_module_has_the_name_of_what_is_public_beside_it():
     """`import bnfast.moments` would put a module in the place of a function."""
-    for name in MODULES.keys() - {"__init__", "__main__"}:
+    for name in ALWAYS_IMPORTABLE - {"__init__", "__main__", "_core"}:
         parent, _, stem = f"bnfast.{name}".rpartition(".")
         module = importlib.import_module(f"bnfast.{name}")
         assert getattr(importlib.import_module(parent), stem) is module
@@ -133,7 +175,7 @@ for name in ("scipy", "sklearn", "torch", "matplotlib", "tqdm", "threadpoolctl",
 import bnfast
 from bnfast.commands import gallery
 bnfast.BatchNorm(2)([[1.0, 2.0], [3.0, 4.0]])
-for name in {[name for name in PYTHON if name != "__init__"]}:
+for name in {[name for name in PYTHON if name in ALWAYS_IMPORTABLE - {"__init__"}]}:
     importlib.import_module("bnfast." + name)
 for name in gallery.EXAMPLES:
     gallery.example(name)
@@ -421,7 +463,8 @@ def test_what_the_package_needs_at_run_time_is_installed_with_it():
 PUBLIC = {
     "BatchNorm": (
         "(num_features, *, axis=1, eps=1e-05, momentum=0.1, affine=True, track_running_stats=True, "
-        "unbiased_running_var=True, activation=None, negative_slope=0.01, nonfinite='propagate', dtype=float32)"
+        "unbiased_running_var=True, activation=None, negative_slope=0.01, nonfinite='propagate', comm=None, "
+        "dtype=float32)"
     ),
     "BatchNorm.__call__": "(self, x, out=None, *, residual=None, mask=None, update=True)",
     "BatchNorm.forward": "(self, x, out=None, *, residual=None, mask=None, update=True)",
@@ -435,6 +478,8 @@ PUBLIC = {
     "BatchNorm.load_state_dict": "(self, state, *, prefix='')",
     "BatchNorm.save": "(self, path)",
     "BatchNorm.load": "(path, *, max_bytes=1073741824)",
+    "BatchNorm.from_arrays": "(convention, *, gamma=None, beta=None, mean, var, **extras)",
+    "BatchNorm.to_arrays": "(self, convention)",
     "BatchNorm.reset_parameters": "(self)",
     "BatchNorm.reset_running_stats": "(self)",
     "BatchNorm.calibrate": "(self)",
@@ -442,6 +487,8 @@ PUBLIC = {
     "BatchNorm.statistics_report": "(self, exact=None)",
     "save": "(path, entries)",
     "load": "(path, *, into=None, max_bytes=1073741824)",
+    "from_state": "(state, prefixes=None, *, eps=1e-05, axis=1, **options)",
+    "fold": ("(bn, weight, bias=None, *, position='after', axis=0, groups=1, transposed=False, padding=None)"),
     "calibrate": "(layers)",
     "no_grad": "()",
     "functional.batch_norm": (
@@ -469,7 +516,7 @@ PUBLIC = {
         "vresidual=None, activation=None, negative_slope=0.01, mask=None, out=None)"
     ),
     "functional.Sums": "(count, dgamma, dbeta)",
-    "moments": "(x, *, axis=1, mask=None)",
+    "moments": "(x, *, axis=1, mask=None, weights=None)",
     "Moments": "(count, mean, m2)",
     "Moments.var": "(self, ddof=0)",
     "Moments.std": "(self, ddof=0)",
@@ -481,14 +528,17 @@ PUBLIC = {
     "StandardScaler": "(*, copy=True, with_mean=True, with_std=True)",
     "StandardScaler.fit": "(self, X, y=None, sample_weight=None, *, batch_size=None, progress=False)",
     "StandardScaler.partial_fit": "(self, X, y=None, sample_weight=None, *, batch_size=None, progress=False)",
-    "StandardScaler.transform": "(self, X, copy=None, *, out=None)",
-    "StandardScaler.fit_transform": "(self, X, y=None, *, sample_weight=None, out=None)",
-    "StandardScaler.inverse_transform": "(self, X, copy=None, *, out=None)",
+    "StandardScaler.transform": "(self, X, copy=None, *, out=None, batch_size=None, progress=False)",
+    "StandardScaler.fit_transform": "(self, X, y=None, *, sample_weight=None, out=None, **fit_params)",
+    "StandardScaler.inverse_transform": "(self, X, copy=None, *, out=None, batch_size=None, progress=False)",
     "StandardScaler.merge": "(self, other)",
+    "StandardScaler.var": "(self, ddof=0)",
+    "StandardScaler.to_sklearn": "(self)",
+    "StandardScaler.from_sklearn": "(theirs)",
     "StandardScaler.get_feature_names_out": "(self, input_features=None)",
     "StandardScaler.get_params": "(self, deep=True)",
     "StandardScaler.set_params": "(self, **params)",
-    "StandardScaler.set_output": "(self, *, transform=None)",
+    "StandardScaler.set_output": "(self, *, transform=None, inverse_transform=None)",
     "set_num_threads": "(n)",
     "get_num_threads": "()",
     "num_threads": "(n)",
@@ -504,6 +554,8 @@ ALWAYS_THERE = {
 
 
 def imported(name):
+    for library in sources.rule_of(name, NEEDED_BY_A_FOLDER) or ():
+        pytest.importorskip(library, reason=f"bnfast.{name} is for those who have {library}")
     return importlib.import_module("bnfast" if name == "__init__" else f"bnfast.{name}")
 
 
@@ -601,7 +653,9 @@ def documented_parameters(doc):
 def parameters_of(thing):
     if isinstance(thing, property) or (inspect.isclass(thing) and issubclass(thing, Exception)):
         return []
-    return [name for name in inspect.signature(thing).parameters if name != "self"]
+    stars = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
+    parameters = inspect.signature(thing).parameters.values()
+    return [stars.get(parameter.kind, "") + parameter.name for parameter in parameters if parameter.name != "self"]
 
 
 @pytest.mark.parametrize("thing", CALLABLES)

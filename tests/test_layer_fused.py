@@ -17,7 +17,7 @@ from layers import everything, statistics
 from tolerances import assert_same_bits
 
 import bnfast
-from bnfast import BatchNorm, check_layer
+from bnfast import BatchNorm, _core, check_layer
 from bnfast import functional as F
 
 CHANNELS = 4
@@ -76,10 +76,12 @@ def test_a_layer_has_the_bits_of_the_functions(shape, axis, activation, training
         dx, dgamma, dbeta, *dresidual = F.batch_norm_backward(
             data.dy, data.x, mean, inv_std, bn.gamma, beta=bn.beta, training=training, **options
         )
-        for one, other in zip(found if dresidual else (found,), (dx, *dresidual), strict=True):
-            assert_same_bits(one, other)
-        assert_same_bits(bn.grad_gamma, dgamma)
-        assert_same_bits(bn.grad_beta, dbeta)
+        of_layer = [*(found if dresidual else (found,)), bn.grad_gamma, bn.grad_beta]
+        for one, other in zip(of_layer, [dx, *dresidual, dgamma, dbeta], strict=True):
+            if training and dtype is np.float64:  # it remembers what its mean was rounded by, they are handed that
+                np.testing.assert_allclose(one, other, rtol=1e-13, atol=1e-14)
+            else:
+                assert_same_bits(one, other)
 
 
 @every_activation
@@ -275,69 +277,114 @@ def test_a_calibration_gathers_the_positions_that_take_part():
 # --- the residual between forward and backward -----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("activation", ["relu", "leaky_relu"])
+@pytest.mark.parametrize("activation", [None, "relu", "relu6", "leaky_relu"])
 @both_modes
-def test_a_residual_that_was_overwritten_is_an_error(activation, training):
-    data, bn = data_of((6, CHANNELS, 20)), layer(activation).train(training)
-    bn(data.x, residual=data.residual)
-    before = data.residual.copy()
-    data.residual[...] = 1
-    state = everything(bn)
-    with pytest.raises(RuntimeError, match="residual has changed"):
-        bn.backward(data.dy)
-    assert everything(bn) == state
-    data.residual[...] = before
-    bn.backward(data.dy)
-
-
-@both_modes
-def test_without_an_activation_the_residual_may_be_overwritten(training):
-    data, bn = data_of((6, CHANNELS, 20)), layer().train(training)
-    bn(data.x, residual=data.residual)
-    data.residual[...] = 1
-    dx, dresidual = bn.backward(data.dy)
-    assert_same_bits(dresidual, data.dy)
-    assert dresidual is not data.dy
-    twin = layer().train(training)
-    twin(data.x)
-    assert_same_bits(dx, twin.backward(data.dy))
+def test_the_residual_may_be_overwritten_once_y_is_there(activation, training):
+    data = data_of((6, CHANNELS, 20))
+    bn, twin = (layer(activation).train(training) for _ in range(2))
+    twin(data.x, residual=data.residual.copy())
+    mine = data.residual.copy()
+    bn(data.x, residual=mine)
+    mine[...] = -1
+    found, expected = bn.backward(data.dy), twin.backward(data.dy)
+    for one, other in zip(found, expected, strict=True):
+        assert_same_bits(one, other)
+    assert found[1] is not data.dy
+    if activation is None:
+        assert_same_bits(found[1], data.dy)
 
 
 @pytest.mark.parametrize("activation", [None, "relu"])
 def test_out_may_be_the_residual(activation):
-    """Under no_grad always; else there is a backward only without an activation."""
     data = data_of((6, CHANNELS, 20))
-    expected = layer(activation)(data.x, residual=data.residual)
+    twin = layer(activation)
+    expected = twin(data.x, residual=data.residual)
+    gradients = twin.backward(data.dy)
     for context in (bnfast.no_grad(), bnfast.num_threads(1)):
         bn, mine = layer(activation), data.residual.copy()
         with context:
             assert bn(data.x, out=mine, residual=mine) is mine
         assert_same_bits(mine, expected)
-    if activation is None:
-        assert_same_bits(bn.backward(data.dy)[1], data.dy)
-    else:
-        with pytest.raises(RuntimeError, match="residual is gone: the forward's out"):
-            bn.backward(data.dy)
+    for one, other in zip(bn.backward(data.dy, mine), gradients, strict=True):
+        assert_same_bits(one, other)
+    mine = data.residual.copy()
+    _, pullback = bn.vjp(data.x, mine, residual=mine)
+    for one, other in zip(pullback(data.dy), gradients, strict=True):
+        assert_same_bits(one, other)
 
 
-def test_what_is_written_over_a_residual_is_seen_by_every_forward_of_it():
-    data, bn = data_of((6, CHANNELS, 20)), layer("relu")
-    for write in ("forward", "backward out", "backward out_residual"):
-        mine = data.residual.copy()
-        _, first = bn.vjp(data.x, residual=mine)
-        _, second = bn.vjp(data.x, residual=data.residual)
-        expected = first(data.dy)
-        if write == "forward":
-            bn(data.v, out=mine)
-        elif write == "backward out":
-            second(data.dy, out=mine)
-        else:
-            for one, other in zip(first(data.dy, out_residual=mine), expected, strict=True):
-                assert_same_bits(one, other)  # once
-        with pytest.raises(RuntimeError, match=f"residual is gone: the {write.split()[0]}'s {write.split()[-1]}"
-                           if " " in write else "residual is gone: the forward's out"):  # fmt: skip
-            first(data.dy)
-        second(data.dy)
+# (shape, axis): rows of whole and of broken vectors, few and many, in blocks and in phases; planar and interleaved
+MARKED = [
+    ((4, 6, 20), 1), ((3, 5, 17), 1), ((2, 3, 64), 1), ((9, 40, 49), 1), ((2, 3, 40_000), 1), ((6, 200, 196), 1),
+    ((70, 64), 1), ((33, 3), 1), ((500, 5), 1), ((20, 1000), 1), ((8, 4096), 1), ((300, 515), 1), ((5, 7, 6), -1),
+    ((4, 5, 3, 130), -1),
+]  # fmt: skip
+
+
+PLANS = [
+    {},
+    {"kind": "phases", "near": True, "stream": True},
+    {"kind": "phases", "near": False, "stream": False},
+    {"kind": "blocks", "pack": True, "stream": True},
+    {"kind": "blocks", "pack": True, "stream": False},
+    {"kind": "blocks", "pack": False, "near": True, "written_later": True},
+    {"kind": "blocks", "written_later": True, "stream": True},
+    {"kind": "blocks", "written_later": False, "stream": True},
+]
+
+
+def elements_further(array, n):
+    """A new array like this one, n elements behind a line of memory."""
+    itemsize = array.itemsize
+    memory = np.empty(array.size + n + 64 // itemsize, array.dtype)
+    first = -memory.ctypes.data % 64 // itemsize + n
+    return memory[first : first + array.size].reshape(array.shape)
+
+
+@pytest.mark.parametrize(("shape", "axis"), MARKED)
+def test_a_layer_goes_by_marks_to_the_bits_of_the_residual(isa, shape, axis, dtype, force_plan):
+    """Whatever the plan, the threads, and where y and the gradients begin in memory."""
+    data = data_of(shape, axis, dtype)
+    bn = BatchNorm(shape[axis], axis=axis, dtype=dtype, activation="leaky_relu", negative_slope=SLOPE)
+    bn.gamma, bn.beta = data.gamma, data.beta
+    alone = BatchNorm(shape[axis], axis=axis, dtype=dtype)
+    alone.gamma, alone.beta = data.gamma, data.beta
+    dresidual = passed(data.dy, alone(data.x) + data.residual, "leaky_relu")
+    dx = alone.backward(dresidual)
+    for number, plan in enumerate(PLANS):
+        y, out, out_residual = (elements_further(data.x, n) for n in (number, 2 * number, number + number % 2))
+        force_plan(**plan)
+        with bnfast.num_threads(1 + number % 2):
+            bn(data.x, out=y, residual=data.residual)
+            bn.backward(data.dy, out, out_residual=out_residual)
+        assert_same_bits(out, dx, plan)
+        assert_same_bits(out_residual, dresidual, plan)
+        assert_same_bits(bn.grad_gamma, alone.grad_gamma, plan)
+
+
+def test_marks_of_one_instruction_set_serve_a_backward_under_another(isa):
+    data, bn = data_of((9, 40, 49)), BatchNorm(40, activation="relu")
+    bn(data.x, residual=data.residual)
+    expected = bn.backward(data.dy)
+    for other_isa, (compiled, supported) in _core.isas().items():
+        if not (compiled and supported):
+            continue
+        bn(data.x, residual=data.residual)
+        _core.select_isa(other_isa)
+        found = bn.backward(data.dy)
+        _core.select_isa(isa)
+        for one, other in zip(found, expected, strict=True):
+            assert_same_bits(one, other)
+
+
+def test_a_strided_batch_finds_its_marks_again():
+    whole = data_of((6, 10, 40))
+    x, residual, dy = (array[::2, ::2, 1::3] for array in (whole.x, whole.residual, whole.dy))
+    bn, twin = BatchNorm(5, activation="relu6"), BatchNorm(5, activation="relu6")
+    bn(x, residual=residual)
+    twin(x.copy(), residual=residual.copy())
+    for one, other in zip(bn.backward(dy), twin.backward(dy.copy()), strict=True):
+        assert_same_bits(one, other)
 
 
 def test_x_may_be_its_own_residual():
@@ -348,26 +395,16 @@ def test_x_may_be_its_own_residual():
 
 
 @pytest.mark.parametrize("activation", [None, "relu"])
-def test_a_residual_is_kept_while_a_backward_needs_it(activation):
+@pytest.mark.parametrize("with_mask", [False, True])
+def test_no_residual_is_kept_for_a_backward(activation, with_mask):
     data, bn = data_of((6, CHANNELS, 20)), layer(activation)
-
-    def living():
-        gc.collect()
-        return reference() is not None
-
     residual = data.residual.copy()
     reference = weakref.ref(residual)
-    bn(data.x, residual=residual)
+    bn(data.x, residual=residual, mask=mask_of((6, CHANNELS, 20), 1) if with_mask else None)
     del residual
-    assert living() is (activation is not None)
+    gc.collect()
+    assert reference() is None
     bn.backward(data.dy)
-    assert not living()
-    residual = data.residual.copy()
-    reference = weakref.ref(residual)
-    with bnfast.no_grad():
-        bn(data.x, residual=residual)
-    del residual
-    assert not living()
 
 
 def test_no_grad_keeps_nothing_for_backward():
@@ -554,7 +591,7 @@ def test_every_combination_passes_check_layer(activation, with_residual, with_ma
         check.raise_if_failed()
         assert everything(bn) == before
         names = {"x", "gamma", "beta", *(["residual"] if with_residual else [])}
-        assert {row.input for row in check.rows} == names
+        assert {row.input.split("[")[0] for row in check.rows} == names  # parts of x have rows of their own
         for name in names:  # kinks and the like leave enough
             assert sum(row.verdict == "ok" for row in check.rows if row.input == name) >= 4, check
 

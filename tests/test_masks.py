@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from activations import LIKE_X, SLOPE, batch, fused, one_after_another
+from digests import case_name
 from layouts import channels_last_view
 from tolerances import assert_same_bits, check_batch_norm, check_moments, wide
 
@@ -22,11 +23,6 @@ CASES = [
 ]
 COMBINATIONS = [(None, False), (None, True), ("relu", True), ("relu6", False), ("leaky_relu", True)]
 LIKE_RESULTS = ("y", "y_eval", "dx", "dx_eval", "dresidual", "dresidual_eval", "dx_applied", "dresidual_applied", "jvp")
-
-
-def case_name(case):
-    shape, axis, order = case
-    return f"{'x'.join(map(str, shape))}-axis{axis}-{order}"
 
 
 every_case = pytest.mark.parametrize("case", CASES, ids=case_name)

@@ -15,7 +15,7 @@ def blocks(language: str) -> list[str]:
 
 def test_python_blocks_run_one_after_another(capsys: pytest.CaptureFixture[str]) -> None:
     code = blocks("python")
-    assert len(code) == 2
+    assert len(code) == 3
     names: dict[str, object] = {}
     for block in code:
         exec(compile(block, str(README), "exec"), names)
@@ -23,9 +23,14 @@ def test_python_blocks_run_one_after_another(capsys: pytest.CaptureFixture[str])
     assert loss < 0.5  # targets are near +-1: a network that learned nothing has a loss of about 1
 
 
-def test_training_example_is_short() -> None:
-    lines = [line for line in blocks("python")[0].splitlines() if line.strip()]
-    assert len(lines) <= 16
+def test_examples_are_short() -> None:
+    first, _, training = ([line for line in block.splitlines() if line.strip()] for block in blocks("python"))
+    assert len([line for line in first if not line.startswith("import")]) == 5
+    assert len(training) <= 16
+
+
+def test_the_readme_is_short() -> None:
+    assert len(README.read_text(encoding="utf-8").splitlines()) <= 150
 
 
 def test_opens_with_the_two_commands() -> None:
@@ -35,8 +40,8 @@ def test_opens_with_the_two_commands() -> None:
     assert "python -m pytest" in commands[1]
 
 
-def test_images_exist() -> None:
-    images = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", README.read_text(encoding="utf-8"))
-    assert images
-    for image in images:
-        assert (README.parent / image).is_file()
+def test_links_and_images_exist() -> None:
+    targets = re.findall(r"\]\(([^)#:]+)\)", README.read_text(encoding="utf-8"))
+    assert {"docs/images/speed.png", "docs/images/demo.png"} <= set(targets)
+    for target in targets:
+        assert (README.parent / target).is_file(), target

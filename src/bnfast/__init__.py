@@ -20,7 +20,9 @@ from .runtime.threads import get_num_threads, num_threads, set_num_threads
 from .scaling.scaler import StandardScaler
 from .state import names_of_0_1
 from .state.files import StateError
+from .state.fold import fold
 from .state.model import load, save
+from .state.trees import from_state
 from .statistics.moments import Moments, moments
 from .statistics.running import calibrate
 
@@ -38,6 +40,8 @@ __all__ = [
     "check_layer",
     "config",
     "directional_derivative",
+    "fold",
+    "from_state",
     "functional",
     "get_num_threads",
     "load",

@@ -5,6 +5,12 @@ import sys
 
 from . import __version__, show_config
 
+NEXT = """
+python -m bnfast demo           train two networks with and without batch normalisation: a figure
+python -m bnfast bench --quick  how fast it is here, beside what is installed of PyTorch, oneDNN and NumPy
+python -m bnfast gallery DIR    eight experiments on real data
+python -m bnfast --help         all commands; in Python: help(bnfast); the guide: docs/ in the sources"""
+
 COMMANDS = """commands:
   config   versions, instruction set, threads and why there are as many
   demo     train two networks to read digits, with and without batch normalisation, and draw a figure
@@ -43,6 +49,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.arguments:
         parser.error(f"config takes no arguments, got {' '.join(args.arguments)}")
     show_config()
+    print(NEXT)
     return 0
 
 

@@ -7,7 +7,19 @@ from typing import Any, SupportsIndex
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-__all__ = ["channel_array", "flag", "floating_dtype", "integer", "number", "one_of", "whole_number"]
+__all__ = [
+    "as_real",
+    "channel_array",
+    "count_of_values",
+    "flag",
+    "floating_dtype",
+    "integer",
+    "is_bfloat16",
+    "is_half",
+    "number",
+    "one_of",
+    "whole_number",
+]
 
 
 def flag(value: bool, name: str) -> bool:
@@ -39,6 +51,19 @@ def number(value: float, name: str) -> float:
         return math.inf
 
 
+def count_of_values(value: Any, name: str, whole: bool = False) -> int | float:
+    """An int of at least 0; unless `whole`, also a float, as a sum of weights is."""
+    if isinstance(value, float | np.floating) and not whole:
+        count: int | float = float(value)
+        if not math.isfinite(count):
+            raise ValueError(f"{name}: expected a finite number, got {value!r}")
+    else:
+        count = integer(value, name)
+    if count < 0:
+        raise ValueError(f"{name}: expected at least 0, got {count}")
+    return count
+
+
 def one_of(value: Any, name: str, choices: tuple[Any, ...]) -> Any:
     """The value, if it is one of the choices: else ValueError, or TypeError if it is no string."""
     if isinstance(value, np.bool_):
@@ -59,8 +84,24 @@ def floating_dtype(value: DTypeLike) -> np.dtype[Any]:
     except TypeError:
         raise TypeError(f"dtype: expected float32 or float64, got {value!r}") from None
     if dtype is None or dtype not in (np.dtype(np.float32), np.dtype(np.float64)):
-        raise TypeError(f"dtype: expected float32 or float64, got {dtype}")
+        why = "; data may be halves, the parameters are not" if dtype is not None and is_half(dtype) else ""
+        raise TypeError(f"dtype: expected float32 or float64, got {dtype}{why}")
     return dtype
+
+
+def is_bfloat16(dtype: np.dtype[Any]) -> bool:
+    """Whether it is that of ml_dtypes, which need not be installed."""
+    return dtype.kind == "V" and dtype.name == "bfloat16"
+
+
+def is_half(dtype: np.dtype[Any]) -> bool:
+    """float16, in whatever byte order, or bfloat16: data that are computed with in float32."""
+    return (dtype.kind == "f" and dtype.itemsize == 2) or is_bfloat16(dtype)
+
+
+def as_real(array: NDArray[Any]) -> NDArray[Any]:
+    """The array; bfloat16, which NumPy takes for no number, as float32, exactly."""
+    return array.astype(np.float32) if is_bfloat16(array.dtype) else array
 
 
 def channel_array(
@@ -72,7 +113,7 @@ def channel_array(
     value_error: type[Exception] = ValueError,
 ) -> NDArray[Any]:
     """A new (channels,) array of `dtype` from real numbers that it can hold."""
-    array = _as_array(value, name, "an array", type_error)
+    array = as_real(_as_array(value, name, "an array", type_error))
     if isinstance(value, np.ma.MaskedArray):
         raise type_error(f"{name}: expected an array without a mask, got {type(value).__name__}")
     if array.dtype.kind not in "fiu":

@@ -18,8 +18,28 @@ _Entered = TypeVar("_Entered")
 def shares_memory(a: object, x: Array) -> bool: ...
 def elements_overlap(array: NDArray[Any]) -> bool: ...
 def as_data(value: object, name: str) -> Array: ...
+def widened(x: Array) -> NDArray[np.float32]: ...
+def narrowed(wide: Array, model: Array, out: Array | None = None) -> Array: ...
 def as_eps(eps: object) -> float: ...
-def moments(x: object, axis: object) -> tuple[int, Statistics, Statistics]: ...
+def moments(x: object, axis: object) -> tuple[int, Statistics, Statistics, Statistics]: ...
+def mask_of(mask: object, x: Array, axis: int) -> NDArray[np.bool_]: ...
+def merge_moments_rows(rows: Statistics) -> Statistics: ...
+
+@final
+class Processes:
+    comm: Any
+    def __init__(
+        self,
+        comm: Any,
+        send: Callable[[Statistics], Any] | None,
+        names: tuple[str, ...],
+        values_of: Callable[[], Sequence[float]],
+        words: Callable[[str, float], str],
+    ) -> None: ...
+    def calibrated(
+        self, row: Statistics, batches: int, error: BaseException | None
+    ) -> tuple[Statistics, int] | None: ...
+
 def batch_norm(
     x: object,
     gamma: object,
@@ -100,6 +120,7 @@ def batch_norm_backward_apply(
     out: object,
     out_residual: object,
 ) -> Any: ...
+def update_average(average: Array, batch: Statistics, keep: float, weight: float) -> None: ...
 def batch_norm_jvp(
     v: object,
     x: object,
@@ -146,8 +167,7 @@ class AtomicReference(Generic[_T]):
 class Forward:
     x: Array
     count: int
-    @property
-    def moments(self) -> tuple[Statistics, Statistics] | None: ...
+    def exact_moments(self) -> tuple[int, Statistics, Statistics, Statistics]: ...
 
 @final
 class Running:
@@ -186,7 +206,10 @@ class Contents:
 @final
 class Calibration(Generic[_Entered]):
     def __new__(
-        cls, tokens: tuple[AtomicReference[object], ...], finish: Callable[[object], None], entered: _Entered
+        cls,
+        tokens: tuple[AtomicReference[object], ...],
+        finish: Callable[[object, BaseException | None], None],
+        entered: _Entered,
     ) -> Self: ...
     def __enter__(self) -> _Entered: ...
     def __exit__(
@@ -245,6 +268,7 @@ def forward_of(
     living: tuple[Forward, ...],
     residual: object = ...,
     mask: object = ...,
+    processes: Processes | None = ...,
 ) -> tuple[Array, Forward]: ...
 def forward_in_calibration(
     contents: AtomicReference[Contents],

@@ -1,10 +1,11 @@
 """Batch normalisation as functions: arrays in, arrays out, no state.
 
 In all of them `x` has any number of dimensions from 2 up and any memory order; `axis` is the channel axis, of length
-C; the statistics are taken over all other axes, M values a channel. Data are float32 or float64, statistics always
-float64. Results lie in memory as `x` does. With `out=`, the result is written there and `out` is returned; `out` may
-be `x` (or `dy`) itself, and may overlap them in any other way at the price of a temporary array. Inputs are never
-modified otherwise.
+C; the statistics are taken over all other axes, M values a channel. Data are float16, bfloat16 (that of ml_dtypes),
+float32 or float64, statistics always float64. Halves are computed with in float32, and rounded once, at the end;
+parameters, and the gradients of them, are float32 or float64. Results lie in memory as `x` does. With `out=`, the
+result is written there and `out` is returned; `out` may be `x` (or `dy`) itself, and may overlap them in any other way
+at the price of a temporary array. Inputs are never modified otherwise.
 
 All of them can do in the same pass what comes after batch normalisation in a network: y = activation(batch norm(x) +
 residual), where `activation` is None, "relu", "relu6" or "leaky_relu"; and leave out positions, such as the padding of
@@ -20,6 +21,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from . import _core
+from ._checks import is_half
 from .statistics.sums import Sums
 
 __all__ = [
@@ -55,7 +57,7 @@ def batch_norm(
 
     Parameters
     ----------
-    x : (..., C, ...) array_like of float32 or float64, at least 2 dimensions
+    x : (..., C, ...) array_like of a floating dtype (see above), at least 2 dimensions
     gamma, beta : (C,) array_like of float32 or float64, or None
         Scale and shift; None: 1 and 0.
     axis : int
@@ -82,7 +84,8 @@ def batch_norm(
     inv_std : (C,) float64 ndarray
         1/sqrt(var + eps) with the population variance (divisor M).
     var : (C,) float64 ndarray
-        The population variance; only with `return_var`.
+        The population variance; only with `return_var`. Infinite where the squares of a channel
+        add up to more than float64 holds (1.8e308); y, mean and inv_std are right there.
 
     Raises
     ------
@@ -98,7 +101,7 @@ def batch_norm(
     -----
     Ioffe and Szegedy, "Batch Normalization", 2015, algorithm 1. float32: y has the error of four roundings, at most
     2.4e-7 * (abs(gamma) * (1 + abs(x_hat)) + abs(beta)), for a mean up to 1e6 standard deviations from zero, and
-    that of the statistics, which averages out but in data made to prevent it (docs/error-bounds.md).
+    that of the statistics, which averages out but in data made to prevent it (docs/theory/error-bounds.md).
 
     Examples
     --------
@@ -111,7 +114,7 @@ def batch_norm(
     array([[-1., -1.],
            [ 1.,  1.]])
     """
-    at = _positions(mask, x, axis, training=True)
+    at = None if mask is None else _positions(mask, x, axis, training=True)
     if at is None:
         return _core.batch_norm(x, gamma, beta, axis, eps, out, residual, activation, negative_slope, return_var)
     _core.check_out(out, at.model)
@@ -141,7 +144,7 @@ def batch_norm_eval(
 
     Parameters
     ----------
-    x : (..., C, ...) array_like of float32 or float64, at least 2 dimensions
+    x : (..., C, ...) array_like of a floating dtype (see above), at least 2 dimensions
         May be empty.
     mean, var : (C,) array_like of float32 or float64
         Statistics to normalise with; `var` at least 0.
@@ -179,7 +182,7 @@ def batch_norm_eval(
     array([[-1.],
            [ 1.]])
     """
-    at = _positions(mask, x, axis)
+    at = None if mask is None else _positions(mask, x, axis)
     if at is None:
         return _core.batch_norm_eval(x, mean, var, gamma, beta, axis, eps, out, residual, activation, negative_slope)
     _core.check_out(out, at.model)
@@ -213,7 +216,7 @@ def batch_norm_backward(
     ----------
     dy : ndarray of x's shape and dtype
         Gradient of the loss with respect to y.
-    x : (..., C, ...) array_like of float32 or float64
+    x : (..., C, ...) array_like of a floating dtype (see above)
         What was normalised.
     mean, inv_std : (C,) array_like of float32 or float64
         As `batch_norm` gave them; for eval the running mean and 1/sqrt(running_var + eps).
@@ -231,7 +234,7 @@ def batch_norm_backward(
     Returns
     -------
     dx : ndarray like x
-    dgamma, dbeta : (C,) ndarray of x's dtype
+    dgamma, dbeta : (C,) ndarray of x's dtype, or of float32 for halves
     dresidual : ndarray like x
         Only with a residual: its gradient, dy times the derivative of the activation.
 
@@ -259,7 +262,7 @@ def batch_norm_backward(
            [-0.2204],
            [ 0.0441]])
     """
-    at = _positions(mask, x, axis, training)
+    at = None if mask is None else _positions(mask, x, axis, training)
     if at is None:
         return _core.batch_norm_backward(
             dy, x, mean, inv_std, gamma, axis, training, out, beta, residual, activation, negative_slope, out_residual
@@ -316,7 +319,7 @@ def batch_norm_backward_sums(
     >>> F.batch_norm_backward_apply(dy[:1], x[:1], mean, inv_std, None, sums).round(4)
     array([[0.1763]])
     """
-    at = _positions(mask, x, axis)
+    at = None if mask is None else _positions(mask, x, axis)
     if at is not None:
         dy, x, residual, axis = at.gather(dy, "dy"), at.gather(x, "x"), _there(at, residual, "residual"), 1
     return Sums(
@@ -379,7 +382,7 @@ def batch_norm_backward_apply(
         raise TypeError(f"sums: expected bnfast.functional.Sums, got {type(sums).__name__}")
     if sums.count < 2:
         raise ValueError(f"sums: expected those of at least 2 values a channel, got a count of {sums.count}")
-    at = _positions(mask, x, axis)
+    at = None if mask is None else _positions(mask, x, axis)
     if at is None:
         return _core.batch_norm_backward_apply(
             dy, x, mean, inv_std, gamma, sums.count, sums.dgamma, sums.dbeta, axis, beta, residual, activation,
@@ -419,7 +422,7 @@ def batch_norm_jvp(
     ----------
     v : ndarray of x's shape and dtype
         Direction of x.
-    x : (..., C, ...) array_like of float32 or float64
+    x : (..., C, ...) array_like of a floating dtype (see above)
         What was normalised.
     mean, inv_std : (C,) array_like of float32 or float64
         As `batch_norm` gave them.
@@ -462,7 +465,7 @@ def batch_norm_jvp(
            [0.],
            [0.]])
     """
-    at = _positions(mask, x, axis, training=True)
+    at = None if mask is None else _positions(mask, x, axis, training=True)
     if at is not None:
         _core.check_out(out, at.model)
         along = batch_norm_jvp(
@@ -475,6 +478,16 @@ def batch_norm_jvp(
         return _core.batch_norm_jvp(v, x, mean, inv_std, gamma, axis, vgamma, vbeta, out)
     data = _core.as_data(x, "x")
     _core.check_out(out, data)
+    if is_half(data.dtype):  # rounded once, at the end
+        given = {"v": v, "residual": residual, "vresidual": vresidual}
+        wide = {
+            name: _core.widened(_core.as_like(part, name, data)) for name, part in given.items() if part is not None
+        }
+        along = batch_norm_jvp(
+            x=_core.widened(data), mean=mean, inv_std=inv_std, gamma=gamma, beta=beta, axis=axis, vgamma=vgamma,
+            vbeta=vbeta, activation=activation, negative_slope=negative_slope, **wide,
+        )  # fmt: skip
+        return _core.narrowed(along, data, out)
     y = _core.before_activation(data, mean, inv_std, gamma, beta, axis, residual)
     along = _core.batch_norm_jvp(v, data, mean, inv_std, gamma, axis, vgamma, vbeta, None)
     if vresidual is not None:
@@ -485,10 +498,8 @@ def batch_norm_jvp(
 # --- masks ------------------------------------------------------------------------------------------------------
 
 
-def _positions(mask: ArrayLike | None, x: ArrayLike, axis: int, training: bool = False) -> _core.Positions | None:
+def _positions(mask: ArrayLike, x: ArrayLike, axis: int, training: bool = False) -> _core.Positions | None:
     """Those of x that take part, None: all. In training 2 are needed."""
-    if mask is None:
-        return None
     positions = _core.positions_of(mask, x, axis)
     if positions.all:
         return None

@@ -16,6 +16,7 @@ from numpy.typing import ArrayLike, DTypeLike
 from . import _core, grad_mode
 from ._checks import channel_array, flag, floating_dtype, integer, number, one_of
 from ._core import KEEP_LAST, KEEP_NOTHING, KEEP_PULLBACK
+from .distributed.gather import of_layer
 from .functional import Activation, Array
 from .state.layer_state import FIXED, LayerState
 from .statistics.running import gather, with_statistics
@@ -72,6 +73,12 @@ class BatchNorm(LayerState):
         statistics as it is; leave those of that channel alone, counted in `num_batches_skipped`; or raise
         FloatingPointError. y is
         the same in the first two. A calibration leaves out the whole batch for "skip".
+    comm : communicator, optional
+        The batch of a training forward lies on several processes, a part on each; its statistics are those of all of
+        it: an mpi4py communicator, a torch.distributed process group, or a callable that takes a float64 vector and
+        gives the (processes, n) array of everybody's, in the order of the processes. Each calls the same layers in the
+        same order. Parts may differ in size, and be empty. `grad_gamma` and `grad_beta` are of the process's own part.
+        Eval mode asks nobody.
     dtype : float32 or float64
         Of `gamma`, `beta` and their gradients. Data may be either, whatever this says; y has the dtype of x.
 
@@ -138,12 +145,14 @@ class BatchNorm(LayerState):
         activation: Activation = None,
         negative_slope: float = 0.01,
         nonfinite: Literal["propagate", "skip", "raise"] = "propagate",
+        comm: Any = None,
         dtype: DTypeLike = np.float32,
     ) -> None:
         self._begin(
             num_features, axis, eps, momentum, affine, track_running_stats, unbiased_running_var, activation,
             negative_slope, nonfinite, dtype,
         )  # fmt: skip
+        self.comm = comm
 
     def _begin(
         self,
@@ -182,6 +191,7 @@ class BatchNorm(LayerState):
         self.eps = eps
         self.momentum = momentum
         self._training = True
+        self._processes: _core.Processes | None = None
         self._gamma = np.ones(features, self.dtype) if self.affine in (True, "gamma") else None
         self._beta = np.zeros(features, self.dtype) if self.affine in (True, "beta") else None
         self._contents = _core.AtomicReference(_core.Contents(self._fresh_statistics()))
@@ -228,6 +238,19 @@ class BatchNorm(LayerState):
             raise ValueError(f"momentum: expected None or a number in [0, 1], got {value!r}")
         self._momentum = momentum
 
+    @property
+    def comm(self) -> Any:
+        """The communicator of the processes that hold the layer; None: it is on this one alone.
+
+        The next training forward is on all of them. Copies keep it; pickles and files keep that there was one, and a
+        training forward then raises until it is set, to a communicator or to None.
+        """
+        return None if self._processes is None else self._processes.comm
+
+    @comm.setter
+    def comm(self, value: Any) -> None:
+        self._processes = of_layer(value, self)
+
     # --- forward ------------------------------------------------------------------------------------------------
 
     __call__ = _core.called
@@ -245,12 +268,12 @@ class BatchNorm(LayerState):
 
         Parameters
         ----------
-        x : (..., C, ...) array_like of float32 or float64, at least 2 dimensions
+        x : (..., C, ...) array_like of float16, bfloat16, float32 or float64, at least 2 dimensions
         out : ndarray like x, optional
             Where to write y. It may be `x`; then there can be no backward, because x is gone.
         residual : ndarray of x's shape and dtype, optional
-            Added before the activation; `backward` then gives its gradient, too. With an activation, do not change it
-            until the backward, as x.
+            Added before the activation; `backward` then gives its gradient, too. It is not kept: it may be `out`, and
+            may be changed once y is there.
         mask : bool array_like, broadcast to x's shape without its channel axis, optional
             Where True, the position takes part in the batch. Elsewhere x and residual may be anything, and y is 0.
         update : bool
@@ -273,6 +296,8 @@ class BatchNorm(LayerState):
         FloatingPointError
             If the statistics of the batch are not finite, in training with `nonfinite="raise"`. The layer is unchanged;
             `out` may be written.
+        OverflowError
+            If `running_var` would leave float64's range, in training; likewise.
         """
         return self._forward(x, out, residual, mask, update, KEEP_NOTHING if grad_mode.is_off() else KEEP_LAST)[0]
 
@@ -292,7 +317,7 @@ class BatchNorm(LayerState):
 
         Parameters
         ----------
-        x : (..., C, ...) array_like of float32 or float64, at least 2 dimensions
+        x : (..., C, ...) array_like of float16, bfloat16, float32 or float64, at least 2 dimensions
         out : ndarray like x, optional
             Where to write y; not into x.
         residual, mask : optional
@@ -309,7 +334,7 @@ class BatchNorm(LayerState):
 
         Raises
         ------
-        TypeError, ValueError, numpy.exceptions.AxisError, FloatingPointError
+        TypeError, ValueError, numpy.exceptions.AxisError, FloatingPointError, OverflowError
             As `forward`; and if `out` lies in the memory of x.
 
         Examples
@@ -343,7 +368,7 @@ class BatchNorm(LayerState):
         if calibration is None:
             return _core.forward_of(
                 self._contents, self._options, x, self._gamma, self._beta, self._eps, self._momentum, self._training,
-                keep, update, out, living, residual, mask,
+                keep, update, out, living, residual, mask, self._processes,
             )  # fmt: skip
         gathers = partial(gather, self._calibration, calibration, self.nonfinite) if update else None
         return _core.forward_in_calibration(
@@ -556,6 +581,8 @@ class BatchNorm(LayerState):
             "nonfinite": "propagate",
         }
         parts += [f"{name}={getattr(self, name)!r}" for name, value in usual.items() if getattr(self, name) != value]
+        if self._processes is not None:
+            parts.append(f"comm={'<to be set>' if self.comm is None else type(self.comm).__name__}")
         if self.dtype != np.float32:
             parts.append(f"dtype={self.dtype}")
         return f"{type(self).__name__}({', '.join(parts)})"

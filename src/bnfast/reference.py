@@ -102,6 +102,8 @@ def _masked(function: Function) -> Function:
         for name in ("x", "dy", "v", "residual", "vresidual"):
             if given.get(name) is not None:
                 given[name] = np.moveaxis(np.asarray(given[name]), axis, -1)[there]  # (M, C)
+        if given.get("weights") is not None:
+            given["weights"] = np.broadcast_to(given["weights"], shape[:-1])[there]
 
         def back(result: Any) -> Any:
             if np.ndim(result) != 2:
@@ -117,12 +119,21 @@ def _masked(function: Function) -> Function:
 
 
 @_masked
-def moments(x: ArrayLike, *, axis: int = 1, mask: ArrayLike | None = None) -> tuple[int, Wide, Wide]:
+def moments(
+    x: ArrayLike, *, axis: int = 1, mask: ArrayLike | None = None, weights: ArrayLike | None = None
+) -> tuple[Any, Wide, Wide]:
     """See `bnfast.moments`; here (count, mean, m2)."""
     x = _wide(x)
+    others = _other_axes(x, axis)
+    if weights is not None:
+        positions = np.moveaxis(x, axis, -1).shape[:-1]
+        w = np.expand_dims(np.broadcast_to(np.asarray(weights, x.dtype), positions), axis)
+        x, total = np.where(w > 0, x, 0), w.sum()
+        mean = (w * x).sum(others, keepdims=True) / (total if total else 1)
+        return total, mean.ravel(), (w * (x - mean) ** 2).sum(others)
     count = x.size // max(1, x.shape[axis])
-    mean = x.mean(_other_axes(x, axis), keepdims=True) if count else _along(None, x, axis, 0.0)
-    return count, mean.ravel(), ((x - mean) ** 2).sum(_other_axes(x, axis))
+    mean = x.mean(others, keepdims=True) if count else _along(None, x, axis, 0.0)
+    return count, mean.ravel(), ((x - mean) ** 2).sum(others)
 
 
 @_masked

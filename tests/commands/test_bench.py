@@ -9,9 +9,10 @@ import time
 
 import numpy as np
 import pytest
+from places import ROOT
 
 from bnfast.commands import bench
-from bnfast.commands.bench import block, compare, contenders, loop, residual_block, tables, worker
+from bnfast.commands.bench import block, compare, contenders, loop, means, residual_block, tables, worker
 from bnfast.commands.bench import shapes as table_of_shapes
 from bnfast.commands.bench.shapes import BLOCK, OPERATIONS, QUICK, SHAPES, SIZES, Shape, family, group, named
 
@@ -110,6 +111,51 @@ def test_a_shape_is_known_by_its_name(name):
 def test_what_is_no_shape_is_refused(name):
     with pytest.raises(ValueError, match=name):
         named(name)
+
+
+# --- Means and releases ---------------------------------------------------------------------------------------
+
+HISTORY = ROOT / "benchmarks" / "history"
+
+
+def test_means_keep_small_and_large_arrays_apart():
+    report = {
+        "results": RESULTS + [result("32x256x14x14", "forward", name, t) for name, t in (("bnfast", 1), ("torch", 9))]
+    }
+    kind = "training forward, (N, C, H, W)"
+    assert means.means(report, small=True)[kind] == {"bnfast": 1, "torch": pytest.approx(9)}
+    assert means.means(report, small=False)[kind] == {"bnfast": pytest.approx(1), "torch": pytest.approx(4)}
+    assert means.means(report, base="torch")[kind]["bnfast"] == pytest.approx((2 * 8 * 9) ** (-1 / 3))
+
+
+@pytest.mark.skipif(not HISTORY.is_dir(), reason="the benchmarks are not beside the installed tests")
+def test_every_release_is_kept_as_it_was_measured():
+    reports = means.releases(HISTORY)
+    assert {"0.1.0-amd", "0.1.0-intel"} <= reports.keys()
+    for name, report in reports.items():
+        version, _, cpu = name.partition("-")
+        assert report["format"] == 1
+        assert report["machine"]["bnfast"] == version
+        assert cpu in report["machine"]["cpu"].lower()
+        for group_name, row in compare.geometric_means(report["results"]).items():
+            assert row == pytest.approx(report["geometric_means"][group_name])
+        for r in report["results"]:
+            assert 0 < r.get("q1", r["median"]) <= r["median"] <= r.get("q3", r["median"])
+            shape = named(r["shape"])
+            assert r["bytes"] == shape.bytes_moved(r["operation"], 4)
+            assert r["group"] == group(shape, r["operation"])
+
+
+@pytest.mark.skipif(not HISTORY.is_dir(), reason="the benchmarks are not beside the installed tests")
+def test_releases_are_drawn():
+    pytest.importorskip("matplotlib")
+    reports = means.releases(HISTORY)
+    head, *rows = means.history(reports)
+    assert head[1:] == list(reports)
+    assert [row[0] for row in rows] == list(means.KINDS)
+    assert all("nan" not in cell for row in rows for cell in row)
+    for picture in means.draw_history(reports), means.draw_means(reports["0.1.0-amd"]):
+        assert picture.startswith(b"\x89PNG")
 
 
 # --- Contenders -----------------------------------------------------------------------------------------------
@@ -458,6 +504,7 @@ def test_the_command_compares_writes_and_draws(tqdm, tmp_path, capsys):
     assert found["geometric_means"]["tiny"]["numpy"] == pytest.approx(np.exp(np.log(numpy).mean()))
     for text in ("8x16", "32x64", "times as long as bnfast", "geometric means", "tiny", str(figure)):
         assert text in out
+    assert out.index("geometric means") < out.index("median time")  # the summary comes first
     assert figure.read_bytes().startswith(b"\x89PNG")
     height, width, _ = matplotlib.image.imread(figure).shape
     assert 400 <= height <= 3000
@@ -552,7 +599,7 @@ def test_a_missing_contender_is_named(tqdm, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")])))
     file = tmp_path / "bench.json"
     assert bench.main(["--quick", "--shapes", "8x16", "--only", "torch", "--json", str(file)]) == 0
-    assert "left out: torch: torch is not installed" in capsys.readouterr().out
+    assert "left out: torch: torch is not installed (python -m pip install torch)" in capsys.readouterr().out
     found = json.loads(file.read_text(encoding="utf-8"))
     assert found["missing"] == {"torch": "torch is not installed"}
     assert {r["contender"] for r in found["results"]} == {"bnfast"}
@@ -573,6 +620,7 @@ def test_a_missing_contender_is_named(tqdm, tmp_path, monkeypatch, capsys):
         ("--only bnfast+numpy", "bnfast+numpy"),
         ("--cold --consumer", "--consumer"),
         ("--sizes --shapes 8x16", "--sizes"),
+        ("--means f.png --quick", "--means"),
         ("--explain 8", "--explain"),
         ("--explain 8x16 --cold", "--explain"),
     ],

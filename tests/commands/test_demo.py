@@ -2,6 +2,7 @@
 
 import errno
 import json
+import re
 import sys
 import warnings
 from pathlib import Path
@@ -36,13 +37,13 @@ def no_training(monkeypatch):
 
 
 def rows(text):
-    """Return the printed table as {(network, normalisation): (loss, train share, test share)}."""
+    """Return the printed table as {(network, normalisation): (loss, shares: train, test, its lowest and highest)}."""
     found = {}
     for line in text.splitlines():
         for name in demo.NETWORKS:
-            if line.startswith(name) and "%" in line:
-                _rate, kind, loss, train, test, _epochs, _seconds = line.removeprefix(name).split()
-                found[name, kind] = float(loss), float(train.strip("%")) / 100, float(test.strip("%")) / 100
+            if re.match(rf"{name} +[\d.]", line):
+                _rate, kind, loss, *shares, _seconds = line.removeprefix(name).split()
+                found[name, kind] = float(loss), *(float(share.strip("%")) / 100 for share in shares)
     return found
 
 
@@ -69,7 +70,7 @@ def test_layer_gradients_agree_with_central_differences(name):
         parameter += rng.standard_normal(parameter.shape)
     check = check_layer(layer, rng.standard_normal(shape))
     check.raise_if_failed()
-    assert {row.input for row in check.rows} == {"x", *layer.parameters()}
+    assert {row.input.partition("[")[0] for row in check.rows} == {"x", *layer.parameters()}  # and parts of them
 
 
 def test_conv_is_a_correlation_with_zeros_around_the_image():
@@ -148,22 +149,6 @@ def test_digits_are_split_by_class_without_overlap(extra):
     assert not np.array_equal(train_images, demo.load_digits(1).train[0])
 
 
-def test_batch_norm_learns_faster(one_blas_thread):
-    """Without it, what comes out depends on how the machine rounds matrix products: 0.6 to 0.9 in single trainings."""
-    _, rate = demo.NETWORKS["fully connected"]
-
-    def accuracies(normalise):
-        runs = [
-            demo.fit("fully connected", rate, normalise, demo.load_digits(seed), 3, seed, lambda: None)
-            for seed in range(4)
-        ]
-        return np.array([run.test_accuracies for run in runs])
-
-    without, with_bn = accuracies(False), accuracies(True)
-    assert with_bn[:, -1].min() >= 0.9
-    assert with_bn.mean() >= without.mean() + 0.05
-
-
 # --- Saving and going on ---
 
 
@@ -226,21 +211,40 @@ def test_run_prints_the_table_and_writes_the_figure(extra, tmp_path, capsys):
     import matplotlib.image
 
     path = tmp_path / "figure.png"
-    assert demo.main(["--epochs", "2", "--output", str(path)]) == 0
+    assert demo.main(["--epochs", "2", "--seeds", "2", "--output", str(path)]) == 0
     out = capsys.readouterr().out
     found = rows(out)
     assert found.keys() == {(name, kind) for name in demo.NETWORKS for kind in ("none", "BatchNorm")}
     for (name, kind), values in found.items():  # without it, other machines round a training to another end
         assert kind == "none" or np.isfinite(values).all(), name
-    assert found["fully connected", "BatchNorm"][2] >= 0.9
-    assert all(0 <= share <= 1 for _, *shares in found.values() for share in shares)
+    assert found["fully connected", "BatchNorm"][2] >= 0.7
+    assert all(0 <= low <= test <= high <= 1 for _, _, test, low, high in found.values())
     assert "2 epochs" in out
-    assert "seed 0" in out
+    assert "seeds 0, 1" in out
+    for name in demo.NETWORKS:  # the words say what the table says
+        low, high = (f"{share:.0%}" for share in found[name, "BatchNorm"][3:])
+        assert f"{name}: with BatchNorm {low if low == high else f'{low} to {high}'} of the test images" in out
     assert str(path) in out
     height, width, _ = matplotlib.image.imread(path).shape
     assert 600 <= height <= 3000
     assert 800 <= width <= 3000
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("name", demo.NETWORKS)
+def test_batch_norm_decides_at_the_rates_of_the_demo(name, one_blas_thread):
+    """Each machine rounds matrix products in its own way; the story has to be the same on all of them."""
+    rate = demo.NETWORKS[name][1]
+    results = [
+        demo.fit(name, rate, normalise, demo.load_digits(seed), 10, seed, lambda: None)
+        for normalise in (False, True)
+        for seed in range(3)
+    ]
+    scores = {n: [r.test_accuracies[-1] for r in results if r.normalise == n] for n in (False, True)}
+    assert min(scores[True]) > 0.9
+    assert max(scores[False]) < 0.6
+    assert "learns nothing" in demo.title(results)
+    assert "learns nothing" not in demo.title([r._replace(normalise=not r.normalise) for r in results])
 
 
 def test_same_seed_same_result(one_blas_thread):
@@ -250,16 +254,17 @@ def test_same_seed_same_result(one_blas_thread):
 
 
 def test_divergence_is_reported_without_warnings(extra, tmp_path, capsys):
-    arguments = ["--epochs", "2", "--learning-rate", "1e30", "--output", str(tmp_path / "f.png")]
+    arguments = ["--epochs", "2", "--seeds", "1", "--learning-rate", "1e30", "--output", str(tmp_path / "f.png")]
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)
         assert demo.main(arguments) == 0
-    found = rows(capsys.readouterr().out)
+    out = capsys.readouterr().out
+    found = rows(out)
     assert len(found) == 4
-    for loss, train, test in found.values():
+    assert out.count("(1 of 1 diverged)") == 2
+    for loss, *shares in found.values():
         assert np.isnan(loss)
-        assert 0.05 < train < 0.15
-        assert 0.05 < test < 0.15
+        assert all(0.05 < share < 0.15 for share in shares)
 
 
 @pytest.mark.parametrize("module", EXTRA_MODULES)
@@ -270,13 +275,13 @@ def test_missing_package_is_named_before_training(extra, no_training, module, tm
     assert out == ""
     assert err.count("\n") == 1
     assert demo.EXTRAS[module] in err
-    assert 'pip install "bnfast[demo]"' in err
+    assert f"python -m pip install {demo.EXTRAS[module]}" in err
 
 
 def test_no_plot_needs_no_matplotlib(extra, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.chdir(tmp_path)
-    assert demo.main(["--epochs", "1", "--no-plot", "--output", "not used"]) == 0
+    assert demo.main(["--epochs", "1", "--seeds", "1", "--no-plot", "--output", "not used"]) == 0
     assert len(rows(capsys.readouterr().out)) == 4
     assert not list(tmp_path.iterdir())
 
@@ -297,7 +302,7 @@ def test_failed_write_is_reported(extra, tmp_path, monkeypatch, capsys):
         raise OSError(errno.ENOSPC, "No space left on device", str(self))
 
     monkeypatch.setattr(Path, "write_bytes", full)
-    assert demo.main(["--epochs", "1", "--output", str(tmp_path / "f.PNG")]) == 1
+    assert demo.main(["--epochs", "1", "--seeds", "1", "--output", str(tmp_path / "f.PNG")]) == 1
     out, err = capsys.readouterr()
     assert len(rows(out)) == 4
     assert "No space left" in err
@@ -323,6 +328,7 @@ def test_interrupt(extra, tmp_path, monkeypatch, capsys):
         "--epochs 0",
         "--epochs x",
         "--seed -1",
+        "--seeds 0",
         "--learning-rate 0",
         "--learning-rate nan",
         "--output f.jpg",

@@ -142,6 +142,16 @@ def test_covariate_shift(results):
         assert r.contrast["without"][module.CONTRAST >= 1].min() > unshifted_without - 0.02
 
 
+def test_data_parallel(results):
+    """Statistics of the whole batch make the losses those of one process; those of parts do not, and cost something."""
+    for r in results("data_parallel"):
+        assert r.together[1][-10:].mean() < r.together[1][0] / 5
+        for size in 2, 4:
+            np.testing.assert_allclose(r.together[size], r.together[1], rtol=0, atol=1e-5)
+            assert np.abs(r.apart[size] - r.together[1]).max() > 0.05
+        assert r.apart[4][-20:].mean() > 1.1 * r.together[1][-20:].mean()
+
+
 # --- figures, page, command ---
 
 

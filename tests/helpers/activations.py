@@ -99,11 +99,13 @@ def fused(b, activation, with_residual, mask=None):
 def one_after_another(b, activation, with_residual):
     """The same from batch normalisation alone, and NumPy."""
     y, mean, inv_std, var = F.batch_norm(b.x, b.gamma, b.beta, axis=b.axis, return_var=True)
+    usable = np.where(np.isfinite(var), var, 1)  # eval takes no other
+    y_eval = F.batch_norm_eval(b.x, mean, usable, b.gamma, b.beta, axis=b.axis)
     if with_residual:
-        y = y + b.residual
+        y, y_eval = y + b.residual, y_eval + b.residual
     dy = passed(b.dy, y, activation)
     found = {"y": rectified(y, activation), "mean": mean, "inv_std": inv_std, "var": var}
-    found["y_eval"] = found["y"]
+    found["y_eval"] = rectified(y_eval, activation)
     given = b.x, mean, inv_std, b.gamma
     for name, training in (("", True), ("_eval", False)):
         gradients = F.batch_norm_backward(dy, *given, axis=b.axis, training=training)

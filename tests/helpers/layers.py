@@ -28,6 +28,32 @@ def trained(**options):
     return bn
 
 
+class Chain:
+    """Layers one after another, as one."""
+
+    def __init__(self, *layers):
+        self.layers = layers
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer.forward(x)
+        return x
+
+    def backward(self, dy):
+        for layer in reversed(self.layers):
+            dy = layer.backward(dy)
+        return dy
+
+    def _all(self, method):
+        return {f"{i}.{k}": v for i, layer in enumerate(self.layers) for k, v in getattr(layer, method)().items()}
+
+    def parameters(self):
+        return self._all("parameters")
+
+    def gradients(self):
+        return self._all("gradients")
+
+
 def raw(array):
     return None if array is None else (array.dtype.str, array.shape, array.tobytes())
 

@@ -103,6 +103,24 @@ def test_plans_are_explained_and_can_be_forced():
         plan((3, 4), "nonsense")
 
 
+def test_maps_whose_channels_stay_in_l2_are_taken_channel_by_channel(caches):
+    """On a machine with such caches as the first, the order of memory took 1.2 to 1.5 times as long for large maps."""
+
+    def kinds(*shapes):
+        return [_core.explain(shape, 1, np.float32, "backward", 2)["plan"] for shape in shapes]
+
+    large_maps = (32, 32, 56, 56), (64, 64, 28, 28), (8, 32, 112, 112)
+    short_runs = (256, 64, 14, 14), (512, 64, 7, 7)
+    caches(2**21, 480 * 2**20)
+    assert kinds(*large_maps) == ["blocks"] * 3
+    assert kinds(*short_runs) == ["phases"] * 2
+    later = [_core.explain(shape, 1, np.float32, "backward", 2)["written_later"] for shape in large_maps]
+    assert later == [False] * 3
+    assert _core.explain((32, 64, 112, 112), 1, np.float32, "backward", 2)["written_later"]
+    caches(2**20, 2**25)  # a last level that is near may be read twice
+    assert kinds((32, 12, 56, 56), (32, 64, 28, 28), *short_runs) == ["phases"] * 4
+
+
 def test_every_phase_of_work_for_two_threads_has_tasks_for_both(caches):
     caches(2**20, 2**25)
     for shape in ((512, 128), (1024, 64), (256, 256), (1176, 64), (64, 1024), (4096, 256)):
@@ -114,10 +132,14 @@ def test_every_phase_of_work_for_two_threads_has_tasks_for_both(caches):
                 assert shape[1] < 128 or tasks[2] >= 2, (shape, operation, tasks)  # coefficients of few channels: one
 
 
-def test_threads_are_for_work_that_is_worth_them():
+def test_threads_are_for_work_that_is_worth_them(caches):
     def worth(shape, operation, dtype=np.float32):
         return _core.explain(shape, 1, dtype, operation, 1)["worth"]
 
+    caches(2**21, 480 * 2**20)  # cores far from each other
+    assert [worth((256, 256), operation) for operation in ("eval", "backward")] == [1, 3]
+    assert worth((4, 64, 14, 14), "forward") == 2  # each thread its own channels
+    caches(2**20, 2**25)
     assert [worth((32, 64), operation) for operation in ("moments", "forward", "eval", "backward")] == [1, 1, 1, 1]
     assert [worth((1024, 64), operation) for operation in ("moments", "forward", "eval", "backward")] == [2, 2, 2, 3]
     assert worth((512, 64), "forward") == 1

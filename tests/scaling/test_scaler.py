@@ -1,13 +1,18 @@
 """StandardScaler: its own promises, and scikit-learn's results where scikit-learn is installed."""
 
 import copy
+import datetime
 import functools
 import multiprocessing
 import pickle
+import sys
+import threading
+import tracemalloc
 import warnings
 
 import numpy as np
 import pytest
+from places import ROOT
 from scripts import run_script
 
 import bnfast
@@ -178,6 +183,36 @@ def test_a_variance_within_rounding_is_that_of_a_constant():
     assert scaler.scale_[0] == 1.0
 
 
+def unix_times(n_rows):
+    return np.random.default_rng(0).normal(1.7e9, 0.1, (n_rows, 1))
+
+
+@pytest.mark.parametrize("n_rows", [100, 10_000, 1_000_000])
+def test_more_rows_do_not_make_a_feature_constant(n_rows):
+    """Times of 2023 in seconds, a tenth of a second apart: scikit-learn's rule takes a million of them for constant."""
+    scaler = StandardScaler().fit(unix_times(n_rows))
+    np.testing.assert_allclose(scaler.scale_, 0.1, rtol=0.2)
+    assert scaler.scale_ == np.sqrt(scaler.var_)
+
+
+@pytest.mark.parametrize("unit", [2.3e15, 1.0, 1e-300, 1e300, 2.0**-1000])
+def test_the_unit_of_the_weights_changes_nothing(unit):
+    found = StandardScaler().fit([[0.0], [1.0]], sample_weight=unit)
+    assert (found.mean_[0], found.var_[0], found.scale_[0]) == (0.5, 0.25, 0.5)
+    x, weights = unix_times(500), np.random.default_rng(2).random(500)
+    found = StandardScaler().fit(x, sample_weight=weights * unit)
+    expected = StandardScaler().fit(x, sample_weight=weights)
+    np.testing.assert_allclose(found.scale_, expected.scale_, rtol=1e-12)
+    assert 0.05 < found.scale_[0] < 0.2
+
+
+def test_weights_times_a_power_of_two_change_no_bit():
+    x, weights = with_nan(table()), np.random.default_rng(2).random(200)
+    first, second = (StandardScaler().fit(x, sample_weight=weights * unit) for unit in (1.0, 2.0**-30))
+    for name in ("mean_", "var_", "scale_"):
+        np.testing.assert_array_equal(getattr(first, name), getattr(second, name))
+
+
 @pytest.mark.parametrize(("with_mean", "with_std"), [(True, True), (True, False), (False, True), (False, False)])
 def test_parameters(with_mean, with_std):
     x = table()
@@ -332,10 +367,15 @@ def test_in_place_an_infinity_is_found_before_anything_is_written():
         np.testing.assert_array_equal(x, before)
 
 
-def test_variances_beyond_float64_are_infinite_without_an_error():
-    scaler = StandardScaler().fit([[1e200, 1.0], [-1e200, 2.0]])
-    assert scaler.var_.tolist() == [np.inf, 0.25]
+def test_a_variance_that_float64_cannot_hold_is_refused_and_nothing_changes():
+    scaler = StandardScaler().fit([[1.0, 1.0], [3.0, 2.0]])
+    with pytest.raises(ValueError, match="too large in feature 0"):
+        scaler.partial_fit([[1e200, 1.0], [-1e200, 2.0]])
+    assert scaler.var_.tolist() == [1.0, 0.25]
     assert scaler.n_samples_seen_ == 2
+    with pytest.raises(ValueError, match="too large in feature 0"):
+        StandardScaler().fit([[1e200, 1.0], [-1e200, 2.0]], sample_weight=[1, 2])
+    assert StandardScaler(with_std=False).fit([[1e200], [3e200]]).mean_[0] == 2e200
 
 
 # --- weights --------------------------------------------------------------------------------------------------
@@ -364,6 +404,46 @@ def test_weighted_constants():
     assert (scaler.var_ >= 0).all()
 
 
+def test_a_weighted_constant_has_variance_zero_however_far_from_zero():
+    x = np.full((1000, 3), [0.1, -1e15 / 3, 1e-300])
+    scaler = StandardScaler().fit(x, sample_weight=np.random.default_rng(0).random(1000))
+    assert scaler.mean_.tolist() == x[0].tolist()
+    assert scaler.var_.tolist() == [0.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("order", ["C", "F", "strided"])
+def test_weighted_sums_run_down_the_rows(order):
+    """One after another, as no product of matrices promises it: a BLAS chooses its order by the CPU."""
+    x, weights = table(1000, 5).copy(), np.random.default_rng(2).random(1000)
+    x[0] = 0.0  # from which differences are taken
+    share = weights * 2.0 ** -np.frexp(weights.max())[1]
+    first, second = (functools.reduce(np.add, x**power * share[:, None]) for power in (1, 2))
+    given = np.repeat(x, 2, axis=1)[:, ::2] if order == "strided" else np.array(x, order=order)
+    found = StandardScaler().fit(given, sample_weight=weights)
+    np.testing.assert_array_equal(found.mean_, first / np.add.reduce(share))
+    np.testing.assert_allclose(found.var_, second / share.sum() - found.mean_**2, rtol=1e-14)
+    with_gaps = [StandardScaler().fit(with_nan(array), sample_weight=weights).var_ for array in (given, x)]
+    np.testing.assert_array_equal(*with_gaps)
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e9, -1e15 / 3])
+@pytest.mark.parametrize("outlier", [0.0, 1e6])
+def test_weighted_statistics_of_many_chunks(offset, outlier):
+    """Later chunks are summed from the mean so far, in one pass; where that is far off, in two."""
+    x = np.random.default_rng(0).normal(0, 1, (30_000, 3))
+    x[0] += outlier
+    x[20_000:] += outlier
+    x += offset
+    weights = np.random.default_rng(1).random(len(x))
+    weights[5:7] = 0
+    scaler = StandardScaler().fit(x, sample_weight=weights)
+    mean, var = definition(x - offset, weights)  # these differences are exact
+    np.testing.assert_allclose(scaler.mean_, (mean + offset).astype(float), rtol=1e-15, atol=1e-14)
+    np.testing.assert_allclose(scaler.var_, var.astype(float), rtol=2e-14)
+    fortran = StandardScaler().fit(np.asfortranarray(x), sample_weight=weights)
+    np.testing.assert_array_equal(fortran.var_, scaler.var_)
+
+
 def test_whole_weights_are_repetitions():
     weights = np.arange(200) % 4
     x = with_nan(table())
@@ -385,6 +465,10 @@ def test_a_scalar_weight_and_a_list():
         (np.full(200, np.nan), "Input sample_weight contains NaN"),
         (np.full(200, np.inf), "Input sample_weight contains infinity"),
         (np.ones(200, complex), "Complex data not supported"),
+        (np.r_[-1.0, np.ones(199)], "sample_weight: expected values of at least 0, got -1.0"),
+        (np.r_[-1.0, 1.0, np.zeros(198)], "sample_weight: expected values of at least 0, got -1.0"),
+        (np.full(200, 1e308), "sample_weight: expected a sum that float64 holds"),
+        (-1.0, "sample_weight: expected values of at least 0"),
     ],
 )
 def test_weights_that_do_not_fit(weights, words):
@@ -604,6 +688,78 @@ def test_views_and_orders():
     np.testing.assert_array_equal(scaler.transform(x[::-1]), expected[::-1])
 
 
+@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+@pytest.mark.parametrize("view", ["columns", "rows", "turned", "part"])
+def test_of_a_view_with_gaps_a_chunk_is_copied_at_a_time(dtype, view):
+    """Its whole is 3 MB and more; the result of transform aside, a tenth of it is used."""
+    cut = {
+        "columns": np.s_[:, ::2], "rows": np.s_[::2], "turned": np.s_[::-1], "part": np.s_[:, :50],
+    }[view]  # fmt: skip
+    wide = np.random.default_rng(0).normal(5, 2, (40_000, 60)).astype(dtype)
+    x = wide[cut]
+    out, dense = np.empty(x.shape, dtype), np.array(x)
+    StandardScaler().fit(x[:100]).transform(x[:100])
+    tracemalloc.start()
+    try:
+        scaler = StandardScaler().fit(x)
+        scaler.transform(x, out=out)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 2.5e6 < x.nbytes
+    assert_same_fit(scaler, StandardScaler().fit(dense), 3e-7 if dtype == np.float32 else FLOAT64)
+    np.testing.assert_array_equal(out, scaler.transform(dense))
+    np.testing.assert_array_equal(scaler.transform(x), out)
+    assert scaler.transform(x, copy=False) is x
+    np.testing.assert_array_equal(x, out)
+
+
+@pytest.mark.parametrize("method", ["transform", "inverse_transform"])
+@pytest.mark.parametrize("dtype", [np.float64, np.float32, np.int32])
+def test_a_transform_in_batches_is_the_same(method, dtype, capsys):
+    x = (table() / 100).astype(dtype)
+    call = getattr(StandardScaler().fit(x), method)
+    expected = call(x)
+    np.testing.assert_array_equal(call(x, batch_size=37), expected)
+    assert capsys.readouterr().err == ""
+    out = np.empty_like(expected)
+    assert call(x, out=out, batch_size=37, progress=True) is out
+    np.testing.assert_array_equal(out, expected)
+    assert "200 of 200 rows (100 %)" in capsys.readouterr().err
+    np.testing.assert_array_equal(call(x, progress=True), expected)
+    if dtype != np.int32:
+        same = x.copy()
+        assert call(same, copy=False, batch_size=37) is same
+        np.testing.assert_array_equal(same, expected)
+        wide = np.zeros((len(x) + 1, x.shape[1]), dtype)
+        wide[:-1] = x
+        np.testing.assert_array_equal(call(wide[:-1], out=wide[1:], batch_size=10), expected)
+    with pytest.raises(ValueError, match="batch_size: expected at least 1"):
+        call(x, batch_size=0)
+
+
+@pytest.mark.parametrize("method", ["transform", "inverse_transform"])
+def test_in_batches_an_infinity_is_found_before_anything_is_written(method):
+    x = table().copy()
+    x[150, 3] = np.inf
+    call = getattr(StandardScaler().fit(table()), method)
+    out = np.full(x.shape, 7.0)
+    for options in ({}, {"out": out}):
+        with pytest.raises(ValueError, match="infinity"):
+            call(x, batch_size=10, **options)
+    assert (out == 7.0).all()
+
+
+def test_a_memmap_larger_than_a_batch_into_another(tmp_path):
+    shape = (30_000, 20)
+    x = np.memmap(tmp_path / "x", np.float32, "w+", shape=shape)
+    x[:] = np.random.default_rng(0).normal(5, 2, shape)
+    z = np.memmap(tmp_path / "z", np.float32, "w+", shape=shape)
+    scaler = StandardScaler().fit(x, batch_size=7_000)
+    assert scaler.transform(x, out=z, batch_size=7_000) is z
+    np.testing.assert_array_equal(z, scaler.transform(np.array(x)))
+
+
 # --- bad input ------------------------------------------------------------------------------------------------
 
 
@@ -617,11 +773,17 @@ class Sparse:
 @pytest.mark.parametrize(
     ("x", "error", "words"),
     [
-        (Sparse(), TypeError, r"X: expected dense data, got sparse Sparse; .*sklearn.preprocessing.StandardScaler"),
+        (Sparse(), ValueError, r"center sparse matrices: pass `with_mean=False` instead"),
         (np.ma.zeros((3, 7)), TypeError, r"X.filled\(numpy.nan\)"),
         (np.zeros((3, 7)).view(np.matrix), TypeError, "numpy.matrix"),
         (np.zeros((3, 7), complex), ValueError, "Complex data not supported"),
-        (np.zeros((3, 7), "M8[s]"), TypeError, "X: expected numbers, got dtype datetime64"),
+        (np.zeros((3, 7), "M8[s]"), TypeError, r"X: expected numbers, got dtype datetime64\[s\] in X"),
+        (np.zeros((3, 7), "m8[s]"), TypeError, r"X: expected numbers, got dtype timedelta64\[s\] in X"),
+        ([[1.0] * 6 + [datetime.date(2020, 1, 1)]], TypeError, "expected numbers, got date in column 6"),
+        ([[np.timedelta64(1, "s")] + [1.0] * 6], TypeError, "expected numbers, got timedelta64 in column 0"),
+        ([[1.0] * 6 + [np.datetime64("2020-01-01")]], TypeError, "expected numbers, got datetime64 in column 6"),
+        ([[1.0] * 6 + [datetime.timedelta(1)]], TypeError, "expected numbers, got timedelta in column 6"),
+        (np.array([[1.0] * 5 + ["a", 1.0]], object), ValueError, "X: column 5: could not convert string to float: 'a'"),
         (np.zeros(7), ValueError, "Expected 2D array, got 1D array instead:(.|\n)*Reshape your data"),
         (3.0, ValueError, "Expected 2D array, got scalar array instead"),
         (np.zeros((3, 7, 1)), ValueError, "Found array with dim 3, while dim <= 2 is required by StandardScaler"),
@@ -693,7 +855,7 @@ def test_before_fit():
 
 @pytest.mark.parametrize("error", [MemoryError, KeyboardInterrupt])
 @pytest.mark.parametrize("method", ["fit", "partial_fit", "fit_transform"])
-@pytest.mark.parametrize("place", ["moments", "affine", "merged", "slices"])
+@pytest.mark.parametrize("place", ["moments", "affine", "merged", "batches_of"])
 def test_an_exception_on_the_way_leaves_the_scaler_as_it_was(error, method, place, monkeypatch):
     scaler = StandardScaler().fit(table())
     before = state(scaler)
@@ -705,9 +867,9 @@ def test_an_exception_on_the_way_leaves_the_scaler_as_it_was(error, method, plac
     reached = (
         place
         in {
-            "fit": ("moments", "slices"),
-            "partial_fit": ("moments", "slices", "merged"),
-            "fit_transform": ("moments", "slices", "affine"),
+            "fit": ("moments", "batches_of"),
+            "partial_fit": ("moments", "batches_of", "merged"),
+            "fit_transform": ("moments", "affine"),
         }[method]
     )
     if reached:
@@ -728,6 +890,48 @@ def test_an_exception_in_a_later_batch_leaves_the_scaler_as_it_was():
         with pytest.raises(ValueError, match="infinity"):
             call(bad, batch_size=10)
         assert state(scaler) == before
+
+
+@pytest.mark.parametrize("method", ["partial_fit", "sparse"])
+def test_threads_that_fit_one_scaler_lose_nothing(method):
+    """Four threads, 200 batches each; without the lock, or the comparison after it, this one is short of thousands."""
+    scaler, batch = StandardScaler(with_mean=False), np.random.default_rng(0).random((7, 3))
+    if method == "sparse":
+        pytest.importorskip("sklearn", reason="scikit-learn is not installed: it scales sparse data")
+        batch = pytest.importorskip("scipy.sparse").csr_array(batch)
+    begin = threading.Barrier(4)
+
+    def fit():
+        begin.wait()
+        for _ in range(200 if method == "partial_fit" else 20):
+            scaler.partial_fit(batch)
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=fit) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(before)
+    assert scaler.n_samples_seen_ == 4 * (200 if method == "partial_fit" else 20) * 7
+    np.testing.assert_allclose(scaler.var_, StandardScaler(with_mean=False).fit(batch).var_, rtol=1e-12)
+
+
+def test_a_first_fit_that_another_thread_overtakes_is_refused(monkeypatch):
+    scaler = StandardScaler()
+
+    def overtaken(*args):
+        monkeypatch.undo()
+        scaler.partial_fit(table(10, 3))
+        return module.statistics(*args)
+
+    monkeypatch.setattr(module, "statistics", overtaken)
+    with pytest.raises(ValueError, match="X has 7 features, but StandardScaler is expecting 3 features"):
+        scaler.partial_fit(table())
+    assert scaler.n_samples_seen_ == 10
 
 
 def test_fit_forgets_what_was_before():
@@ -759,6 +963,25 @@ def test_parameters_are_read_printed_and_set():
     assert scaler.copy is False
     with pytest.raises(TypeError):
         StandardScaler(False)
+
+
+@pytest.mark.parametrize("ddof", [0, 1, 2])
+def test_the_variance_with_other_divisors(ddof):
+    x = with_nan(table())
+    scaler = StandardScaler().fit(x)
+    np.testing.assert_allclose(scaler.var(ddof), np.nanvar(x, axis=0, ddof=ddof), rtol=1e-13)
+    assert (scaler.var() == scaler.var_).all()
+    weighted = StandardScaler().fit(table(), sample_weight=np.arange(200) % 3)
+    repeated = StandardScaler().fit(np.repeat(table(), np.arange(200) % 3, axis=0))
+    np.testing.assert_allclose(weighted.var(ddof), repeated.var(ddof), rtol=1e-12)
+
+
+def test_the_variance_where_there_is_none():
+    assert np.isnan(StandardScaler().fit([[1.0, 2.0]]).var(1)).all()
+    with pytest.raises(ValueError, match="not fitted"):
+        StandardScaler().var()
+    with pytest.raises(ValueError, match="var_: expected an array, got None"):
+        StandardScaler(with_std=False).fit(table()).var()
 
 
 def test_a_subclass_stays_one():
@@ -1091,6 +1314,102 @@ def test_set_output(sklearn, pandas):
     assert state(scaler) == before
 
 
+def test_set_output_of_inverse_transform(sklearn, pandas):
+    frame = pandas.DataFrame(table(10, 3), columns=list("abc"), index=range(5, 15))
+    scaler = StandardScaler().fit(frame).set_output(transform="pandas", inverse_transform="pandas")
+    back = scaler.inverse_transform(scaler.transform(frame))
+    pandas.testing.assert_frame_equal(back, frame)
+    assert scaler.inverse_transform(np.zeros((2, 3))).columns.tolist() == list("abc")
+    out = np.empty(frame.shape)
+    assert scaler.inverse_transform(frame, out=out) is out
+    scaler.set_output(inverse_transform="default")
+    assert type(scaler.inverse_transform(frame)) is np.ndarray
+    assert type(scaler.transform(frame)) is pandas.DataFrame
+    with sklearn.config_context(transform_output="pandas"):
+        assert type(StandardScaler().fit(frame).inverse_transform(frame)) is np.ndarray  # as scikit-learn's
+
+
+def test_callbacks(sklearn):
+    if release(sklearn) < (1, 9):
+        pytest.skip("scikit-learn before 1.9 has no callbacks")
+
+    class Recorder:
+        def __init__(self):
+            self.seen = []
+
+        def setup(self, estimator, context):
+            self.seen.append("setup")
+
+        def teardown(self, estimator, context):
+            self.seen.append("teardown")
+
+        def on_fit_task_begin(self, estimator, context, *, X, metadata):
+            self.seen.append(("begin", X.shape, metadata))
+
+        def on_fit_task_end(self, estimator, context, *, fitted_estimator):
+            self.seen.append(("end", fitted_estimator.mean_.tolist()))
+
+    x, recorder = table(10, 2), Recorder()
+    scaler = StandardScaler().set_callbacks(recorder)
+    before = vars(scaler).keys()
+    means = StandardScaler().fit(x).mean_.tolist()
+    one = ["setup", ("begin", (10, 2), {"sample_weight": None}), ("end", means), "teardown"]
+    for method in ("fit", "partial_fit", "fit_transform"):
+        recorder.seen.clear()
+        getattr(scaler, method)(x)
+        assert [entry[0] for entry in recorder.seen] == [entry[0] for entry in one]
+        if method != "partial_fit":
+            assert recorder.seen == one
+    assert vars(scaler).keys() - before == set(FITTED) | {"n_features_in_"}
+    assert sklearn.base.clone(scaler)._skl_callbacks == [recorder]
+    recorder.seen.clear()
+    state_before = state(scaler)
+    with pytest.raises(ValueError, match="infinity"):
+        scaler.fit(x * np.inf)
+    assert recorder.seen[-1] == "teardown"
+    assert state(scaler) == state_before
+    recorder.on_fit_task_end = lambda estimator, context: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        scaler.fit(2 * x)
+    assert state(scaler) == state_before
+    with pytest.raises(TypeError, match="FitCallback"):
+        scaler.set_callbacks(3)
+    assert not scaler.set_callbacks()._has_callbacks()
+
+
+def dates_beside_numbers():
+    days = [datetime.date(2020, 1, 1), datetime.date(2021, 1, 1)]
+    return {
+        "date": days,
+        "datetime": [datetime.datetime(day.year, 1, 1) for day in days],
+        "with a zone": [datetime.datetime(day.year, 1, 1, tzinfo=datetime.UTC) for day in days],
+        "duration": [datetime.timedelta(1), datetime.timedelta(2)],
+        "time": [datetime.time(1), datetime.time(2)],
+    }
+
+
+@pytest.mark.parametrize("library", ["pandas", "polars", "pyarrow"])
+@pytest.mark.parametrize("kind", dates_beside_numbers())
+@pytest.mark.parametrize("alone", [False, True])
+def test_dates_are_refused_by_the_name_of_their_column(library, kind, alone):
+    frames = pytest.importorskip(library, reason=f"{library} is not installed")
+    columns = (
+        {"when": dates_beside_numbers()[kind]} if alone else {"a": [1.0, 2.0], "when": dates_beside_numbers()[kind]}
+    )
+    frame = frames.table(columns) if library == "pyarrow" else frames.DataFrame(columns)
+    with pytest.raises(TypeError, match=r"X: expected numbers, got .* in column 'when'; make numbers of it first"):
+        StandardScaler().fit(frame)
+
+
+@pytest.mark.parametrize("library", ["pandas", "polars", "pyarrow"])
+def test_a_column_of_strings_is_named(library):
+    frames = pytest.importorskip(library, reason=f"{library} is not installed")
+    columns = {"a": [1.0, 2.0], "city": ["Bonn", "Kiel"]}
+    frame = frames.table(columns) if library == "pyarrow" else frames.DataFrame(columns)
+    with pytest.raises(ValueError, match="X: column 'city': could not convert string to float: 'Bonn'"):
+        StandardScaler().fit(frame)
+
+
 @pytest.mark.parametrize("routing", [False, True])
 def test_metadata_routing(sklearn, routing):
     from sklearn.linear_model import Ridge
@@ -1144,15 +1463,6 @@ def test_the_diagram_of_a_notebook(sklearn):
     assert "StandardScaler" in estimator_html_repr(make_pipeline(scaler.fit(table())))
 
 
-def test_sparse_data_are_refused_by_name(sklearn):
-    sparse = pytest.importorskip("scipy.sparse")
-    for x in (sparse.csr_matrix(np.eye(7)), sparse.coo_array(np.eye(7))):
-        for method in ("fit", "transform", "fit_transform", "inverse_transform"):
-            with pytest.raises(TypeError, match=r"sparse cs|sparse coo") as caught:
-                getattr(StandardScaler().fit(table()), method)(x)
-            assert "sklearn.preprocessing.StandardScaler(with_mean=False)" in str(caught.value)
-
-
 def test_frames_of_pandas(pandas):
     x = table(30, 3)
     frame = pandas.DataFrame(x, columns=list("abc"))
@@ -1179,3 +1489,23 @@ def test_columns_of_strings_and_numbers_are_refused_as_scikit_learn_does(theirs,
     for scaler in (StandardScaler(), theirs()):
         with pytest.raises(TypeError, match="Feature names are only supported if all input features have string names"):
             scaler.fit(frame)
+
+
+def test_the_guides_recipe_for_parquet(sklearn, pandas, tmp_path, monkeypatch):
+    pa = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
+    pq = pytest.importorskip("pyarrow.parquet", reason="pyarrow has no parquet here")
+    guide = ROOT / "docs" / "guide" / "scaling.md"
+    if not guide.is_file():
+        pytest.skip("there is no guide here")
+    recipe = next(block for block in guide.read_text(encoding="utf-8").split("```py\n") if "ParquetFile" in block)
+    frame = pandas.DataFrame(table(5_000, 3), columns=list("abc"))
+    frame["b"] = frame["b"].astype(np.float32)
+    monkeypatch.chdir(tmp_path)
+    pq.write_table(pa.Table.from_pandas(frame), "data.parquet")
+    scaler = StandardScaler()
+    exec(recipe.split("```")[0].replace("100_000", "700"), {"scaler": scaler})
+    assert scaler.n_samples_seen_ == 5_000
+    assert scaler.feature_names_in_.tolist() == list("abc")
+    found = pandas.read_parquet("scaled.parquet")
+    assert found.dtypes.tolist() == frame.dtypes.tolist()
+    np.testing.assert_allclose(found, StandardScaler().fit_transform(frame), rtol=1e-5, atol=1e-6)

@@ -78,7 +78,9 @@ def test_nothing_of_it_can_be_changed():
     ("arguments", "error", "words"),
     [
         ((-1, [0.0], [0.0]), ValueError, ["count", "at least 0", "-1"]),
-        ((1.0, [0.0], [0.0]), TypeError, ["count", "int", "float"]),
+        ((-0.5, [0.0], [0.0]), ValueError, ["count", "at least 0", "-0.5"]),
+        ((np.inf, [0.0], [0.0]), ValueError, ["count", "finite", "inf"]),
+        ((1j, [0.0], [0.0]), TypeError, ["count", "int", "complex"]),
         ((True, [0.0], [0.0]), TypeError, ["count", "int", "True"]),
         (("2", [0.0], [0.0]), TypeError, ["count", "int", "str"]),
         ((None, [0.0], [0.0]), TypeError, ["count", "int", "NoneType"]),

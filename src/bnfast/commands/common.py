@@ -7,7 +7,7 @@ from pathlib import Path
 
 __all__ = ["ERRORS", "EXTRAS", "check_writable", "ended", "require"]
 
-EXTRAS = {  # module: package
+EXTRAS = {  # module: package, of what `.[demo]` installs
     "sklearn": "scikit-learn",
     "threadpoolctl": "threadpoolctl",
     "tqdm": "tqdm",
@@ -16,16 +16,16 @@ EXTRAS = {  # module: package
 ERRORS = (ImportError, OSError)  # that say what they are about
 
 
-def require(modules: list[str], extra: str = "demo") -> None:
+def require(modules: list[str]) -> None:
     """Raise ImportError, with advice, if one of the modules is missing."""
     missing = []
     for module in modules:
         try:
             importlib.import_module(module)
         except ImportError:
-            missing.append(EXTRAS[module])
+            missing.append(EXTRAS.get(module, module))
     if missing:
-        raise ImportError(f'missing: {", ".join(missing)}; to install: pip install "bnfast[{extra}]"')
+        raise ImportError(f"missing: {', '.join(missing)}; to install: python -m pip install {' '.join(missing)}")
 
 
 def check_writable(path: Path) -> None:

@@ -18,13 +18,18 @@ __all__ = ["BLUE", "GREEN", "ORANGE", "VERMILION", "curve", "label", "panels", "
 BLUE, VERMILION, GREEN, ORANGE = "#0072B2", "#D55E00", "#009E73", "#E69F00"
 
 
-def panels(n: int, title: str) -> tuple[Figure, list[Axes]]:
-    """Return a figure with a title and n panels side by side, without pyplot: no window, no global state."""
+def panels(n: int, title: str, rows: int = 1) -> tuple[Figure, list[Axes]]:
+    """Return a figure with a title and n panels in so many rows, without pyplot: no window, no global state.
+
+    Its width is such that all of its text can be read on a page 700 pixels wide.
+    """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(5 * n, 4.8), dpi=100, layout="constrained")
+    columns = n // rows
+    width, height = (5.0, 4.6) if rows == 1 else (5.0, 3.7)
+    figure = Figure(figsize=(min(width * columns, 13), height * rows), dpi=100, layout="constrained")
     figure.suptitle(title, fontsize=16)
-    axes = list(figure.subplots(1, n, squeeze=False)[0])
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     for panel in axes:
         panel.grid(color="0.92")
         panel.set_axisbelow(True)

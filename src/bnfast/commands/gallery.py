@@ -1,6 +1,6 @@
 """Run all scripts of ``examples/``, which are installed as `bnfast.examples`, and show their figures on a page.
 
-``python -m bnfast gallery DIR`` writes seven figures and ``index.html`` into a folder.
+``python -m bnfast gallery DIR`` writes eight figures and ``index.html`` into a folder.
 """
 
 import argparse
@@ -21,11 +21,12 @@ EXAMPLES = (
     "initialisation",
     "test_time_statistics",
     "covariate_shift",
+    "data_parallel",
 )
 
 
 def example(name: str) -> ModuleType:
-    """Return the script of an example: it has TITLE, CAPTION, compute, draw and main."""
+    """Return the script of an example: it has TITLE, CAPTION, ALT, compute, draw and main."""
     return importlib.import_module(f"bnfast.examples.{name}")
 
 
@@ -34,9 +35,9 @@ def page() -> str:
     sections = []
     for name in EXAMPLES:
         module = example(name)
-        title, caption = escape(module.TITLE), escape(module.CAPTION)
+        title, caption, alt = (escape(text) for text in (module.TITLE, module.CAPTION, module.ALT))
         sections.append(
-            f'<section id="{name}">\n<h2>{title}</h2>\n<img src="{name}.png" alt="{title}. {caption}">\n'
+            f'<section id="{name}">\n<h2>{title}</h2>\n<div><img src="{name}.png" alt="{alt}"></div>\n'
             f"<p>{caption}</p>\n<p><code>examples/{name}.py</code></p>\n</section>"
         )
     body = "\n".join(sections)
@@ -49,6 +50,9 @@ def page() -> str:
 <style>
 body {{ max-width: 60em; margin: 2em auto; padding: 0 1em; font: 1.05em/1.5 sans-serif; color: #222; background: #fff }}
 img {{ max-width: 100%; height: auto }}
+div {{ overflow-x: auto }}
+@media (max-width: 46em) {{ img {{ max-width: none; width: 40rem }} }}
+@media (prefers-color-scheme: dark) {{ body {{ color: #ddd; background: #1a1a1a }} }}
 section {{ margin-bottom: 3em }}
 </style>
 </head>
@@ -90,6 +94,6 @@ def main(argv: list[str]) -> int:
         The exit code: 0, 1 if a package is missing or the folder cannot be written, 130 after Ctrl-C.
     """
     parser = argparse.ArgumentParser("python -m bnfast gallery", description="Run all examples and show their figures.")
-    parser.add_argument("folder", type=Path, metavar="DIR", help="where to write seven figures and index.html")
+    parser.add_argument("folder", type=Path, metavar="DIR", help="where to write eight figures and index.html")
     args = parser.parse_args(argv)
     return ended("gallery", lambda: run(args.folder))

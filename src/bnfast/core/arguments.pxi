@@ -1,8 +1,50 @@
 # Arguments as users give them: checked, with a message that says which one, what came and what was expected. Nothing
 # here allocates results.
 
+# The dtypes of data, as messages name them.
+cdef str DTYPES = "float16, bfloat16, float32 or float64"
+
+# The number under which NumPy knows ml_dtypes' bfloat16, once an array of it was met.
+cdef int bfloat16_number = -1
+
+
+cdef bint is_bfloat16(cnp.ndarray array, int number) noexcept:
+    """Of an array of a dtype that was registered with NumPy: ml_dtypes may be imported, or not, at any time."""
+    global bfloat16_number
+    if number == bfloat16_number:
+        return True
+    if array.dtype.kind != "V" or array.dtype.name != "bfloat16":
+        return False
+    bfloat16_number = number
+    return True
+
+
+cdef bnfast_dtype dtype_of(cnp.ndarray array) noexcept:
+    """The kernels' name of an array's dtype, in whatever byte order; BNFAST_N_DTYPES: they do not take it."""
+    cdef int number = cnp.PyArray_TYPE(array)
+    if number == cnp.NPY_FLOAT32:
+        return BNFAST_FLOAT32
+    if number == cnp.NPY_FLOAT64:
+        return BNFAST_FLOAT64
+    if number == cnp.NPY_FLOAT16:
+        return BNFAST_FLOAT16
+    if cnp.PyTypeNum_ISUSERDEF(number) and is_bfloat16(array, number):
+        return BNFAST_BFLOAT16
+    return BNFAST_N_DTYPES
+
+
+cdef bint is_half(cnp.ndarray array) noexcept:
+    """Whether its elements are computed with in a wider dtype, float32."""
+    return cnp.PyArray_ITEMSIZE(array) == 2
+
+
+cdef int gradient_type(cnp.ndarray x) noexcept:
+    """NumPy's number of the dtype of dgamma and dbeta: that of the data, or float32."""
+    return cnp.NPY_FLOAT32 if is_half(x) else cnp.PyArray_TYPE(x)
+
+
 cdef cnp.ndarray as_floating(object value, str name):
-    """The argument as a plain float32 or float64 array, its memory untouched."""
+    """The argument as a plain array of a dtype that the kernels take, its memory untouched."""
     cdef cnp.ndarray array
     given = value
     if not cnp.PyArray_CheckExact(value):
@@ -24,12 +66,12 @@ cdef cnp.ndarray as_floating(object value, str name):
             kind = type(value).__name__
             raise ValueError(f"{name}: expected an array, got a {kind} that makes none ({error})") from None
     array = value
-    if cnp.PyArray_TYPE(array) != cnp.NPY_FLOAT32 and cnp.PyArray_TYPE(array) != cnp.NPY_FLOAT64:
+    if dtype_of(array) == BNFAST_N_DTYPES:
         hint = ""
         if array.dtype.kind in "biuf":
             way = f"{name}.astype(" if isinstance(given, np.ndarray) else f"numpy.asarray({name}, "
             hint = f"; use {way}numpy.float32)"
-        raise TypeError(f"{name}: expected dtype float32 or float64, got {array.dtype}{hint}")
+        raise TypeError(f"{name}: expected dtype {DTYPES}, got {array.dtype}{hint}")
     return array
 
 
@@ -123,25 +165,31 @@ cdef double as_positive_eps(object eps) except? -1.0:
     return value
 
 
-cdef cnp.ndarray as_parameter(object value, str name, Py_ssize_t channels, cnp.ndarray out):
-    """(channels,) float32 or float64, native and contiguous, not in the memory of `out`; None stays None."""
+cdef cnp.ndarray as_parameter(object value, str name, Py_ssize_t channels, cnp.ndarray out,
+                              cnp.ndarray second_out=None):
+    """(channels,) float32 or float64, native and contiguous, not in the memory of the outs; None stays None."""
     cdef cnp.ndarray array
     if value is None:
         return None
     array = as_floating(value, name)
+    if is_half(array):
+        raise TypeError(f"{name}: expected dtype float32 or float64, whatever the data are, got {array.dtype}; "
+                        f"use {name}.astype(numpy.float32)")
     if cnp.PyArray_NDIM(array) != 1 or cnp.PyArray_DIM(array, 0) != channels:
         raise ValueError(f"{name}: expected shape ({channels},), one value a channel, got {shape_of(array)}")
-    if cnp.PyArray_ISCARRAY_RO(array) and (out is None or not may_overlap(array, out)):
+    if cnp.PyArray_ISCARRAY_RO(array) and (out is None or not may_overlap(array, out)) and (
+            second_out is None or not may_overlap(array, second_out)):
         return array
     return np.array(array, array.dtype.newbyteorder("="), order="C")
 
 
-cdef cnp.ndarray as_statistics(object value, str name, Py_ssize_t channels, cnp.ndarray out):
+cdef cnp.ndarray as_statistics(object value, str name, Py_ssize_t channels, cnp.ndarray out,
+                               cnp.ndarray second_out=None):
     """As a parameter, but float64, and not None."""
     cdef cnp.ndarray array, wide
     if value is None:
         raise TypeError(f"{name}: expected an array of shape ({channels},), got None")
-    array = as_parameter(value, name, channels, out)
+    array = as_parameter(value, name, channels, out, second_out)
     if cnp.PyArray_TYPE(array) == cnp.NPY_FLOAT64:
         return array
     wide = new_statistics(channels)

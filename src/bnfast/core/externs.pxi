@@ -2,12 +2,24 @@
 # who else uses the CPUs).
 
 cdef extern from "kernels/job.h" nogil:
+    ctypedef enum bnfast_dtype:
+        BNFAST_FLOAT32
+        BNFAST_FLOAT64
+        BNFAST_FLOAT16
+        BNFAST_BFLOAT16
+        BNFAST_N_DTYPES
+
     ctypedef struct bnfast_kernels:
         const char *isa
+        Py_ssize_t marks_per_byte
+        Py_ssize_t coefficient_size
+        void (*widen_values)(Py_ssize_t n, const void *x, void *out) noexcept nogil
+        void (*narrow_values)(Py_ssize_t n, const void *values, void *out) noexcept nogil
         void (*round_values)(Py_ssize_t n, const double *values, void *out) noexcept nogil
         Py_ssize_t (*usable_variances)(Py_ssize_t n, const double *var, double eps) noexcept nogil
 
-    const bnfast_kernels *bnfast_active(Py_ssize_t itemsize) noexcept
+    const bnfast_kernels *bnfast_active(bnfast_dtype dtype) noexcept
+    const bnfast_kernels *bnfast_of_same_isa(const bnfast_kernels *kernels, bnfast_dtype dtype) noexcept
     int bnfast_select(const char *isa) noexcept
     const char *bnfast_isa_name(int i) noexcept
     int bnfast_isa_compiled(int i) noexcept
@@ -16,6 +28,9 @@ cdef extern from "kernels/job.h" nogil:
     void bnfast_set_caches(Py_ssize_t l2, Py_ssize_t last_level) noexcept
     Py_ssize_t bnfast_l2_bytes() noexcept
     Py_ssize_t bnfast_last_level_bytes() noexcept
+
+    enum:
+        BNFAST_MARKS_PAD
 
     ctypedef enum bnfast_operation:
         BNFAST_MOMENTS
@@ -54,6 +69,8 @@ cdef extern from "kernels/job.h" nogil:
         const void *u
         const void *residual
         void *passed
+        unsigned char *marks
+        Py_ssize_t first_mark
         void *out
         int rectifies
         bnfast_rectifier rectifier
@@ -66,6 +83,8 @@ cdef extern from "kernels/job.h" nogil:
         double *mean
         double *inv_std
         double *m2
+        int exact
+        double *mean_rest
         double *dbeta
         double *dgamma
         double count

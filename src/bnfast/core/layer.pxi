@@ -54,10 +54,12 @@ cdef void take_sample(cnp.ndarray x, unsigned long long *sample) noexcept:
             memcpy(&sample[i], data + offset, itemsize)
 
 
-# The rows of a forward's block, in float64: its own copies of the parameters; of a batch also its statistics.
+# The rows of a forward's block, in float64: its own copies of the parameters; of a batch also its statistics, and of
+# float64 or in a calibration what its mean was rounded by.
 cdef enum:
     GAMMA, BETA, PARAMETERS
     MEAN = PARAMETERS, INV_STD, M2, ROWS
+    REST = ROWS, ROWS_WITH_REST
 
 
 @cython.auto_pickle(False)
@@ -73,12 +75,16 @@ cdef class Forward:
     cdef cnp.ndarray mask           # of the positions that take part, a copy; None: all
     cdef Positions there            # those positions, until y is there; made again for the backward
     cdef bint has_residual
-    cdef cnp.ndarray residual       # a view, kept where the backward needs it: with an activation; else None
+    cdef cnp.ndarray residual       # until y is there
+    cdef cnp.ndarray marks          # with a residual and an activation, for a backward: what passes (marks.inc.h)
+    cdef Py_ssize_t first_mark
+    cdef const bnfast_kernels *kernels  # that made them
     cdef bint rectifies
     cdef bnfast_rectifier rectifier
     cdef cnp.ndarray block
     cdef bint has_gamma, has_beta
     cdef Running running          # the statistics it took as constants; None: those of the batch
+    cdef Processes processes      # on which the batch lies; None: on this one
     cdef int axis
     cdef double eps
     cdef Py_ssize_t channels
@@ -87,16 +93,18 @@ cdef class Forward:
     cdef str gone
     cdef bint used                # by `backward`
     cdef unsigned long long sample[SAMPLES]
-    cdef unsigned long long residual_sample[SAMPLES]
     cdef object __weakref__
 
     cdef double *row(self, int i) noexcept:
         return values(self.block) + i * self.channels
 
-    @property
-    def moments(self):
-        """(mean, m2) of the batch, (C,) float64 each, read-only; None if it took running statistics."""
-        return None if self.running is not None else (self.block[MEAN], self.block[M2])
+    cdef double *mean_rest(self) noexcept:
+        """(C,), or NULL."""
+        return self.row(REST) if cnp.PyArray_DIM(self.block, 0) == ROWS_WITH_REST else NULL
+
+    def exact_moments(self):
+        """(count, mean, m2, rest) of a batch in a calibration, (C,) float64 each: mean + rest is the mean."""
+        return self.count, self.block[MEAN], self.block[M2], self.block[REST]
 
     cdef Py_ssize_t nonfinite(self) noexcept:
         """The first channel whose batch mean or m2 is not finite, or -1."""
@@ -125,11 +133,6 @@ cdef class Forward:
         if memcmp(now, self.sample, sizeof(now)) != 0:
             raise RuntimeError("backward: x has changed since its forward; keep it as it is until the backward, "
                                "or give forward a copy")
-        if self.residual is not None:
-            take_sample(self.residual, now)
-            if memcmp(now, self.residual_sample, sizeof(now)) != 0:
-                raise RuntimeError("backward: residual has changed since its forward; keep it as it is until the "
-                                   "backward, or give forward a copy")
         return 0
 
     cdef Positions positions(self):
@@ -137,6 +140,21 @@ cdef class Forward:
         if self.mask is None or self.there is not None:
             return self.there
         return positions_of(self.mask, self.x, self.axis)
+
+    cdef int begin_marks(self, bnfast_job *job) except -1:
+        """Has a forward leave marks."""
+        cdef cnp.npy_intp size
+        self.kernels = job.kernels = bnfast_active(dtype_of(self.x))
+        size = self.count * self.channels // job.kernels.marks_per_byte + BNFAST_MARKS_PAD
+        self.marks = cnp.PyArray_ZEROS(1, &size, cnp.NPY_UINT8, 0)
+        job.marks = <unsigned char *>cnp.PyArray_DATA(self.marks)
+        return 0
+
+    cdef void set_marks(self, bnfast_job *job) noexcept:
+        """Has a backward go by them."""
+        if self.marks is not None:
+            job.kernels = self.kernels
+            job.marks, job.first_mark = <unsigned char *>cnp.PyArray_DATA(self.marks), self.first_mark
 
     cdef void set_parameters(self, bnfast_job *job) noexcept:
         job.rectifies, job.rectifier = self.rectifies, self.rectifier
@@ -167,8 +185,6 @@ cdef int note_overwritten(object out, tuple living, str what) except -1:
     for forward in living:
         if shares_memory(out, forward.x):
             forward.gone = f"x is gone: {what}"
-        elif forward.residual is not None and shares_memory(out, forward.residual):
-            forward.gone = f"residual is gone: {what}"
     return 0
 
 
@@ -176,6 +192,17 @@ cdef int note_overwritten(object out, tuple living, str what) except -1:
 
 cdef inline double averaged(double old, double new, double weight) noexcept:
     return (1.0 - weight) * old + weight * new
+
+
+cdef int check_range(const double *var, const double *batch_mean, Py_ssize_t channels) except -1:
+    """OverflowError if a variance has left float64's range: a running one would never come back to it."""
+    cdef Py_ssize_t i
+    if bnfast_active(BNFAST_FLOAT64).usable_variances(channels, var, 1.0) == channels:  # all are finite
+        return 0
+    for i in range(channels):
+        if var[i] > DBL_MAX and batch_mean[i] - batch_mean[i] == 0.0:
+            raise OverflowError(f"x: the squares of channel {i} add up to more than float64 holds; scale the data")
+    return 0
 
 
 cdef long long MOST_BATCHES = LLONG_MAX  # counts of batches stay there
@@ -194,6 +221,7 @@ cdef class Running:
 
     def __init__(self, mean, var, long long batches=0, averaged=None, skipped=None):
         self.block = np.array([mean, var], np.float64)
+        check_range(self.row(1), self.row(0), cnp.PyArray_DIM(self.block, 1))
         cnp.PyArray_CLEARFLAGS(self.block, cnp.NPY_ARRAY_WRITEABLE)
         self.batches, self.averaged, self.skipped = batches, averaged, skipped
 
@@ -266,6 +294,7 @@ cdef class Running:
                 new_var[i] = averaged(old_var[i], batch_m2[i] / divisor, weight)
             if counts != NULL and counts[i] < MOST_BATCHES:
                 counts[i] += 1
+        check_range(new_var, batch_mean, forward.channels)
         cnp.PyArray_CLEARFLAGS(new.block, cnp.NPY_ARRAY_WRITEABLE)
         return new
 
@@ -378,8 +407,8 @@ cdef class Options:
 
 
 cdef Forward new_forward(AtomicReference contents, Options options, x, gamma, beta, double eps, bint training,
-                         residual=None, mask=None):
-    """One that has not been computed, of checked data; gamma and beta of one moment."""
+                         residual=None, mask=None, bint exact=False):
+    """One that has not been computed, of checked data; gamma and beta of one moment. exact: see `map_with_batch`."""
     cdef Forward forward = Forward.__new__(Forward)
     cdef cnp.ndarray g, b
     forward.x = PyArray_View(as_input(x, options.place, options.channels), NULL, NULL)
@@ -395,7 +424,8 @@ cdef Forward new_forward(AtomicReference contents, Options options, x, gamma, be
     g = as_parameter(gamma, "gamma", options.channels, None)
     b = as_parameter(beta, "beta", options.channels, None)
     forward.has_gamma, forward.has_beta = g is not None, b is not None
-    forward.block = new_block(ROWS, options.channels, False)
+    exact = exact or cnp.PyArray_TYPE(forward.x) == cnp.NPY_FLOAT64
+    forward.block = new_block(ROWS_WITH_REST if exact else ROWS, options.channels, False)
     with cython.critical_section(contents):
         if g is not None:
             widen(g, forward.row(GAMMA))
@@ -416,48 +446,54 @@ cdef int check_batch(Forward forward) except -1:
     return check_count(forward.x, forward.axis) if forward.mask is None else check_positions(forward.count)
 
 
-cdef cnp.ndarray mapped_there(Forward forward, bnfast_job *job, cnp.ndarray out):
+cdef cnp.ndarray mapped_there(Forward forward, bnfast_job *job, cnp.ndarray out, int keep):
     """-> y of a job whose statistics are set, at the positions that take part; 0 elsewhere."""
     cdef Positions there
     cdef cnp.ndarray residual = None
+    cdef cnp.ndarray y
+    if forward.residual is not None and forward.rectifies and keep != NOBODY:
+        forward.begin_marks(job)
     if forward.mask is None:
-        return mapped(job, forward.x, forward.residual, forward.axis, forward.channels, out)
-    there = forward.positions()
-    if forward.residual is not None:
-        residual = there.gather(forward.residual, "residual")
-    return there.scatter(mapped(job, there.gather(forward.x, "x"), residual, 1, forward.channels, None), out)
+        y = mapped(job, forward.x, forward.residual, forward.axis, forward.channels, out)
+    else:
+        there = forward.positions()
+        if forward.residual is not None:
+            residual = there.gather(forward.residual, "residual")
+        y = there.scatter(mapped(job, there.gather(forward.x, "x"), residual, 1, forward.channels, None), out)
+    forward.first_mark = job.first_mark
+    return y
 
 
 cdef int seal(Forward forward, out, tuple living) except -1:
     """Once y is there."""
     cnp.PyArray_CLEARFLAGS(forward.block, cnp.NPY_ARRAY_WRITEABLE)
     take_sample(forward.x, forward.sample)
-    forward.there = None  # it may hold a copy of x
-    if not forward.rectifies:
-        forward.residual = None  # its gradient is dy, whatever it was
-    elif forward.residual is not None:
-        take_sample(forward.residual, forward.residual_sample)
+    forward.there = forward.residual = None  # of no use to a backward
     if out is not None:
         note_overwritten(out, (*living, forward), "the forward's out")
     return 0
 
 
-cdef cnp.ndarray map_with_batch(Forward forward, Options options, out, tuple living):
-    """-> y: a new forward normalises with the statistics of the batch. living: whose x `out` may overwrite."""
+cdef cnp.ndarray map_with_batch(Forward forward, Options options, int keep, out, tuple living, bint exact=False):
+    """-> y: a new forward normalises with the statistics of the batch. living: whose x `out` may overwrite.
+
+    exact: statistics as `moments` has them, of a forward that was made so.
+    """
     cdef bnfast_job job = new_job(BNFAST_FORWARD)
     cdef cnp.ndarray y, given_out = as_out(out, forward.x)
     check_batch(forward)
     job.eps = forward.eps if forward.eps > 0.0 else as_positive_eps(forward.eps)
     forward.set_parameters(&job)
     job.mean, job.inv_std, job.m2 = forward.row(MEAN), forward.row(INV_STD), forward.row(M2)
-    y = mapped_there(forward, &job, given_out)
+    job.exact, job.mean_rest = exact, forward.mean_rest()
+    y = mapped_there(forward, &job, given_out, keep)
     seal(forward, out, living)
     if options.raises and forward.training:
         forward.check_finite()
     return y
 
 
-cdef cnp.ndarray map_with_running(Forward forward, Running running, out, tuple living):
+cdef cnp.ndarray map_with_running(Forward forward, Running running, int keep, out, tuple living):
     """-> y: a new forward normalises with the running statistics, as constants."""
     cdef bnfast_job job = new_job(BNFAST_EVAL)
     cdef cnp.ndarray y, given_out = as_out(out, forward.x)
@@ -466,7 +502,7 @@ cdef cnp.ndarray map_with_running(Forward forward, Running running, out, tuple l
     job.eps = forward.eps
     forward.set_parameters(&job)
     job.mean, job.var = running.row(0), running.row(1)
-    y = mapped_there(forward, &job, given_out)
+    y = mapped_there(forward, &job, given_out, keep)
     seal(forward, out, living)
     return y
 
@@ -476,10 +512,10 @@ cdef cnp.ndarray committed(AtomicReference contents, Options options, Forward fo
     """-> y of a new forward of a layer that is not calibrating, whose contents are exchanged for those after it."""
     cdef cnp.ndarray y
     if not forward.training and options.tracks:
-        y = map_with_running(forward, (<Contents>contents.current()).in_use, out, living)
+        y = map_with_running(forward, (<Contents>contents.current()).in_use, keep, out, living)
         commit_forward(contents, forward, keep)
         return y
-    y = map_with_batch(forward, options, out, living)
+    y = map_with_batch(forward, options, keep, out, living)
     if forward.training and options.tracks and update:
         commit_training(contents, options, forward, keep, momentum)
     else:
@@ -488,8 +524,11 @@ cdef cnp.ndarray committed(AtomicReference contents, Options options, Forward fo
 
 
 def forward_of(AtomicReference contents, Options options, x, gamma, beta, double eps, momentum, bint training, int keep,
-               bint update, out, tuple living, residual=None, mask=None):
+               bint update, out, tuple living, residual=None, mask=None, Processes processes=None):
     """-> (y, Forward) of x; as `committed`."""
+    if training and processes is not None:
+        return forward_together(contents, options, processes, x, gamma, beta, eps, momentum, keep, update, out, living,
+                                residual, mask)
     cdef Forward forward = new_forward(contents, options, x, gamma, beta, eps, training, residual, mask)
     return committed(contents, options, forward, momentum, keep, update, out, living), forward
 
@@ -512,6 +551,7 @@ def called(self, x, out=None, *, residual=None, mask=None, update=True):
     cdef dict its
     cdef AtomicReference calibration, contents
     cdef Options options
+    cdef Processes processes
     cdef Forward forward
     if out is None and update is True and type(self).forward is plain_forward:
         attributes = self.__dict__
@@ -519,7 +559,11 @@ def called(self, x, out=None, *, residual=None, mask=None, update=True):
             its = attributes
             calibration = its["_calibration"]
             if calibration.current() is None:
-                contents, options = its["_contents"], its["_options"]
+                contents, options, processes = its["_contents"], its["_options"], its["_processes"]
+                if processes is not None and its["_training"]:
+                    return forward_together(contents, options, processes, x, its["_gamma"], its["_beta"], its["_eps"],
+                                            its["_momentum"], NOBODY if get_value(grad_depth) else LAYER, True, None,
+                                            (), residual, mask)[0]
                 forward = new_forward(contents, options, x, its["_gamma"], its["_beta"], its["_eps"], its["_training"],
                                       residual, mask)
                 return committed(contents, options, forward, its["_momentum"],
@@ -534,15 +578,15 @@ def forward_in_calibration(AtomicReference contents, Options options, x, gamma, 
 
     gathers: what makes contents of those after the forward and of the moments of the batch; or None.
     """
-    cdef Forward forward = new_forward(contents, options, x, gamma, beta, eps, training, residual, mask)
+    cdef Forward forward = new_forward(contents, options, x, gamma, beta, eps, training, residual, mask, True)
     cdef Contents found
     if forward.count < 2:
         there = forward.positions()
         batch = moments(forward.x, forward.axis) if there is None else moments(there.gather(forward.x, "x"), 1)
-        y = map_with_running(forward, (<Contents>contents.current()).in_use, out, living)  # `out` may be x
+        y = map_with_running(forward, (<Contents>contents.current()).in_use, keep, out, living)  # `out` may be x
     else:
-        y = map_with_batch(forward, options, out, living)
-        batch = forward.count, *forward.moments
+        y = map_with_batch(forward, options, keep, out, living, True)
+        batch = forward.exact_moments()
     while True:
         found = contents.current()
         new = found.after_forward(forward, keep)
@@ -552,11 +596,31 @@ def forward_in_calibration(AtomicReference contents, Options options, x, gamma, 
             return y, forward
 
 
+cdef tuple mapped_back_there(Forward forward, bnfast_job *job, Positions there, cnp.ndarray x, cnp.ndarray u, int axis,
+                             cnp.ndarray out, cnp.ndarray out_residual):
+    """-> (dx, dresidual) of a backward job of x and u, which `there` has gathered unless it is None; 0 elsewhere."""
+    if there is None:
+        return mapped_back(job, x, u, None, axis, forward.channels, out, out_residual, forward.has_residual)
+    dx, dresidual = mapped_back(job, x, u, None, axis, forward.channels, None, None, forward.has_residual)
+    return there.scatter(dx, out), None if dresidual is None else there.scatter(dresidual, out_residual)
+
+
+cdef int note_gradients(Forward forward, out, out_residual, tuple living) except -1:
+    """The user's arrays have been written: those whose x they were are told so."""
+    if out is not None:
+        note_overwritten(out, (*living, forward), "the backward's out")
+    if out_residual is not None:
+        note_overwritten(out_residual, (*living, forward), "the backward's out_residual")
+    return 0
+
+
 def backward_of(Forward forward, dy, out, tuple living, dtype, out_residual=None):
     """-> (dx, dresidual, dgamma, dbeta), the last two in `dtype`, float32 or float64, rounded once from float64;
     dresidual is None without a residual."""
+    if forward.processes is not None:
+        return backward_together(forward, dy, out, living, dtype, out_residual)
     cdef bnfast_job job = new_job(BNFAST_BACKWARD if forward.running is None else BNFAST_BACKWARD_EVAL)
-    cdef cnp.ndarray x = forward.x, residual = forward.residual, u, given_out, given_out_residual
+    cdef cnp.ndarray x = forward.x, u, given_out, given_out_residual
     cdef cnp.ndarray sums = new_block(3, forward.channels, True)
     cdef int type_number = cnp.NPY_FLOAT32 if dtype.itemsize == 4 else cnp.NPY_FLOAT64, axis = forward.axis
     cdef Py_ssize_t i
@@ -568,7 +632,7 @@ def backward_of(Forward forward, dy, out, tuple living, dtype, out_residual=None
     job.dgamma, job.dbeta = values(sums), values(sums) + forward.channels
     forward.set_parameters(&job)
     if forward.running is None:
-        job.mean, job.inv_std = forward.row(MEAN), forward.row(INV_STD)
+        job.mean, job.inv_std, job.mean_rest = forward.row(MEAN), forward.row(INV_STD), forward.mean_rest()
     else:
         job.mean, job.inv_std = forward.running.row(0), values(sums) + 2 * forward.channels
         for i in range(forward.channels):
@@ -576,19 +640,9 @@ def backward_of(Forward forward, dy, out, tuple living, dtype, out_residual=None
     there = forward.positions()
     if there is not None:
         x, u, axis = there.gather(x, "x"), there.gather(u, "dy"), 1
-        residual = None if residual is None else there.gather(residual, "residual")
-    if forward.has_residual and residual is None:
-        residual = x  # without an activation it does not matter which
-    if there is None:
-        dx, dresidual = mapped_back(&job, x, u, residual, axis, forward.channels, given_out, given_out_residual)
-    else:
-        dx, dresidual = mapped_back(&job, x, u, residual, axis, forward.channels, None, None)
-        dx = there.scatter(dx, given_out)
-        dresidual = None if dresidual is None else there.scatter(dresidual, given_out_residual)
-    if out is not None:
-        note_overwritten(out, (*living, forward), "the backward's out")
-    if out_residual is not None:
-        note_overwritten(out_residual, (*living, forward), "the backward's out_residual")
+    forward.set_marks(&job)
+    dx, dresidual = mapped_back_there(forward, &job, there, x, u, axis, given_out, given_out_residual)
+    note_gradients(forward, out, out_residual, living)
     return (dx, dresidual, rounded(job.dgamma, forward.channels, type_number),
             rounded(job.dbeta, forward.channels, type_number))
 
@@ -651,7 +705,8 @@ cdef class Calibration:
 
     def __cinit__(self, tuple tokens, finish, entered):
         """tokens: of each layer the reference to the token of the block that is gathering, or None; finish: called
-        with the token at the end of a block that did not raise; entered: what `with ... as` gives."""
+        with the token at the end of the block, and with what the block raised, or None; entered: what `with ... as`
+        gives."""
         for current in tokens:
             if not isinstance(current, AtomicReference):
                 raise TypeError("expected AtomicReferences")
@@ -687,8 +742,7 @@ cdef class Calibration:
         token = self.token
         self.end(len(self.tokens))
         self.token = None
-        if kind is None:
-            self.finish(token)
+        self.finish(token, error)
 
 
 @cython.auto_pickle(False)

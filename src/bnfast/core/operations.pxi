@@ -65,43 +65,89 @@ cdef cnp.ndarray mapped(bnfast_job *job, cnp.ndarray x, cnp.ndarray beside, int 
     return delivered(result, out)
 
 
+cdef inline bint stores_passed(bnfast_job *job, bint has_residual) noexcept:
+    """Whether a backward has more than one result like x, for itself or for the caller."""
+    return has_residual or (job.rectifies and job.operation == BNFAST_BACKWARD_EVAL)
+
+
 cdef tuple mapped_back(bnfast_job *job, cnp.ndarray x, cnp.ndarray dy, cnp.ndarray residual, int axis,
-                       Py_ssize_t channels, cnp.ndarray out, cnp.ndarray out_residual):
+                       Py_ssize_t channels, cnp.ndarray out, cnp.ndarray out_residual, bint has_residual):
     """-> (dx, dresidual) of a backward job, likewise; dresidual is None without a residual.
 
-    What an activation passes of dy is dresidual: the reduction stores it, and the map reads it.
+    What an activation passes of dy is dresidual. With job.marks the map finds it by them and stores it, and no
+    `residual` is asked for; without, the reduction makes it of x and residual and stores it, and the map reads that.
     """
     cdef cnp.ndarray data, u, r, dx, dr = None
-    cdef bint stored = residual is not None or (job.rectifies and job.operation == BNFAST_BACKWARD_EVAL)
-    if not stored:
+    if not stores_passed(job, has_residual):
         return mapped(job, x, dy, axis, channels, out), None
+    if is_half(x) and job.rectifies and job.rectifier.slope != 0.0 and (
+            job.marks == NULL or job.operation == BNFAST_BACKWARD_EVAL):
+        # what the reduction stores would be rounded before dx is made of it
+        if job.kernels != NULL:
+            job.kernels = bnfast_of_same_isa(job.kernels, BNFAST_FLOAT32)
+        dx, dr = mapped_back(job, widened(x), widened(dy), None if residual is None else widened(residual), axis,
+                             channels, None, None, has_residual)
+        return narrowed(dx, x, out), narrowed(dr, x, out_residual) if has_residual else None
     check_kept_shape(x, axis, channels, (dy, residual, out, out_residual))
     data = packed(x, axis, job)
     u = packed_like(dy, data)
     dx = target_of(out, data, u)
-    if residual is None:  # a place for what is passed: dx itself, unless it is x's
+    r = None if residual is None or not job.rectifies else packed_like(residual, data)
+    if not has_residual:  # a place for what is passed: dx itself, unless it is x's
         dr = empty_like(data) if may_overlap(dx, data) else dx
     else:
-        r = packed_like(residual, data)
-        if not disjoint_or_same(dx, r):
+        if r is not None and not disjoint_or_same(dx, r):
             dx = empty_like(data)
         dr = out_residual
         if dr is None or not same_layout(dr, data) or may_overlap(dr, data) or not (
-                disjoint_or_same(dr, u) and disjoint_or_same(dr, r)):
+                disjoint_or_same(dr, u) and (r is None or disjoint_or_same(dr, r))):
             dr = empty_like(data)
     if cnp.PyArray_SIZE(data) > 0:
         job.x, job.u, job.out = cnp.PyArray_DATA(data), cnp.PyArray_DATA(u), cnp.PyArray_DATA(dx)
         if job.rectifies:
             job.passed = cnp.PyArray_DATA(dr)
-            if residual is not None:
+            if r is not None:
                 job.residual = cnp.PyArray_DATA(r)
         elif dr is not u:
             cnp.PyArray_CopyInto(dr, u)  # an activation that there is not passes all
             job.u = cnp.PyArray_DATA(dr)
         compute(job, data)
-    if residual is None:
+    if not has_residual:
         return delivered(dx, out), None
     return delivered(dx, out), delivered(dr, out_residual)
+
+
+def widened(cnp.ndarray x not None):
+    """Halves as a new array of float32, in the same order of axes."""
+    cdef cnp.ndarray dense = x, wide
+    if not (cnp.PyArray_ISBEHAVED_RO(x) and (cnp.PyArray_IS_C_CONTIGUOUS(x) or cnp.PyArray_IS_F_CONTIGUOUS(x))):
+        dense = np.array(x, x.dtype.newbyteorder("="), order="K", copy=True, subok=False)
+    wide = np.empty_like(dense, np.float32)
+    if not is_half(dense) or not same_order(dense, wide):
+        raise AssertionError("expected halves, dense")
+    bnfast_active(dtype_of(dense)).widen_values(cnp.PyArray_SIZE(dense), cnp.PyArray_DATA(dense),
+                                                cnp.PyArray_DATA(wide))
+    return wide
+
+
+def narrowed(cnp.ndarray wide not None, cnp.ndarray model not None, out=None):
+    """float32, dense, as an array of the dtype of `model`, halves, rounded to nearest even; or in `out`."""
+    cdef cnp.ndarray half = np.empty_like(wide, model.dtype.newbyteorder("="))
+    if not is_half(half) or cnp.PyArray_TYPE(wide) != cnp.NPY_FLOAT32 or not same_order(wide, half):
+        raise AssertionError("expected float32, dense, and halves")
+    bnfast_active(dtype_of(half)).narrow_values(cnp.PyArray_SIZE(wide), cnp.PyArray_DATA(wide),
+                                                cnp.PyArray_DATA(half))
+    return delivered(half, out)
+
+
+cdef bint same_order(cnp.ndarray a, cnp.ndarray b) noexcept:
+    """Whether equal indices are equal counts of elements from the beginning."""
+    cdef int i
+    for i in range(cnp.PyArray_NDIM(a)):
+        if cnp.PyArray_DIM(a, i) != 1 and (cnp.PyArray_STRIDE(a, i) // cnp.PyArray_ITEMSIZE(a)
+                                           != cnp.PyArray_STRIDE(b, i) // cnp.PyArray_ITEMSIZE(b)):
+            return False
+    return True
 
 
 cdef cnp.ndarray as_residual(object residual, cnp.ndarray x):
@@ -128,7 +174,7 @@ cdef cnp.ndarray as_out_residual(object out_residual, cnp.ndarray out, bint has_
 cdef int check_variance(const double *var, Py_ssize_t channels, double eps, str prefix) except -1:
     """That it can be divided by."""
     cdef Py_ssize_t i
-    if bnfast_active(8).usable_variances(channels, var, eps) == channels:
+    if bnfast_active(BNFAST_FLOAT64).usable_variances(channels, var, eps) == channels:
         return 0
     for i in range(channels):
         if not (var[i] + eps > 0.0 and var[i] - var[i] == 0.0):
@@ -138,20 +184,20 @@ cdef int check_variance(const double *var, Py_ssize_t channels, double eps, str 
 
 
 def moments(x, axis):
-    """-> (count, mean, m2): values a channel, and two (C,) float64 arrays."""
+    """-> (count, mean, m2, rest): values a channel, and (C,) float64 arrays; mean + rest is the mean."""
     cdef bnfast_job job = new_job(BNFAST_MOMENTS)
     cdef cnp.ndarray data = as_samples(x, "x")
     cdef int channel_axis = as_axis(axis, data)
     cdef Py_ssize_t channels = cnp.PyArray_DIM(data, channel_axis)
-    cdef cnp.ndarray mean, m2
+    cdef cnp.ndarray mean, m2, rest
     if cnp.PyArray_SIZE(data) == 0:
-        return 0, np.zeros(channels), np.zeros(channels)
+        return 0, np.zeros(channels), np.zeros(channels), np.zeros(channels)
     data = packed(data, channel_axis, &job)
-    mean, m2 = new_statistics(channels), new_statistics(channels)
-    job.x = cnp.PyArray_DATA(data)
-    job.mean, job.m2 = values(mean), values(m2)
+    mean, m2, rest = new_statistics(channels), new_statistics(channels), new_statistics(channels)
+    job.x, job.exact = cnp.PyArray_DATA(data), True
+    job.mean, job.m2, job.mean_rest = values(mean), values(m2), values(rest)
     compute(&job, data)
-    return job.outer * job.inner, mean, m2
+    return job.outer * job.inner, mean, m2, rest
 
 
 def batch_norm(x, gamma, beta, axis, eps, out, residual=None, activation=None, negative_slope=None,
@@ -276,13 +322,14 @@ cdef cnp.ndarray rounded(const double *statistics, cnp.npy_intp channels, int dt
     if dtype == cnp.NPY_FLOAT64:
         memcpy(cnp.PyArray_DATA(result), statistics, channels * sizeof(double))
     else:
-        bnfast_active(4).round_values(channels, statistics, cnp.PyArray_DATA(result))
+        bnfast_active(BNFAST_FLOAT32).round_values(channels, statistics, cnp.PyArray_DATA(result))
     return result
 
 
 def batch_norm_backward(dy, x, mean, inv_std, gamma, axis, training, out, beta=None, residual=None, activation=None,
                         negative_slope=None, out_residual=None):
-    """-> (dx, dgamma, dbeta), and dresidual with a residual: dx, dresidual like x, two (C,) arrays of x's dtype."""
+    """-> (dx, dgamma, dbeta), and dresidual with a residual: dx, dresidual like x, two (C,) arrays of x's dtype,
+    or of float32 where that is narrower."""
     cdef bnfast_job job = new_job(BNFAST_BACKWARD if training else BNFAST_BACKWARD_EVAL)
     cdef cnp.ndarray data = as_samples(x, "x")
     cdef int channel_axis = as_axis(axis, data)
@@ -293,18 +340,22 @@ def batch_norm_backward(dy, x, mean, inv_std, gamma, axis, training, out, beta=N
     given_out = as_out(out, data)
     r = as_residual(residual, data)
     given_out_residual = as_out_residual(out_residual, given_out, r is not None, data)
-    m = as_statistics(mean, "mean", channels, given_out)
-    s = as_statistics(inv_std, "inv_std", channels, given_out)
-    g = as_parameter(gamma, "gamma", channels, given_out)
-    b = as_parameter(beta, "beta", channels, given_out)
+    m = as_statistics(mean, "mean", channels, given_out, given_out_residual)
+    s = as_statistics(inv_std, "inv_std", channels, given_out, given_out_residual)
+    g = as_parameter(gamma, "gamma", channels, given_out, given_out_residual)
+    b = as_parameter(beta, "beta", channels, given_out, given_out_residual)
     if training:
         check_count(data, channel_axis)
 
     job.gamma, job.beta, job.mean, job.inv_std = parameter(g), parameter(b), values(m), values(s)
     job.dgamma, job.dbeta = values(sums), values(sums) + channels
-    dx, dresidual = mapped_back(&job, data, u, r, channel_axis, channels, given_out, given_out_residual)
-    gradients = (dx, rounded(job.dgamma, channels, cnp.PyArray_TYPE(data)),
-                 rounded(job.dbeta, channels, cnp.PyArray_TYPE(data)))
+    if stores_passed(&job, r is not None):
+        dx, dresidual = mapped_back(&job, data, u, r, channel_axis, channels, given_out, given_out_residual,
+                                    r is not None)
+    else:
+        dx = mapped(&job, data, u, channel_axis, channels, given_out)
+    gradients = (dx, rounded(job.dgamma, channels, gradient_type(data)),
+                 rounded(job.dbeta, channels, gradient_type(data)))
     return gradients if residual is None else (*gradients, dresidual)
 
 
@@ -352,17 +403,18 @@ def batch_norm_backward_apply(dy, x, mean, inv_std, gamma, double count, dgamma,
     given_out = as_out(out, data)
     r = as_residual(residual, data)
     given_out_residual = as_out_residual(out_residual, given_out, r is not None, data)
-    m = as_statistics(mean, "mean", channels, given_out)
-    s = as_statistics(inv_std, "inv_std", channels, given_out)
-    g = as_parameter(gamma, "gamma", channels, given_out)
-    b = as_parameter(beta, "beta", channels, given_out)
-    to_gamma = as_statistics(dgamma, "sums.dgamma", channels, given_out)
-    to_beta = as_statistics(dbeta, "sums.dbeta", channels, given_out)
+    m = as_statistics(mean, "mean", channels, given_out, given_out_residual)
+    s = as_statistics(inv_std, "inv_std", channels, given_out, given_out_residual)
+    g = as_parameter(gamma, "gamma", channels, given_out, given_out_residual)
+    b = as_parameter(beta, "beta", channels, given_out, given_out_residual)
+    to_gamma = as_statistics(dgamma, "sums.dgamma", channels, given_out, given_out_residual)
+    to_beta = as_statistics(dbeta, "sums.dbeta", channels, given_out, given_out_residual)
 
     job.count = count
     job.gamma, job.beta, job.mean, job.inv_std = parameter(g), parameter(b), values(m), values(s)
     job.dgamma, job.dbeta = values(to_gamma), values(to_beta)
-    dx, dresidual = mapped_back(&job, data, u, r, channel_axis, channels, given_out, given_out_residual)
+    dx, dresidual = mapped_back(&job, data, u, r, channel_axis, channels, given_out, given_out_residual,
+                                r is not None)
     return dx if residual is None else (dx, dresidual)
 
 
@@ -404,3 +456,28 @@ def memory_floor(cnp.ndarray x, cnp.ndarray u, cnp.ndarray out):
     if u is not None:
         job.u = cnp.PyArray_DATA(u)
     compute(&job, x)
+
+
+def update_average(cnp.ndarray average, cnp.ndarray batch, double keep, double weight):
+    """average = keep * average + weight * batch, in place and rounded once.
+
+    average: (C,) float32 or float64, contiguous and writeable; batch: (C,) float64, contiguous.
+    """
+    cdef Py_ssize_t i, channels = cnp.PyArray_SIZE(average)
+    cdef float *narrow
+    cdef double *wide
+    cdef const double *new
+    if (cnp.PyArray_TYPE(batch) != cnp.NPY_FLOAT64 or cnp.PyArray_SIZE(batch) != channels
+            or not cnp.PyArray_ISCARRAY(average) or not cnp.PyArray_ISCARRAY_RO(batch)):
+        raise ValueError("average, batch: expected contiguous arrays of one size, batch of float64")
+    new = <const double *>cnp.PyArray_DATA(batch)
+    if cnp.PyArray_TYPE(average) == cnp.NPY_FLOAT32:
+        narrow = <float *>cnp.PyArray_DATA(average)
+        for i in range(channels):
+            narrow[i] = <float>(keep * narrow[i] + weight * new[i])
+    elif cnp.PyArray_TYPE(average) == cnp.NPY_FLOAT64:
+        wide = <double *>cnp.PyArray_DATA(average)
+        for i in range(channels):
+            wide[i] = keep * wide[i] + weight * new[i]
+    else:
+        raise ValueError(f"average: expected float32 or float64, got {average.dtype}")

@@ -21,11 +21,12 @@ def explain(shape, axis, dtype, str operation, int n_threads):
     cdef int ndim = len(shape), i, place
     cdef Py_ssize_t size
     dtype = np.dtype(dtype)
-    if operation not in OPERATIONS or dtype not in (np.float32, np.float64) or ndim < 2 or n_threads < 1:
-        raise ValueError(f"explain: expected an operation of {', '.join(OPERATIONS)}, float32 or float64, at least 2 "
+    if operation not in OPERATIONS or dtype_of(np.empty(0, dtype)) == BNFAST_N_DTYPES or ndim < 2 or n_threads < 1:
+        raise ValueError(f"explain: expected an operation of {', '.join(OPERATIONS)}, {DTYPES}, at least 2 "
                          f"dimensions and a thread, got {operation!r}, {dtype}, {tuple(shape)}, {n_threads}")
     place = axis if axis >= 0 else axis + ndim
     job.operation = OPERATIONS[operation]
+    job.exact = operation == "moments"
     job.outer, job.channels, job.inner = 1, shape[place], 1
     for i in range(ndim):
         size = shape[i]
@@ -39,7 +40,7 @@ def explain(shape, axis, dtype, str operation, int n_threads):
     job.x, job.out = <const void *>64, <void *>128
     if operation in ("backward", "backward_eval", "jvp"):
         job.u = <const void *>192
-    job.kernels = bnfast_active(dtype.itemsize)
+    job.kernels = bnfast_active(dtype_of(np.empty(0, dtype)))
     job.n_threads = n_threads
     bnfast_plan(&job)
     arrays = (0 if operation == "moments" else 1) + (2 if job.u != NULL else 1)

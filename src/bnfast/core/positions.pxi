@@ -37,6 +37,11 @@ cdef cnp.ndarray as_mask(object mask, cnp.ndarray x, int axis):
                          f"got {given.shape}") from None
 
 
+def mask_of(mask, cnp.ndarray x, int axis):
+    """A user's mask as a bool array of x's shape without its channel axis, perhaps a view."""
+    return as_mask(mask, x, axis)
+
+
 @cython.auto_pickle(False)
 @cython.final
 cdef class Positions:

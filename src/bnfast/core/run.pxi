@@ -156,7 +156,8 @@ cdef int compute(bnfast_job *job, cnp.ndarray x) except -1:
     cdef bint small  # done at once by the calling thread, which keeps the GIL
     cdef int budget = 1
     parameters[0], parameters[1], parameters[2], parameters[3] = &job.gamma, &job.beta, &job.vgamma, &job.vbeta
-    job.kernels = bnfast_active(cnp.PyArray_ITEMSIZE(x))
+    if job.kernels == NULL:
+        job.kernels = bnfast_active(dtype_of(x))
     job.n_threads = 1
     worth = bnfast_threads_worth(job)
     small = worth == 1

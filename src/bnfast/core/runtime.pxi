@@ -59,7 +59,7 @@ def decide_threads(**facts):
 
 def isa():
     """Name of the active instruction set."""
-    return bnfast_active(4).isa.decode()
+    return bnfast_active(BNFAST_FLOAT32).isa.decode()
 
 
 def isas():

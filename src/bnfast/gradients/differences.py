@@ -112,11 +112,14 @@ def slopes(
     rises, central, kinks = np.empty(n), np.empty(n), np.zeros(n)
     with np.errstate(all="ignore"):
         at = np.asarray(outputs(copied(x)), np.float64)
-        typical = float(np.sqrt(np.mean(at * at)))
-        noise = eps * np.abs(weights) * (np.abs(at) + typical)  # of each weighted output
+        moved = np.zeros(at.shape, np.bool_)
         previous = np.full_like(at, np.inf)
         for k, t in enumerate(steps):
             above, below = (np.asarray(outputs(_moved(x, u, side)), np.float64) for side in (t, -t))
+            # noise of each weighted output: its own rounding, and that of intermediate results where it moves
+            moved |= (above != at) | (below != at)
+            typical = float(np.sqrt(np.mean(np.square(at[moved] if moved.any() else at))))
+            noise = eps * np.abs(weights) * (np.abs(at) + np.where(moved | ~moved.any(), typical, 0.0))
             rises[k] = np.sum(weights * (above - at))
             central[k] = np.sum(weights * (above - below)) / (2 * t)
             bend = np.abs(weights * (above - 2 * at + below)) / t  # smooth: proportional to t
@@ -158,13 +161,14 @@ def order_of_error(found: Slopes, slope: float) -> float:
     return math.inf if np.isfinite(errors).any() else math.nan
 
 
-def steps_along(x: Array, u: Float64, eps: float) -> Float64:
+def steps_along(x: Array, u: Float64, eps: float, size: float | None = None) -> Float64:
     """Steps t from large to small, each a power of two: t * max(abs(u)) from eps**(1/8) to eps**(1/2), relative to x.
 
     Nobody knows the scale on which f changes: it may be the size of x, or 1 (x is an exponent, or a parameter of 0).
-    So they start from the larger of the two and end at the smaller, as long as x still moves.
+    So they start from the larger of the two and end at the smaller, as long as x still moves. `size` is that of x if
+    None.
     """
-    size = _size(x) or 1.0
+    size = (size_of(x) if size is None else size) or 1.0
     largest = eps**0.125 * max(size, 1.0)
     smallest = max(eps**0.5 * min(size, 1.0), 16 * eps_of(x) * size)
     n = max(4, math.ceil(math.log(largest / smallest, RATIO)) + 1)
@@ -181,9 +185,11 @@ def representable(x: Array, u: Float64, step: float) -> Float64:
     return rounded
 
 
-def _size(x: Array) -> float:
-    """Root mean square, without overflow."""
+def size_of(x: Array) -> float:
+    """Root mean square, without overflow; 0 for what is so small that a part of it cannot be told from 0."""
     largest = float(np.abs(x).max())
+    if largest < np.finfo(x.dtype).tiny / eps_of(x):
+        return 0.0
     return largest and largest * float(np.sqrt(np.mean(np.square(x / largest, dtype=np.float64))))
 
 
@@ -217,11 +223,22 @@ def eps_of(array: Array) -> float:
 
 
 def scalar(f: Callable[[Array], float], x: Array) -> tuple[Callable[[Array], Any], float]:
-    """f, checked at x, and the eps of its value."""
-    value = np.asarray(f(copied(x)))
+    """f, checked at x, and the eps of its value; of (value, gradient), which some functions give, the value."""
+    found: Any = f(copied(x))
+    pair = isinstance(found, tuple) and len(found) == 2 and np.ndim(found[0]) == 0 and np.shape(found[1]) == x.shape
+    if isinstance(found, tuple) and not pair:
+        raise TypeError(f"f: expected a real number, or (value, gradient), got a tuple of {len(found)}")
+    if found is None:
+        raise TypeError("f: expected a real number, got None (is there a return?)")
+    value = np.asarray(found[0] if pair else found)
     if value.size != 1 or value.dtype.kind not in "fiu":
         raise TypeError(f"f: expected a real number, got dtype {value.dtype} of shape {value.shape}")
     if not np.isfinite(value).all():
         raise ValueError(f"f: expected a finite number at x, got {value.item()}")
     eps = max(eps_of(x), eps_of(value) if value.dtype.kind == "f" else 0.0)
-    return lambda moved: np.asarray(f(moved)).reshape(()), eps
+
+    def outputs(moved: Array) -> Any:
+        again: Any = f(moved)
+        return np.asarray(again[0] if pair else again).reshape(())
+
+    return outputs, eps

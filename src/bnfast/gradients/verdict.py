@@ -15,7 +15,8 @@ class DirectionCheck(NamedTuple):
     Attributes
     ----------
     input : str
-        What was moved, "x" or the name of a parameter.
+        What was moved: "x", the name of a parameter, or a part of them, "x[:, 3]", whose entries or gradients are far
+        smaller than the others.
     direction : str
         "gradient" (along the analytic one) or the number of a random one.
     numeric, analytic : float
@@ -31,7 +32,9 @@ class DirectionCheck(NamedTuple):
         a kink within the smallest steps) or "unresolved" (the differences do not settle: noise, jumps, very many
         kinks), which say nothing about the gradient.
     tolerance : float
-        Of the relative error.
+        Of the relative error: wider for a part that the differences do not know so well, but never above 0.1.
+    dtype : str
+        "float32" or "float64", the coarser of those of the input and the outputs.
     """
 
     input: str
@@ -42,6 +45,7 @@ class DirectionCheck(NamedTuple):
     order: float
     verdict: str
     tolerance: float
+    dtype: str = "float64"
 
 
 @dataclass(frozen=True, repr=False)
@@ -110,8 +114,10 @@ class GradientCheck:
             kinks, unresolved = verdicts.count("kink"), verdicts.count("unresolved")
             usable = len(verdicts) - kinks - unresolved
             if 2 * usable < len(verdicts):
-                why = [f"{kinks} cross a kink (move {name} away from it, or use float64)"] if kinks else []
-                why += [f"{unresolved} do not settle (use float64, fewer values or a smoother f)"] if unresolved else []
+                coarse = any(row.input == name and row.dtype == "float32" for row in self.rows)
+                where, what = (", or use float64", "use float64, ") if coarse else ("", "")
+                why = [f"{kinks} cross a kink (move {name} away from it{where})"] if kinks else []
+                why += [f"{unresolved} do not settle ({what}fewer values or a smoother f)"] if unresolved else []
                 reasons.append(f"only {usable} of {len(verdicts)} directions of {name} can be judged: {', '.join(why)}")
         if not reasons and not any(row.verdict in ("ok", "wrong") for row in self.rows):
             reasons.append("along no direction does f change by more than its rounding")

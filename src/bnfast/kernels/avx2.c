@@ -1,13 +1,13 @@
-/* AVX2: 32-byte vectors. */
+/* AVX2, and F16C, which every CPU with AVX2 has: 32-byte vectors. */
 
 #include "target.h"
 
 #if BNFAST_X86_VECTORS
 
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx2,f16c"))), apply_to = function)
 #else
-#pragma GCC target("avx2")
+#pragma GCC target("avx2,f16c")
 #endif
 
 #define ISA "avx2"
@@ -55,6 +55,69 @@ static inline __m256d widen_f32_avx2(__m256 v, int k)
     return _mm256_cvtps_pd(k == 0 ? _mm256_castps256_ps128(v) : _mm256_extractf128_ps(v, 1));
 }
 static inline __m256d widen_f64_avx2(__m256d v, int k) { return (void)k, v; }
+
+/* Whether low < a < high or a is NaN, a bit a lane; and in each lane: its bit ? yes : no (see marks.inc.h). */
+#define ISA_HAS_BITS 1
+
+static inline unsigned inside_f32_avx2(__m256 a, __m256 low, __m256 high)
+{
+    const __m256 above = _mm256_cmp_ps(a, low, _CMP_NLE_UQ), below = _mm256_cmp_ps(high, a, _CMP_NLE_UQ);
+    return (unsigned)_mm256_movemask_ps(_mm256_and_ps(above, below));
+}
+static inline __m256 if_bits_f32_avx2(unsigned bits, __m256 yes, __m256 no)
+{
+    const __m256i lane = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+    const __m256i its = _mm256_and_si256(_mm256_set1_epi32((int)bits), lane);
+    return _mm256_blendv_ps(no, yes, _mm256_castsi256_ps(_mm256_cmpeq_epi32(its, lane)));
+}
+static inline unsigned inside_f64_avx2(__m256d a, __m256d low, __m256d high)
+{
+    const __m256d above = _mm256_cmp_pd(a, low, _CMP_NLE_UQ), below = _mm256_cmp_pd(high, a, _CMP_NLE_UQ);
+    return (unsigned)_mm256_movemask_pd(_mm256_and_pd(above, below));
+}
+static inline __m256d if_bits_f64_avx2(unsigned bits, __m256d yes, __m256d no)
+{
+    const __m256i lane = _mm256_setr_epi64x(1, 2, 4, 8);
+    const __m256i its = _mm256_and_si256(_mm256_set1_epi64x((long long)bits), lane);
+    return _mm256_blendv_pd(no, yes, _mm256_castsi256_pd(_mm256_cmpeq_epi64(its, lane)));
+}
+
+/* Halves (see halves.h). */
+#define ISA_HAS_HALVES 1
+#define ISA_HAS_F16 1
+
+typedef __m128i H;
+static inline H load_halves(const uint16_t *p) { return _mm_loadu_si128((const __m128i *)(const void *)p); }
+static inline void store_halves(uint16_t *p, H halves) { _mm_storeu_si128((__m128i *)(void *)p, halves); }
+static inline void stream_halves(uint16_t *p, H halves) { _mm_stream_si128((__m128i *)(void *)p, halves); }
+
+/* n < 4 of them, in 64 bits */
+static inline H load_part_halves(const uint16_t *p, ptrdiff_t n)
+{
+    uint64_t four;
+    if (n < 4)
+        return _mm_cvtsi64_si128((long long)load_fewer_than_four(p, n));
+    memcpy(&four, p, sizeof four);
+    return _mm_set_epi64x((long long)load_fewer_than_four(p + 4, n - 4), (long long)four);
+}
+static inline void store_part_halves(uint16_t *p, ptrdiff_t n, H halves)
+{
+    if (n & 4) {
+        _mm_storel_epi64((__m128i *)(void *)p, halves);
+        halves = _mm_unpackhi_epi64(halves, halves);
+        p += 4;
+    }
+    store_fewer_than_four(p, n & 3, (uint64_t)_mm_cvtsi128_si64(halves));
+}
+typedef uint32_t words_avx2 __attribute__((vector_size(32)));
+static inline int any_word(words_avx2 w) { return _mm256_movemask_ps((__m256)w) != 0; }
+static inline words_avx2 words_of(H halves) { return (words_avx2)_mm256_cvtepu16_epi32(halves); }
+static inline H halves_of(words_avx2 w)
+{
+    return _mm_packus_epi32(_mm256_castsi256_si128((__m256i)w), _mm256_extracti128_si256((__m256i)w, 1));
+}
+static inline __m256 widen_f16(H halves) { return _mm256_cvtph_ps(halves); }
+static inline H round_f16(__m256 v) { return _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT); }
 
 #include "isa.inc.h"
 

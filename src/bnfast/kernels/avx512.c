@@ -1,13 +1,13 @@
-/* AVX-512 (F, as of Skylake-X and Zen 4): 64-byte vectors, and masks for the ends of rows. */
+/* AVX-512 (F, BW and VL, as of Skylake-X and Zen 4): 64-byte vectors, and masks for the ends of rows. */
 
 #include "target.h"
 
 #if BNFAST_X86_VECTORS
 
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl"))), apply_to = function)
 #else
-#pragma GCC target("avx512f")
+#pragma GCC target("avx512f,avx512bw,avx512vl")
 #endif
 
 #define ISA "avx512"
@@ -48,6 +48,7 @@ static inline __m512d widen_f64_avx512(__m512d v, int k) { return (void)k, v; }
 
 /* In each lane: a <= b ? yes : no; a <= low or high <= a ? yes : no (see vec.h). */
 #define ISA_HAS_CHOICE 1
+#define ISA_HAS_BITS 1
 
 static inline __m512 if_at_most_f32_avx512(__m512 a, __m512 b, __m512 yes, __m512 no)
 {
@@ -67,6 +68,47 @@ static inline __m512d if_outside_f64_avx512(__m512d a, __m512d low, __m512d high
     const __mmask8 inside = _mm512_mask_cmp_pd_mask(_mm512_cmp_pd_mask(a, low, _CMP_NLE_UQ), high, a, _CMP_NLE_UQ);
     return _mm512_mask_blend_pd(inside, yes, no);
 }
+
+/* Whether low < a < high or a is NaN, a bit a lane; and in each lane: its bit ? yes : no (see marks.inc.h). */
+static inline unsigned inside_f32_avx512(__m512 a, __m512 low, __m512 high)
+{
+    return _mm512_mask_cmp_ps_mask(_mm512_cmp_ps_mask(a, low, _CMP_NLE_UQ), high, a, _CMP_NLE_UQ);
+}
+static inline __m512 if_bits_f32_avx512(unsigned bits, __m512 yes, __m512 no)
+{
+    return _mm512_mask_blend_ps((__mmask16)bits, no, yes);
+}
+static inline unsigned inside_f64_avx512(__m512d a, __m512d low, __m512d high)
+{
+    return _mm512_mask_cmp_pd_mask(_mm512_cmp_pd_mask(a, low, _CMP_NLE_UQ), high, a, _CMP_NLE_UQ);
+}
+static inline __m512d if_bits_f64_avx512(unsigned bits, __m512d yes, __m512d no)
+{
+    return _mm512_mask_blend_pd((__mmask8)bits, no, yes);
+}
+
+/* Halves (see halves.h). */
+#define ISA_HAS_HALVES 1
+#define ISA_HAS_F16 1
+
+typedef __m256i H;
+static inline H load_halves(const uint16_t *p) { return _mm256_loadu_si256((const __m256i *)(const void *)p); }
+static inline void store_halves(uint16_t *p, H halves) { _mm256_storeu_si256((__m256i *)(void *)p, halves); }
+static inline void stream_halves(uint16_t *p, H halves) { _mm256_stream_si256((__m256i *)(void *)p, halves); }
+static inline H load_part_halves(const uint16_t *p, ptrdiff_t n)
+{
+    return _mm256_maskz_loadu_epi16((__mmask16)lanes_mask(n), p);
+}
+static inline void store_part_halves(uint16_t *p, ptrdiff_t n, H halves)
+{
+    _mm256_mask_storeu_epi16(p, (__mmask16)lanes_mask(n), halves);
+}
+typedef uint32_t words_avx512 __attribute__((vector_size(64)));
+static inline int any_word(words_avx512 w) { return _mm512_test_epi32_mask((__m512i)w, (__m512i)w) != 0; }
+static inline words_avx512 words_of(H halves) { return (words_avx512)_mm512_cvtepu16_epi32(halves); }
+static inline H halves_of(words_avx512 w) { return _mm512_cvtepi32_epi16((__m512i)w); }
+static inline __m512 widen_f16(H halves) { return _mm512_cvtph_ps(halves); }
+static inline H round_f16(__m512 v) { return _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT); }
 
 #include "isa.inc.h"
 

@@ -55,10 +55,44 @@ static inline void store_part_f64_baseline(double *p, ptrdiff_t n, __m128d v)
 }
 static inline __m128d widen_f32_baseline(__m128 v, int k) { return _mm_cvtps_pd(k == 0 ? v : _mm_movehl_ps(v, v)); }
 static inline __m128d widen_f64_baseline(__m128d v, int k) { return (void)k, v; }
+
+/* Halves (see halves.h). */
+#if defined(__GNUC__)
+#define ISA_HAS_HALVES 1
+
+typedef __m128i H; /* the lower half of it */
+static inline H load_halves(const uint16_t *p) { return _mm_loadl_epi64((const __m128i *)(const void *)p); }
+static inline void store_halves(uint16_t *p, H halves) { _mm_storel_epi64((__m128i *)(void *)p, halves); }
+static inline void stream_halves(uint16_t *p, H halves)
+{
+    _mm_stream_si64((long long *)(void *)p, _mm_cvtsi128_si64(halves));
+}
+static inline H load_part_halves(const uint16_t *p, ptrdiff_t n)
+{
+    return _mm_cvtsi64_si128((long long)load_fewer_than_four(p, n));
+}
+static inline void store_part_halves(uint16_t *p, ptrdiff_t n, H halves)
+{
+    store_fewer_than_four(p, n, (uint64_t)_mm_cvtsi128_si64(halves));
+}
+typedef uint32_t words_baseline __attribute__((vector_size(16)));
+static inline int any_word(words_baseline w) { return _mm_movemask_ps((__m128)w) != 0; }
+static inline words_baseline words_of(H halves)
+{
+    return (words_baseline)_mm_unpacklo_epi16(halves, _mm_setzero_si128());
+}
+static inline H halves_of(words_baseline w)
+{
+    const __m128i extended = _mm_srai_epi32(_mm_slli_epi32((__m128i)w, 16), 16); /* packs takes them for signed */
+    return _mm_packs_epi32(extended, extended);
+}
+#endif
 #else
 #define ISA_HAS_PARTS 0
 #define store_stream_f32_baseline store_f32_baseline
 #define store_stream_f64_baseline store_f64_baseline
 #endif
+
+#define ISA_HAS_BITS 0
 
 #include "isa.inc.h"

@@ -12,11 +12,12 @@ static ptrdiff_t whole_lines(ptrdiff_t bytes) { return round_up(bytes, 64); }
 
 ptrdiff_t bnfast_block_bytes(const bnfast_job *job, ptrdiff_t n, ptrdiff_t columns)
 {
-    const ptrdiff_t width = n * columns, size = job->kernels->itemsize;
+    const ptrdiff_t width = n * columns, size = job->kernels->coefficient_size;
     const ptrdiff_t rows = reduces(job) ? job->n_segments + 1 : 0;
     return whole_lines(2 * rows * width * (ptrdiff_t)sizeof(double)) +
            COEFFICIENT_ARRAYS * (whole_lines((n + BNFAST_PAD) * size + LINE) +
-                                 (columns > 1 ? whole_lines((width + BNFAST_PAD) * size + LINE) : 0));
+                                 (columns > 1 ? whole_lines((width + BNFAST_PAD) * size + LINE) : 0)) +
+           whole_lines(n);
 }
 
 /* skew: bytes from a line of memory to where the arrays begin */
@@ -33,26 +34,29 @@ static char *coefficients_in(char *at, bnfast_coefficients *c, ptrdiff_t bytes, 
 
 bnfast_block bnfast_block_in(const bnfast_job *job, char *scratch, ptrdiff_t first, ptrdiff_t n, ptrdiff_t columns)
 {
-    const ptrdiff_t width = n * columns, size = job->kernels->itemsize;
+    const ptrdiff_t width = n * columns, size = job->kernels->coefficient_size;
     const ptrdiff_t rows = reduces(job) ? job->n_segments + 1 : 0;
     bnfast_block block = {.first = first, .n = n, .width = width};
     block.a = (double *)scratch;
     block.b = block.a + rows * width;
     scratch += whole_lines(2 * rows * width * (ptrdiff_t)sizeof(double));
     /* the coefficient of a column lies as its first result does, so that vectors of both begin lines together;
-     * where rows do not lie alike, at the line */
-    const uintptr_t result = (uintptr_t)job->out + (uintptr_t)(first * job->inner * size);
-    const ptrdiff_t skew = folded_stride(job) * size % LINE == 0 ? (ptrdiff_t)(result % LINE) : 0;
+     * where rows do not lie alike, at the line (result: counted in elements) */
+    const uintptr_t itemsize = (uintptr_t)job->kernels->itemsize;
+    const uintptr_t result = (uintptr_t)job->out / itemsize + (uintptr_t)(first * job->inner);
+    const ptrdiff_t skew =
+        folded_stride(job) * (ptrdiff_t)itemsize % LINE == 0 ? (ptrdiff_t)(result * (uintptr_t)size % LINE) : 0;
     scratch = coefficients_in(scratch, &block.channel, (n + BNFAST_PAD) * size, skew);
     block.column = block.channel;
     if (columns > 1)
-        coefficients_in(scratch, &block.column, (width + BNFAST_PAD) * size, skew);
+        scratch = coefficients_in(scratch, &block.column, (width + BNFAST_PAD) * size, skew);
+    block.careful = (unsigned char *)scratch;
     return block;
 }
 
 bnfast_coefficients bnfast_coefficients_at(const bnfast_job *job, const bnfast_coefficients *c, ptrdiff_t j)
 {
-    const ptrdiff_t bytes = j * job->kernels->itemsize;
+    const ptrdiff_t bytes = j * job->kernels->coefficient_size;
     const bnfast_coefficients at = {
         (char *)c->center + bytes,   (char *)c->scale + bytes,   (char *)c->shift + bytes,
         (char *)c->u_center + bytes, (char *)c->u_scale + bytes, (char *)c->hat_scale + bytes,
@@ -62,15 +66,27 @@ bnfast_coefficients bnfast_coefficients_at(const bnfast_job *job, const bnfast_c
 
 bnfast_passing bnfast_passing_at(const bnfast_job *job, const bnfast_coefficients *c, ptrdiff_t j, ptrdiff_t offset)
 {
-    const ptrdiff_t bytes = j * job->kernels->itemsize;
+    const ptrdiff_t bytes = j * job->kernels->coefficient_size;
     const bnfast_passing passing = {
         .y_scale = (const char *)c->y_scale + bytes,
         .y_shift = (const char *)c->y_shift + bytes,
         .residual = job->residual ? (const char *)job->residual + offset : NULL,
-        .passed = job->passed ? (char *)job->passed + offset : NULL,
+        .marks = job->marks,
+        .number = job->first_mark + offset / job->kernels->itemsize,
+        .passed = passed_early(job) ? (char *)job->passed + offset : NULL,
         .rectifier = job->rectifier,
     };
     return passing;
+}
+
+bnfast_marked bnfast_marked_at(const bnfast_job *job, ptrdiff_t offset)
+{
+    const bnfast_marked marked = {
+        maps_marks(job) ? job->marks : NULL,
+        job->first_mark + offset / job->kernels->itemsize,
+        maps_marks(job) && job->passed ? (char *)job->passed + offset : NULL,
+    };
+    return marked;
 }
 
 static bnfast_parameter parameter_from(const bnfast_parameter *parameter, ptrdiff_t i)
@@ -82,8 +98,7 @@ static bnfast_parameter parameter_from(const bnfast_parameter *parameter, ptrdif
 
 static double *values_from(double *values, ptrdiff_t i) { return values ? values + i : NULL; }
 
-/* From the block's i-th channel on. */
-static bnfast_channels channels_of(const bnfast_job *job, const bnfast_block *block, ptrdiff_t i)
+bnfast_channels bnfast_channels_of(const bnfast_job *job, const bnfast_block *block, ptrdiff_t i)
 {
     const ptrdiff_t at = block->first + i;
     const bnfast_channels channels = {
@@ -102,6 +117,7 @@ static bnfast_channels channels_of(const bnfast_job *job, const bnfast_block *bl
         .m2 = values_from(job->m2, at),
         .dbeta = values_from(job->dbeta, at),
         .dgamma = values_from(job->dgamma, at),
+        .mean_rest = values_from(job->mean_rest, at),
         .c = bnfast_coefficients_at(job, &block->channel, i),
     };
     return channels;
@@ -110,12 +126,12 @@ static bnfast_channels channels_of(const bnfast_job *job, const bnfast_block *bl
 void bnfast_choose_centers(const bnfast_job *job, const bnfast_block *block)
 {
     if (passes(job)) {
-        const bnfast_channels channels = channels_of(job, block, 0);
+        const bnfast_channels channels = bnfast_channels_of(job, block, 0);
         job->kernels->make_y_coefficients(block->n, &channels);
     } else if (sums_products(job))
         job->kernels->round_values(block->n, job->mean + block->first, block->channel.center);
-    else if (!job->merges)
-        memset(block->channel.center, 0, (size_t)(block->n * job->kernels->itemsize));
+    else if (!job->merges && job->kernels->narrow) /* float64 alone cannot hold a mean and what it is rounded by */
+        memset(block->channel.center, 0, (size_t)(block->n * job->kernels->coefficient_size));
     else {
         ptrdiff_t offsets[BNFAST_SAMPLES]; /* spread over the channel, its ends included */
         for (int i = 0; i < BNFAST_SAMPLES; i++)
@@ -127,10 +143,12 @@ void bnfast_choose_centers(const bnfast_job *job, const bnfast_block *block)
     }
 }
 
-void bnfast_make_coefficients(const bnfast_job *job, const bnfast_block *block, ptrdiff_t i, ptrdiff_t n)
+ptrdiff_t bnfast_make_coefficients(const bnfast_job *job, const bnfast_block *block, ptrdiff_t i, ptrdiff_t n)
 {
-    const bnfast_channels channels = channels_of(job, block, i);
+    const bnfast_channels channels = bnfast_channels_of(job, block, i);
     if (passes(job) && !reduces(job))
         job->kernels->make_y_coefficients(n, &channels);
     job->kernels->make_coefficients(n, &channels);
+    memset(block->careful + i, 0, (size_t)n);
+    return job->kernels->edges(n, &channels);
 }

@@ -23,6 +23,7 @@ typedef struct {
     ptrdiff_t first, n, width;
     double *a, *b;
     bnfast_coefficients channel, column;
+    unsigned char *careful;    /* (n,) whether careful.c maps the channel; once its coefficients are made */
     void *packed_x, *packed_u; /* interleaved: (rows, width), what was reduced once more, lying together; or NULL */
 } bnfast_block;
 
@@ -35,6 +36,9 @@ bnfast_coefficients bnfast_coefficients_at(const bnfast_job *job, const bnfast_c
 
 /* What the sums take of u, from the j-th channel or column and `offset` bytes of the data on. */
 bnfast_passing bnfast_passing_at(const bnfast_job *job, const bnfast_coefficients *c, ptrdiff_t j, ptrdiff_t offset);
+
+/* What a map marks, or goes by, from `offset` bytes of the data on. */
+bnfast_marked bnfast_marked_at(const bnfast_job *job, ptrdiff_t offset);
 
 /* Merges rows lo .. hi-1 of a and b, `stride` apart, for n columns, into row lo, as a tree in index order.
  * Row i stands for counts(job, i) values. Returns the count of all. */
@@ -49,8 +53,20 @@ void bnfast_merge_pair(const bnfast_job *job, ptrdiff_t n, double count, double 
 void bnfast_choose_centers(const bnfast_job *job, const bnfast_block *block);
 
 /* From the merged reductions a[i], b[i] of the block's channels to the results a channel (mean, variance, inv_std;
- * dgamma, dbeta), and to its coefficients. */
-void bnfast_make_coefficients(const bnfast_job *job, const bnfast_block *block, ptrdiff_t i, ptrdiff_t n);
+ * dgamma, dbeta), and to its coefficients. Returns how many lie at the edges of the dtype's range: none is careful yet. */
+ptrdiff_t bnfast_make_coefficients(const bnfast_job *job, const bnfast_block *block, ptrdiff_t i, ptrdiff_t n);
+
+/* Of the block's channels from the i-th on, as the leaves take them. */
+bnfast_channels bnfast_channels_of(const bnfast_job *job, const bnfast_block *block, ptrdiff_t i);
+
+/* careful.c: of n channels from the block's i-th on, some of which lie at the edges of the dtype's range, puts right the
+ * statistics of those, and marks those whose map it has to do. x and u still have to be there. */
+void bnfast_find_careful(const bnfast_job *job, const bnfast_block *block, ptrdiff_t i, ptrdiff_t n);
+int bnfast_some_careful(const bnfast_block *block, ptrdiff_t i, ptrdiff_t n); /* whether any is marked */
+/* Maps n elements of the block's i-th channel as a map with these flags does. x, u: IN; out,
+ * marked->passed: OUT, may be x or u */
+void bnfast_map_carefully(const bnfast_job *job, const bnfast_block *block, ptrdiff_t i, int flags, const void *x,
+                          const void *u, void *out, const bnfast_marked *marked, ptrdiff_t n);
 
 /* Sets job->infinite if a value of the rows is infinite; nothing to do where it is NULL. For the apply step to call
  * just before its map, so that both find the rows in cache. x: (n_rows, length), rows `stride` apart IN */

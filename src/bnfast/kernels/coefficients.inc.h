@@ -36,7 +36,7 @@ static ALWAYS_INLINE void FN(read_parameter)(const bnfast_parameter *parameter, 
 /* A scale that float32 cannot hold would make 0 * inf of a constant channel. */
 static ALWAYS_INLINE double FN(in_range)(double scale)
 {
-    if (sizeof(T) != 4)
+    if (!NARROW)
         return scale;
     return scale > (double)FLT_MAX ? (double)FLT_MAX : scale < -(double)FLT_MAX ? -(double)FLT_MAX : scale;
 }
@@ -46,6 +46,18 @@ static void FN(round_values)(ptrdiff_t n, const double *restrict values, void *o
     T *restrict rounded = out;
     for (ptrdiff_t i = 0; i < n; i++)
         rounded[i] = (T)values[i];
+}
+
+/* 1 / count where it has no rounding, so that a product with it is the quotient, which takes four times as long; or 0 */
+static ALWAYS_INLINE double FN(exact_inverse)(double count)
+{
+    int exponent;
+    return frexp(count, &exponent) == 0.5 ? 1.0 / count : 0.0;
+}
+
+static ALWAYS_INLINE double FN(quotient)(double sum, double count, double inverse)
+{
+    return inverse != 0.0 ? sum * inverse : sum / count;
 }
 
 /* shift: what rounding `center` leaves is taken off; slope: derivative of the result by what is centred */
@@ -59,12 +71,45 @@ static ALWAYS_INLINE void FN(round_center)(ptrdiff_t n, const double *restrict c
     }
 }
 
+/* The same, and the slope is the scale of what is centred: centre, scale and shift of the map. */
+static ALWAYS_INLINE void FN(round_map)(ptrdiff_t n, const double *restrict center, const double *restrict slope,
+                                        const double *restrict shift, T *restrict rounded_center,
+                                        T *restrict rounded_scale, T *restrict rounded_shift)
+{
+    for (ptrdiff_t i = 0; i < n; i++) {
+        const T hi = (T)center[i];
+        rounded_center[i] = hi;
+        rounded_scale[i] = (T)FN(in_range)(slope[i]);
+        rounded_shift[i] = (T)(shift[i] - (center[i] - (double)hi) * slope[i]);
+    }
+}
+
+/* shift: what rounding a mean to float64 has left is taken off, where float64 are the data: to float32 it is nothing */
+static ALWAYS_INLINE void FN(take_rest)(ptrdiff_t n, const double *restrict rest, const double *restrict slope,
+                                        double *restrict shift)
+{
+    if (!NARROW && rest)
+        for (ptrdiff_t i = 0; i < n; i++)
+            shift[i] -= rest[i] * slope[i];
+}
+
 /* mean of the batch: the centre of the reduction and what was found relative to it */
 static ALWAYS_INLINE void FN(means_of_centers)(ptrdiff_t n, const T *restrict center, const double *restrict a,
                                                double *restrict mean)
 {
     for (ptrdiff_t i = 0; i < n; i++)
         mean[i] = (double)center[i] + a[i];
+}
+
+/* What rounding that sum leaves (Knuth's two-sum); 0 where the mean is not finite. */
+static ALWAYS_INLINE void FN(rests_of_means)(ptrdiff_t n, const T *restrict center, const double *restrict a,
+                                             const double *restrict mean, double *restrict rest)
+{
+    for (ptrdiff_t i = 0; i < n; i++) {
+        const double c = (double)center[i], from_a = mean[i] - c, from_c = mean[i] - from_a;
+        const double left = (c - from_c) + (a[i] - from_a);
+        rest[i] = left - left == 0.0 ? left : 0.0;
+    }
 }
 
 static ALWAYS_INLINE void FN(copy_values)(ptrdiff_t n, const double *restrict values, double *restrict out)
@@ -76,7 +121,7 @@ static ALWAYS_INLINE void FN(copy_values)(ptrdiff_t n, const double *restrict va
 /* Channels first .. first + n - 1, n <= GROUP */
 static void FN(make_group)(const bnfast_channels *of, ptrdiff_t first, ptrdiff_t n)
 {
-    double gamma[GROUP], slope[GROUP], scale[GROUP], shift[GROUP];
+    double gamma[GROUP], slope[GROUP], scale[GROUP], shift[GROUP], rest[GROUP];
     double *restrict const mean = of->mean + first;
     const double *restrict const a = of->a + first, *restrict const b = of->b + first;
     T *const center = (T *)of->c.center + first;
@@ -85,20 +130,28 @@ static void FN(make_group)(const bnfast_channels *of, ptrdiff_t first, ptrdiff_t
     if (of->operation == BNFAST_MOMENTS) {
         FN(means_of_centers)(n, center, a, mean);
         FN(copy_values)(n, b, of->m2 + first);
+        if (of->mean_rest != NULL)
+            FN(rests_of_means)(n, center, a, mean, of->mean_rest + first);
         return;
     }
     FN(read_parameter)(&of->gamma, 1.0, first, n, gamma);
     if (of->operation == BNFAST_FORWARD || of->operation == BNFAST_EVAL) {
         if (of->operation == BNFAST_FORWARD) {
             double *restrict const inv_std = of->inv_std + first;
+            const double inverse = FN(exact_inverse)(count);
             for (ptrdiff_t i = 0; i < n; i++) {
-                const double variance = b[i] / count; /* of the batch as it is, the population's; never negative */
+                /* of the batch as it is, the population's; never negative */
+                const double variance = FN(quotient)(b[i], count, inverse);
                 inv_std[i] = 1.0 / sqrt(variance + eps);
                 slope[i] = gamma[i] * inv_std[i];
             }
             FN(means_of_centers)(n, center, a, mean);
             if (of->m2 != NULL)
                 FN(copy_values)(n, b, of->m2 + first);
+            if (of->mean_rest != NULL || !NARROW)
+                FN(rests_of_means)(n, center, a, mean, rest);
+            if (of->mean_rest != NULL)
+                FN(copy_values)(n, rest, of->mean_rest + first);
         } else if (of->var != NULL) {
             const double *restrict const variance = of->var + first;
             for (ptrdiff_t i = 0; i < n; i++)
@@ -106,16 +159,15 @@ static void FN(make_group)(const bnfast_channels *of, ptrdiff_t first, ptrdiff_t
         } else
             FN(copy_values)(n, gamma, slope);
         FN(read_parameter)(&of->beta, 0.0, first, n, shift);
-        for (ptrdiff_t i = 0; i < n; i++)
-            scale[i] = FN(in_range)(slope[i]);
-        FN(round_center)(n, mean, slope, shift, center);
-        FN(round_values)(n, scale, (T *)of->c.scale + first);
-        FN(round_values)(n, shift, (T *)of->c.shift + first);
+        if (of->operation == BNFAST_FORWARD)
+            FN(take_rest)(n, rest, slope, shift);
+        FN(round_map)(n, mean, slope, shift, center, (T *)of->c.scale + first, (T *)of->c.shift + first);
         return;
     }
 
     /* backward, its parts, jvp */
     const int constant = of->operation == BNFAST_BACKWARD_EVAL;
+    const double *restrict const mean_rest = of->mean_rest ? of->mean_rest + first : NULL;
     const double *restrict const inv_std = of->inv_std + first;
     double u_sum[GROUP], u_hat[GROUP], u_center[GROUP], hat_scale[GROUP]; /* sum(u), sum(u * x_hat), ... */
     if (of->operation == BNFAST_BACKWARD_APPLY) {
@@ -125,6 +177,9 @@ static void FN(make_group)(const bnfast_channels *of, ptrdiff_t first, ptrdiff_t
         FN(copy_values)(n, a, u_sum);
         for (ptrdiff_t i = 0; i < n; i++)
             u_hat[i] = (b[i] - (mean[i] - (double)(T)mean[i]) * a[i]) * inv_std[i];
+        if (!NARROW && mean_rest)
+            for (ptrdiff_t i = 0; i < n; i++)
+                u_hat[i] = (b[i] - mean_rest[i] * a[i]) * inv_std[i];
         if (of->dgamma != NULL) {
             FN(copy_values)(n, u_sum, of->dbeta + first);
             FN(copy_values)(n, u_hat, of->dgamma + first);
@@ -146,38 +201,39 @@ static void FN(make_group)(const bnfast_channels *of, ptrdiff_t first, ptrdiff_t
     }
     FN(read_parameter)(&of->vbeta, 0.0, first, n, shift);
     FN(read_parameter)(&of->vgamma, 0.0, first, n, hat_scale);
+    const double inverse = FN(exact_inverse)(count);
     for (ptrdiff_t i = 0; i < n; i++) {
         const double u_scale = gamma[i] * inv_std[i];
-        u_center[i] = u_sum[i] / count;
-        hat_scale[i] -= u_scale * (u_hat[i] / count);
+        u_center[i] = FN(quotient)(u_sum[i], count, inverse);
+        hat_scale[i] -= u_scale * FN(quotient)(u_hat[i], count, inverse);
         scale[i] = FN(in_range)(u_scale);
         slope[i] = inv_std[i] * hat_scale[i];
     }
+    FN(take_rest)(n, mean_rest, slope, shift);
     FN(round_center)(n, mean, slope, shift, center);
-    FN(round_center)(n, u_center, scale, shift, (T *)of->c.u_center + first);
-    FN(round_values)(n, scale, (T *)of->c.u_scale + first);
-    FN(round_values)(n, hat_scale, (T *)of->c.hat_scale + first);
-    FN(round_values)(n, shift, (T *)of->c.shift + first);
-    for (ptrdiff_t i = 0; i < n; i++)
-        scale[i] = FN(in_range)(inv_std[i]);
-    FN(round_values)(n, scale, (T *)of->c.scale + first);
+    FN(round_map)(n, u_center, scale, shift, (T *)of->c.u_center + first, (T *)of->c.u_scale + first,
+                  (T *)of->c.shift + first);
+    T *restrict const rounded_hat = (T *)of->c.hat_scale + first;
+    T *restrict const rounded_scale = (T *)of->c.scale + first;
+    for (ptrdiff_t i = 0; i < n; i++) {
+        rounded_hat[i] = (T)hat_scale[i];
+        rounded_scale[i] = (T)FN(in_range)(inv_std[i]);
+    }
 }
 
 static void FN(make_y_coefficients)(ptrdiff_t n_channels, const bnfast_channels *of)
 {
-    double gamma[GROUP], slope[GROUP], scale[GROUP], shift[GROUP];
+    double gamma[GROUP], slope[GROUP], shift[GROUP];
     for (ptrdiff_t first = 0; first < n_channels; first += GROUP) {
         const ptrdiff_t n = n_channels - first < GROUP ? n_channels - first : GROUP;
         const double *restrict const inv_std = of->inv_std + first;
         FN(read_parameter)(&of->gamma, 1.0, first, n, gamma);
         FN(read_parameter)(&of->beta, 0.0, first, n, shift);
-        for (ptrdiff_t i = 0; i < n; i++) {
+        for (ptrdiff_t i = 0; i < n; i++)
             slope[i] = gamma[i] * inv_std[i];
-            scale[i] = FN(in_range)(slope[i]);
-        }
-        FN(round_center)(n, of->mean + first, slope, shift, (T *)of->c.center + first);
-        FN(round_values)(n, scale, (T *)of->c.y_scale + first);
-        FN(round_values)(n, shift, (T *)of->c.y_shift + first);
+        FN(take_rest)(n, of->mean_rest ? of->mean_rest + first : NULL, slope, shift);
+        FN(round_map)(n, of->mean + first, slope, shift, (T *)of->c.center + first, (T *)of->c.y_scale + first,
+                      (T *)of->c.y_shift + first);
     }
 }
 
@@ -187,28 +243,87 @@ static void FN(make_coefficients)(ptrdiff_t n, const bnfast_channels *of)
         FN(make_group)(of, first, n - first < GROUP ? n - first : GROUP);
 }
 
+/* The ends of what is normal in T; a size that takes no part in the rounding of the largest numbers; and of a forward the m2
+ * up to which no x - mean leaves the range. */
+#define LEAST_NORMAL (NARROW ? (T)FLT_MIN : (T)DBL_MIN)
+#define MOST_SCALE (NARROW ? (T)(FLT_MAX / 2) : (T)(DBL_MAX / 2))
+#define NO_PART (NARROW ? (T)1e30f : (T)1e290)
+#define MOST_M2 (NARROW ? 1e76 : 1e300)
+/* float64: squares below this have lost digits, which matters only where eps is smaller still. */
+#define LEAST_M2 1e-290
+#define LEAST_EPS 1e-270
+
+/* Plain loops without branches; a NaN is at an edge. */
+#define SIZE(v) _Generic((v), float: fabsf, double: fabs)(v)
+#define WITHIN(v, least, most) ((SIZE(v) >= (least)) & (SIZE(v) <= (most)))
+#define UP_TO(v, most) (SIZE(v) <= (most))
+
+/* Values that differ, but by so little that their squares are zero, are themselves below this. */
+#define MOST_VANISHING 1e-138
+
+/* Of how many of n channels the m2 is not to be relied on. It is 0 of a constant. */
+static ptrdiff_t FN(edges_of_m2)(ptrdiff_t n, const bnfast_channels *of)
+{
+    const double *restrict const b = of->b;
+    const int counts = !NARROW && !(of->operation == BNFAST_FORWARD && of->eps > LEAST_EPS);
+    const double least = counts ? of->count * LEAST_M2 : 0.0;
+    int64_t found = 0;
+    for (ptrdiff_t i = 0; i < n; i++)
+        found += !(((b[i] >= least) & (b[i] <= MOST_M2)) | (b[i] == 0.0));
+    for (ptrdiff_t i = 0; counts && i < n; i++) {
+        const double mean = of->mean[i], center = (double)((const T *)of->c.center)[i];
+        found += (b[i] == 0.0) & ((mean != 0.0) | (center != 0.0)) & (fabs(mean) < MOST_VANISHING);
+    }
+    return (ptrdiff_t)found;
+}
+
+static ptrdiff_t FN(edges)(ptrdiff_t n, const bnfast_channels *of)
+{
+    const T *restrict const center = of->c.center, *restrict const scale = of->c.scale,
+                            *restrict const shift = of->c.shift, *restrict const u_center = of->c.u_center,
+                            *restrict const u_scale = of->c.u_scale, *restrict const hat_scale = of->c.hat_scale;
+    const double *restrict const b = of->b;
+    const double lost = of->count * LEAST_M2;
+    TI maps = 0;
+    int64_t sums = 0;
+    switch (of->operation) {
+    case BNFAST_MOMENTS:
+        for (ptrdiff_t i = 0; i < n; i++)
+            sums += !(of->mean[i] - of->mean[i] == 0.0);
+        return (ptrdiff_t)sums + (NARROW ? 0 : FN(edges_of_m2)(n, of));
+    case BNFAST_FORWARD:
+        sums = FN(edges_of_m2)(n, of);
+        break;
+    case BNFAST_BACKWARD_APPLY:
+    case BNFAST_EVAL:
+        break;
+    default:
+        for (ptrdiff_t i = 0; i < n; i++)
+            sums += !(b[i] - b[i] == 0.0);
+        for (ptrdiff_t i = 0; !NARROW && i < n; i++) /* products that have lost digits */
+            sums += (of->inv_std[i] > 1e20) & (b[i] < lost) & (b[i] > -lost);
+    }
+    if (of->operation == BNFAST_BACKWARD_SUMS)
+        return (ptrdiff_t)sums;
+    if (of->operation == BNFAST_FORWARD || of->operation == BNFAST_BACKWARD_EVAL)
+        for (ptrdiff_t i = 0; i < n; i++)
+            maps += !(WITHIN(scale[i], LEAST_NORMAL, MOST_SCALE) & UP_TO(shift[i], NO_PART));
+    else if (of->operation == BNFAST_EVAL)
+        for (ptrdiff_t i = 0; i < n; i++)
+            maps +=
+                !(WITHIN(scale[i], LEAST_NORMAL, MOST_SCALE) & UP_TO(shift[i], NO_PART) & UP_TO(center[i], NO_PART));
+    else
+        for (ptrdiff_t i = 0; i < n; i++)
+            maps += !(WITHIN(scale[i], (T)(NARROW ? 1e-30 : 1e-290), MOST_SCALE) & UP_TO(shift[i], NO_PART) &
+                      WITHIN(u_scale[i], LEAST_NORMAL, MOST_SCALE) & UP_TO(hat_scale[i], MOST_SCALE) &
+                      UP_TO(u_center[i], NO_PART));
+    return (ptrdiff_t)maps + (ptrdiff_t)sums;
+}
+
 static ptrdiff_t FN(usable_variances)(ptrdiff_t n, const double *restrict var, double eps)
 {
     int64_t usable = 0;
     for (ptrdiff_t i = 0; i < n; i++)
         usable += (var[i] + eps > 0.0) & (var[i] - var[i] == 0.0);
     return (ptrdiff_t)usable;
-}
-
-static ALWAYS_INLINE T FN(lesser)(T a, T b) { return a < b ? a : b; }
-static ALWAYS_INLINE T FN(greater)(T a, T b) { return a > b ? a : b; }
-
-static void FN(typical_values)(ptrdiff_t n, ptrdiff_t step, const void *data, const ptrdiff_t *offsets, void *out)
-{
-    const T *const x = data, *const p0 = x + offsets[0], *const p1 = x + offsets[1], *const p2 = x + offsets[2],
-                   *const p3 = x + offsets[3], *const p4 = x + offsets[4];
-    T *restrict const typical = out;
-    for (ptrdiff_t i = 0; i < n; i++) {
-        const ptrdiff_t at = i * step;
-        /* neither the least nor the greatest of four is the middle one of five */
-        const T low = FN(greater)(FN(lesser)(p0[at], p1[at]), FN(lesser)(p2[at], p3[at]));
-        const T high = FN(lesser)(FN(greater)(p0[at], p1[at]), FN(greater)(p2[at], p3[at]));
-        const T middle = FN(greater)(FN(lesser)(low, high), FN(lesser)(FN(greater)(low, high), p4[at]));
-        typical[i] = middle - middle == 0 ? middle : 0;
-    }
 }

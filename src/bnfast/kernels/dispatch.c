@@ -5,21 +5,28 @@
 
 #include <stdio.h>
 
+#if BNFAST_X86_VECTORS
+#include <cpuid.h>
+#endif
+
 #if defined(__unix__) || defined(__APPLE__)
 #include <unistd.h>
 #endif
 
 static const struct isa {
     const char *name;
-    const bnfast_kernels *f32, *f64; /* NULL: not compiled */
+    const bnfast_kernels *tables[BNFAST_N_DTYPES]; /* NULL: not compiled */
 } isas[] = {
-    {"baseline", &bnfast_table_f32_baseline, &bnfast_table_f64_baseline},
+#define BASELINE(dtype, suffix) &bnfast_table_##suffix##_baseline,
+#define AVX2(dtype, suffix) &bnfast_table_##suffix##_avx2,
+#define AVX512(dtype, suffix) &bnfast_table_##suffix##_avx512,
+    {"baseline", {BNFAST_FOR_EACH_DTYPE(BASELINE)}},
 #if BNFAST_X86_VECTORS
-    {"avx2", &bnfast_table_f32_avx2, &bnfast_table_f64_avx2},
-    {"avx512", &bnfast_table_f32_avx512, &bnfast_table_f64_avx512},
+    {"avx2", {BNFAST_FOR_EACH_DTYPE(AVX2)}},
+    {"avx512", {BNFAST_FOR_EACH_DTYPE(AVX512)}},
 #else
-    {"avx2", NULL, NULL},
-    {"avx512", NULL, NULL},
+    {"avx2", {NULL}},
+    {"avx512", {NULL}},
 #endif
 };
 enum { N_ISAS = sizeof isas / sizeof isas[0] };
@@ -36,7 +43,16 @@ static const struct isa *active = &isas[0];
 
 const char *bnfast_isa_name(int i) { return i >= 0 && i < N_ISAS ? isas[i].name : NULL; }
 
-int bnfast_isa_compiled(int i) { return bnfast_isa_name(i) != NULL && isas[i].f32 != NULL; }
+int bnfast_isa_compiled(int i) { return bnfast_isa_name(i) != NULL && isas[i].tables[0] != NULL; }
+
+#if BNFAST_X86_VECTORS
+/* __builtin_cpu_supports knows this name since GCC 11 alone. */
+static int has_f16c(void)
+{
+    unsigned a, b, c, d;
+    return __get_cpuid(1, &a, &b, &c, &d) && (c >> 29 & 1);
+}
+#endif
 
 int bnfast_isa_supported(int i)
 {
@@ -45,9 +61,10 @@ int bnfast_isa_supported(int i)
 #if BNFAST_X86_VECTORS
     __builtin_cpu_init();
     if (i == 1)
-        return __builtin_cpu_supports("avx2") != 0;
+        return __builtin_cpu_supports("avx2") != 0 && has_f16c();
     if (i == 2)
-        return __builtin_cpu_supports("avx512f") != 0;
+        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+               __builtin_cpu_supports("avx512vl");
 #endif
     return i == 0;
 }
@@ -72,10 +89,14 @@ int bnfast_select(const char *isa)
     return 0;
 }
 
-const bnfast_kernels *bnfast_active(ptrdiff_t itemsize)
+const bnfast_kernels *bnfast_active(bnfast_dtype dtype) { return ACTIVE->tables[dtype]; }
+
+const bnfast_kernels *bnfast_of_same_isa(const bnfast_kernels *kernels, bnfast_dtype dtype)
 {
-    const struct isa *isa = ACTIVE;
-    return itemsize == 4 ? isa->f32 : isa->f64;
+    for (int i = 0; i < N_ISAS; i++)
+        if (isas[i].tables[kernels->dtype] == kernels)
+            return isas[i].tables[dtype];
+    return NULL;
 }
 
 /* Linux says what a cache level holds in sysfs. sysconf knows it too, but adds up what a virtual machine's CPUID

@@ -12,11 +12,6 @@ static inline ptrdiff_t quotient_up(ptrdiff_t a, ptrdiff_t b) { return (a + b - 
 static inline ptrdiff_t round_up(ptrdiff_t a, ptrdiff_t step) { return quotient_up(a, step) * step; }
 
 /* What an operation does. */
-static inline int reduces(const bnfast_job *job)
-{
-    /* an apply has nothing to reduce, but what of u is taken is stored by a reduction */
-    return job->operation != BNFAST_EVAL && (job->operation != BNFAST_BACKWARD_APPLY || job->passed != NULL);
-}
 static inline int applies(const bnfast_job *job)
 {
     return job->operation != BNFAST_MOMENTS && job->operation != BNFAST_BACKWARD_SUMS;
@@ -35,18 +30,43 @@ static inline int passes(const bnfast_job *job) /* u goes through the derivative
     return job->rectifies && sums_products(job);
 }
 
+/* Whether its map goes by marks, or makes them. */
+static inline int maps_marks(const bnfast_job *job)
+{
+    return job->marks && job->rectifies && (maps_gradient(job) || !sums_products(job));
+}
+static inline int passed_early(const bnfast_job *job) /* what passes of u is stored by the reduction, not by the map */
+{
+    return job->passed && !maps_marks(job);
+}
+static inline int passed_late(const bnfast_job *job) { return job->passed && maps_marks(job); }
+static inline int reduces(const bnfast_job *job)
+{
+    return job->operation != BNFAST_EVAL && (job->operation != BNFAST_BACKWARD_APPLY || passed_early(job));
+}
+
+/* Whether its elements may be copied together while they are reduced: what an activation passes of halves, times a slope,
+ * would be rounded there. */
+static inline int may_pack(const bnfast_job *job)
+{
+    return applies(job) && !job->exact &&
+           (job->kernels->itemsize == job->kernels->coefficient_size || !passes(job) || job->rectifier.slope == 0 ||
+            maps_marks(job));
+}
+
 /* The flags of its map (kernels.h), and what its map reads beside x. */
 static inline int map_flags(const bnfast_job *job)
 {
+    const int mark = maps_marks(job) ? BNFAST_MARK : 0;
     if (maps_gradient(job))
-        return BNFAST_GRADIENT | (passes(job) && job->passed == NULL ? BNFAST_RECTIFY : 0);
+        return BNFAST_GRADIENT | mark | (passes(job) && !passed_early(job) ? BNFAST_RECTIFY : 0);
     if (maps_u_only(job))
         return 0;
-    return (job->residual ? BNFAST_ADD : 0) | (job->rectifies ? BNFAST_RECTIFY : 0);
+    return (job->residual ? BNFAST_ADD : 0) | mark | (job->rectifies ? BNFAST_RECTIFY : 0);
 }
 static inline const void *mapped_beside(const bnfast_job *job)
 {
-    return !sums_products(job) ? job->residual : job->passed ? job->passed : job->u;
+    return !sums_products(job) ? job->residual : passed_early(job) ? job->passed : job->u;
 }
 
 /* Bytes of one array, and how many of them are read both to reduce and to map. */

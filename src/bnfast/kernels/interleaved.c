@@ -32,7 +32,7 @@ static ptrdiff_t packed_bytes(const bnfast_job *job, ptrdiff_t n_channels)
 /* From a coefficient a channel to one a column, (fold, n, inner), and the first ones again past the end. */
 static void spread(const bnfast_job *job, const bnfast_block *block, const void *channel, void *column)
 {
-    const ptrdiff_t size = job->kernels->itemsize, width = block->width;
+    const ptrdiff_t size = job->kernels->coefficient_size, width = block->width;
     char *out = column;
     if (channel != column)
         for (ptrdiff_t f = 0; f < job->fold; f++)
@@ -65,7 +65,7 @@ static void reduce_rows(const bnfast_job *job, const bnfast_block *block, ptrdif
 {
     const ptrdiff_t offset = (row * folded_stride(job) + block->first * job->inner + j) * job->kernels->itemsize;
     double *a = block->a + s * block->width + j, *b = block->b + s * block->width + j;
-    const void *center = (const char *)block->column.center + j * job->kernels->itemsize;
+    const void *center = (const char *)block->column.center + j * job->kernels->coefficient_size;
     char *packed_x = block->packed_x, *packed_u = block->packed_u;
     if (packed_x)
         packed_x += row * block->width * job->kernels->itemsize;
@@ -77,7 +77,8 @@ static void reduce_rows(const bnfast_job *job, const bnfast_block *block, ptrdif
         job->kernels->sums_interleaved((const char *)job->x + offset, (const char *)job->u + offset, &rows, center,
                                        passes(job) ? &passing : NULL, a, b, packed_x, packed_u);
     else
-        job->kernels->moments_interleaved((const char *)job->x + offset, &rows, center, a, b, packed_x);
+        (job->exact ? job->kernels->exact_moments_interleaved
+                    : job->kernels->moments_interleaved)((const char *)job->x + offset, &rows, center, a, b, packed_x);
 }
 
 static void reduce(const bnfast_job *job, const bnfast_block *block, ptrdiff_t s, ptrdiff_t j, ptrdiff_t n)
@@ -115,7 +116,8 @@ static void merge_and_make(const bnfast_job *job, const bnfast_block *block, ptr
             memcpy(b, extra_b, (size_t)n * sizeof *b);
         }
     }
-    bnfast_make_coefficients(job, block, i, n);
+    if (bnfast_make_coefficients(job, block, i, n) > 0)
+        bnfast_find_careful(job, block, i, n);
     if (applies(job) && i == 0) {
         spread(job, block, block->channel.center, block->column.center);
         spread(job, block, block->channel.scale, block->column.scale);
@@ -130,15 +132,38 @@ static void merge_and_make(const bnfast_job *job, const bnfast_block *block, ptr
     }
 }
 
+/* One row of a map, columns from the block's j-th on, of which some belong to channels at the edges of the range. Those are
+ * mapped again, from copies of what the map of all may have been written over. */
+static void apply_with_care(const bnfast_job *job, const bnfast_block *block, ptrdiff_t j, const char *x, const char *u,
+                            char *out, const bnfast_marked *marked, const bnfast_columns *columns,
+                            const bnfast_coefficients *c, int flags)
+{
+    const ptrdiff_t size = job->kernels->itemsize, n = columns->n_columns;
+    double x_row[COEFFICIENT_BYTES / 3 / sizeof(double)], u_row[COEFFICIENT_BYTES / 3 / sizeof(double)];
+    memcpy(x_row, x, (size_t)(n * size));
+    memcpy(u_row, u, (size_t)(n * size));
+    job->kernels->map_interleaved(x, u, out, marked, columns, c, flags, 0);
+    for (ptrdiff_t k = 0; k < n; k++) {
+        const ptrdiff_t i = (j + k) / job->inner % block->n;
+        bnfast_marked its = *marked;
+        its.number += k;
+        if (its.passed)
+            its.passed = (char *)its.passed + k * size;
+        if (block->careful[i])
+            bnfast_map_carefully(job, block, i, flags, (char *)x_row + k * size, (char *)u_row + k * size,
+                                 out + k * size, &its, 1);
+    }
+}
+
 /* n_rows rows of n_columns, `stride` apart, from folded row `row` on, in parts whose coefficients stay in L1. next:
  * elements to what is needed next, or 0 */
 static void apply(const bnfast_job *job, const bnfast_block *block, ptrdiff_t row, ptrdiff_t n_rows, ptrdiff_t stride,
                   ptrdiff_t n_columns, ptrdiff_t next)
 {
-    /* what lies together of u is what was taken of it */
-    const int flags = map_flags(job) & ~(block->packed_u ? BNFAST_RECTIFY : 0);
+    /* what lies together of u is what was taken of it, but where the map goes by marks itself */
+    const int flags = map_flags(job) & ~(block->packed_u && !maps_marks(job) ? BNFAST_RECTIFY : 0);
     const ptrdiff_t size = job->kernels->itemsize;
-    const ptrdiff_t part = COEFFICIENT_BYTES / ((flags & BNFAST_GRADIENT) ? 6 : 3) / size;
+    const ptrdiff_t part = COEFFICIENT_BYTES / ((flags & BNFAST_GRADIENT) ? 6 : 3) / job->kernels->coefficient_size;
     const ptrdiff_t offset = (row * folded_stride(job) + block->first * job->inner) * size;
     const void *const beside = mapped_beside(job);
     const char *x = (const char *)job->x + offset, *u = beside ? (const char *)beside + offset : x;
@@ -158,6 +183,7 @@ static void apply(const bnfast_job *job, const bnfast_block *block, ptrdiff_t ro
         x = u;
         columns.stride = columns.u_stride;
     }
+    const int careful = bnfast_some_careful(block, 0, block->n);
     /* all parts but the first begin where a line of `out` does */
     const ptrdiff_t odd = (ptrdiff_t)((uintptr_t)out % 64) / size;
     for (ptrdiff_t j = 0; j < n_columns; j += columns.n_columns) {
@@ -165,7 +191,20 @@ static void apply(const bnfast_job *job, const bnfast_block *block, ptrdiff_t ro
         columns.n_columns = least(j == 0 ? part - odd : part, n_columns - j);
         columns.next_x = next > 0 ? next_x + j * size : NULL;
         columns.next_u = next > 0 && next_u ? next_u + j * size : NULL;
-        job->kernels->map_interleaved(x + j * size, u + j * size, out + j * size, &columns, &c, flags, job->stream);
+        const bnfast_marked marked = bnfast_marked_at(job, offset + j * size);
+        if (!careful) {
+            job->kernels->map_interleaved(x + j * size, u + j * size, out + j * size, &marked, &columns, &c, flags,
+                                          job->stream);
+            continue;
+        }
+        bnfast_columns row = columns;
+        row.n_rows = 1;
+        row.next_x = row.next_u = NULL;
+        for (ptrdiff_t r = 0; r < n_rows; r++) {
+            const bnfast_marked of_row = bnfast_marked_at(job, offset + (j + r * stride) * size);
+            apply_with_care(job, block, j, x + (j + r * columns.stride) * size, u + (j + r * columns.u_stride) * size,
+                            out + (j + r * stride) * size, &of_row, &row, &c, flags);
+        }
     }
 }
 

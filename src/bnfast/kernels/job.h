@@ -7,10 +7,11 @@
  *   planar.c            the tasks, by memory layout (geometry.h: where things lie)
  *   interleaved.c
  *      |
- *      |-> reduce       leaf: moments.inc.h or backward.inc.h, both on sums.inc.h; one segment of some channels
+ *      |-> reduce       leaf: moments.inc.h or backward.inc.h, both on sums.inc.h, or exact.inc.h; one segment
+ *      |                of some channels
  *      |-> merge        merge.c: segments to channels, a tree in index order (leaf: merge.inc.h)
  *      |-> coefficients leaf: coefficients.inc.h; variance, inv_std, dgamma, dbeta; what the map takes, a channel
- *      '-> apply        leaf: normalize.inc.h; y or dx
+ *      '-> apply        leaf: normalize.inc.h; y or dx; careful.c for channels at the edges of the dtype's range
  *
  * Leaves are compiled once for each dtype (leaves.inc.h) and instruction set (isa.inc.h; vec.h: vectors), and called
  * through a table (kernels.h, dispatch.c).
@@ -50,15 +51,22 @@ struct bnfast_job {
     ptrdiff_t outer, channels, inner; /* dense, in this order in memory */
     const void *x, *u;                /* (outer, channels, inner) IN; u: backward and jvp */
     const void *residual;             /* (outer, channels, inner) IN: added to y before the activation, or NULL */
-    void *passed;  /* (outer, channels, inner) OUT: u as the activation passes it; NULL: made again */
-    void *out;     /* (outer, channels, inner) OUT; not for moments */
-    int rectifies; /* there is an activation of y, forward or backward: */
+    void *passed; /* (outer, channels, inner) OUT: u as the activation passes it; NULL: made again */
+    unsigned char
+        *marks; /* where the activation passes (marks.inc.h) OUT, 0 before, of a forward with a residual; backward: IN,
+                           * and no residual is asked for; or NULL */
+    ptrdiff_t first_mark; /* the first element's number OUT; backward: IN */
+    void *out;            /* (outer, channels, inner) OUT; not for moments */
+    int rectifies;        /* there is an activation of y, forward or backward: */
     bnfast_rectifier rectifier;
     bnfast_parameter gamma, beta;   /* left out: ones, zeros */
     bnfast_parameter vgamma, vbeta; /* left out: zeros; jvp */
     const double *var;              /* (channels,) IN; eval, NULL: inv_std is 1, so out = (x - mean) * gamma + beta */
     double eps;                     /* forward and eval */
     double *mean, *inv_std, *m2;    /* (channels,) OUT of forward (m2 may be NULL) and moments, IN elsewhere */
+    int exact;                      /* moments and forward: sums in float64 whatever the dtype */
+    double *mean_rest;              /* (channels,) OUT of moments and forward: mean + mean_rest is the mean; IN of
+                                       backward and jvp; or NULL */
     double *dbeta, *dgamma;         /* (channels,) OUT of backward: sums of u and of u * x_hat; jvp: may be NULL;
                                        * IN of BNFAST_BACKWARD_APPLY */
     double count;                   /* of BNFAST_BACKWARD_APPLY: values a channel that dbeta and dgamma are of */

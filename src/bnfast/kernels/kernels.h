@@ -26,6 +26,18 @@
 #error "bnfast must not be built with fast-math (-Ofast, -ffast-math and what they contain): check CFLAGS"
 #endif
 
+/* The dtypes of data: enumerator, and suffix of the names of its table (isa.inc.h says what it is; its table what the
+ * kernels ask of it). */
+#define BNFAST_FOR_EACH_DTYPE(ROW) \
+    ROW(BNFAST_FLOAT32, f32) \
+    ROW(BNFAST_FLOAT64, f64) \
+    ROW(BNFAST_FLOAT16, f16) \
+    ROW(BNFAST_BFLOAT16, bf16)
+
+#define BNFAST_ENUMERATOR(dtype, suffix) dtype,
+typedef enum { BNFAST_FOR_EACH_DTYPE(BNFAST_ENUMERATOR) BNFAST_N_DTYPES } bnfast_dtype;
+#undef BNFAST_ENUMERATOR
+
 typedef enum {
     BNFAST_MOMENTS,        /* mean, m2 of x */
     BNFAST_FORWARD,        /* the same, and inv_std; out = gamma * x_hat + beta */
@@ -49,7 +61,7 @@ typedef struct {
     double slope, top;
 } bnfast_rectifier;
 
-/* What the map does with an element, per column, in the dtype of the data; flags, for each combination of which there is
+/* What the map does with an element, per column, in what is computed with; flags, for each combination of which there is
  * one body:
  *   0                 v = (x - center) * scale + shift
  *     BNFAST_ADD      v + u, a residual
@@ -57,20 +69,33 @@ typedef struct {
  *   BNFAST_GRADIENT   (u - u_center) * u_scale + ((x - center) * scale * hat_scale + shift), scale being inv_std:
  *                     its square would leave the range of float32 for data beyond 1e19 or below 1e-19
  *     BNFAST_RECTIFY  u times the rectifier's derivative at (x - center) * y_scale + y_shift, in the place of u
+ *   BNFAST_MARK       with BNFAST_RECTIFY: what passes is marked; a gradient goes by the marks that a forward has left
  * Each pointer: (columns,) IN; interleaved: (columns + BNFAST_PAD,), the first ones again past the end. */
-enum { BNFAST_GRADIENT = 1, BNFAST_ADD = 2, BNFAST_RECTIFY = 4 };
-enum { BNFAST_PAD = 16, BNFAST_SAMPLES = 5 };
+enum { BNFAST_GRADIENT = 1, BNFAST_ADD = 2, BNFAST_RECTIFY = 4, BNFAST_MARK = 8 };
+/* BNFAST_MARKS_PAD: bytes of marks besides: they may begin in the second, and more may be read than there are. */
+enum { BNFAST_PAD = 16, BNFAST_SAMPLES = 5, BNFAST_MARKS_PAD = 8 };
 
 typedef struct {
     void *center, *scale, *shift, *u_center, *u_scale, *hat_scale, *y_scale, *y_shift;
     bnfast_rectifier rectifier;
 } bnfast_coefficients;
 
+/* Of a map with BNFAST_MARK. marks: of all elements, whether the rectifier passes there (marks.inc.h) OUT; of a gradient
+ * IN; number: of the first element of the result; passed: as the result, of a gradient what passes of u OUT */
+typedef struct {
+    unsigned char *marks;
+    ptrdiff_t number;
+    void *passed;
+} bnfast_marked;
+
 /* For the sums of a backward pass through an activation: u is taken times the rectifier's derivative at
- * (x - center) * y_scale + y_shift + residual. residual: as u IN, or NULL; passed: as u, what is taken OUT, or NULL */
+ * (x - center) * y_scale + y_shift + residual, or by marks. residual: as u IN, or NULL; marks: IN, or NULL;
+ * number: of the first element; passed: as u, what is taken OUT, or NULL */
 typedef struct {
     const void *y_scale, *y_shift; /* a channel, or a column */
     const void *residual;
+    const unsigned char *marks;
+    ptrdiff_t number;
     void *passed;
     bnfast_rectifier rectifier;
 } bnfast_passing;
@@ -90,6 +115,7 @@ typedef struct {
 typedef struct {
     const void *x, *u;
     void *out;
+    bnfast_marked marked;
     bnfast_runs runs;
     bnfast_coefficients coefficients;
     int map, stream;
@@ -118,12 +144,17 @@ typedef struct {
     bnfast_parameter gamma, beta, vgamma, vbeta;
     const double *a, *b, *var;
     double *mean, *inv_std, *m2, *dbeta, *dgamma;
+    double *mean_rest; /* what rounding the mean leaves, OUT of forward and moments, else IN; or NULL */
     bnfast_coefficients c;
 } bnfast_channels;
 
 typedef struct {
-    const char *isa;    /* "baseline", "avx2", "avx512" */
-    ptrdiff_t itemsize; /* bytes an element */
+    const char *isa; /* "baseline", "avx2", "avx512" */
+    bnfast_dtype dtype;
+    ptrdiff_t itemsize;         /* bytes an element of the data */
+    ptrdiff_t coefficient_size; /* bytes of what is computed with, float32 or float64, and so of a coefficient */
+    int narrow;                 /* that is float32: sums go to something wider */
+    ptrdiff_t marks_per_byte;
 
     /* Mean less center, and sum of squared deviations, of one segment of some channels. center: some value of the
      * channel, finite
@@ -136,6 +167,12 @@ typedef struct {
                            double *m2, bnfast_writer *writer);
     void (*moments_interleaved)(const void *x, const bnfast_rows *rows, const void *center, double *mean, double *m2,
                                 void *packed);
+    /* The same for statistics that have to be exact: summed in float64 whatever the dtype. No map goes on meanwhile
+     * and nothing is packed. */
+    void (*exact_moments_planar)(const void *x, const bnfast_runs *runs, ptrdiff_t next, const void *center,
+                                 double *mean, double *m2, bnfast_writer *writer);
+    void (*exact_moments_interleaved)(const void *x, const bnfast_rows *rows, const void *center, double *mean,
+                                      double *m2, void *packed);
 
     /* Sum of u, and of u * d, d = x - center, over one segment; shapes as above, center: the mean, rounded; passing:
      * what of u is taken, NULL: all */
@@ -147,10 +184,10 @@ typedef struct {
 
     /* Writes what is left of a planar map. */
     void (*write_rest)(bnfast_writer *writer);
-    /* The map of bnfast_coefficients; c points to the first column's coefficients; map: its flags. `stream`: write
-     * around the cache (the caller then issues bnfast_stream_fence). */
-    void (*map_interleaved)(const void *x, const void *u, void *out, const bnfast_columns *columns,
-                            const bnfast_coefficients *c, int map, int stream);
+    /* The map of bnfast_coefficients; c points to the first column's coefficients; map: its flags; marked: where they
+     * want it, else NULL. `stream`: write around the cache (the caller then issues bnfast_stream_fence). */
+    void (*map_interleaved)(const void *x, const void *u, void *out, const bnfast_marked *marked,
+                            const bnfast_columns *columns, const bnfast_coefficients *c, int map, int stream);
 
     /* a <- a merged with b, for n columns. Moments: Chan, Golub, LeVeque with count_a and count_b values.
      * Sums: addition. */
@@ -162,6 +199,10 @@ typedef struct {
     void (*make_y_coefficients)(ptrdiff_t n, const bnfast_channels *of);
     /* The results of n channels, and their coefficients. */
     void (*make_coefficients)(ptrdiff_t n, const bnfast_channels *of);
+    /* How many of n channels, whose coefficients are made, lie at the edges of a dtype's range: what they are made of, or
+     * what the map makes with them, may not be what it should (careful.c). */
+    ptrdiff_t (*edges)(ptrdiff_t n, const bnfast_channels *of);
+    ptrdiff_t (*edges_of_m2)(ptrdiff_t n, const bnfast_channels *of); /* the same of a forward's or moments' m2 alone */
     /* How many of n variances are finite and, with eps, above 0. */
     ptrdiff_t (*usable_variances)(ptrdiff_t n, const double *var, double eps);
     /* For each of n channels, `step` apart, the middle one of the BNFAST_SAMPLES values at x + offsets[i], so that one
@@ -169,20 +210,26 @@ typedef struct {
     void (*typical_values)(ptrdiff_t n, ptrdiff_t step, const void *x, const ptrdiff_t *offsets, void *out);
     /* The memory floor: out = x, or x + u where u is not NULL, streamed. n: elements */
     void (*floor)(const void *x, const void *u, void *out, ptrdiff_t n);
-    /* float64 to the dtype */
+    /* float64 to what is computed with */
     void (*round_values)(ptrdiff_t n, const double *values, void *out);
+    /* From the dtype to what is computed with, exactly, and back, rounded to nearest even. */
+    void (*widen_values)(ptrdiff_t n, const void *x, void *out);
+    void (*narrow_values)(ptrdiff_t n, const void *values, void *out);
 } bnfast_kernels;
 
 /* One table per dtype for each instruction set that was compiled. */
-extern const bnfast_kernels bnfast_table_f32_baseline, bnfast_table_f64_baseline;
-extern const bnfast_kernels bnfast_table_f32_avx2, bnfast_table_f64_avx2;
-extern const bnfast_kernels bnfast_table_f32_avx512, bnfast_table_f64_avx512;
+#define BNFAST_TABLES(dtype, suffix) \
+    extern const bnfast_kernels bnfast_table_##suffix##_baseline, bnfast_table_##suffix##_avx2, \
+        bnfast_table_##suffix##_avx512;
+BNFAST_FOR_EACH_DTYPE(BNFAST_TABLES)
+#undef BNFAST_TABLES
 
 /* dispatch.c: the active instruction set. bnfast_select(NULL) takes the widest one of this CPU; with a name it
  * takes that one. 0: done; -1: no such name; -2: not compiled in, or not on this CPU (nothing changed). */
 int bnfast_select(const char *isa);
-const bnfast_kernels *bnfast_active(ptrdiff_t itemsize); /* itemsize 4: float32, 8: float64 */
-const char *bnfast_isa_name(int i);                      /* i-th known name, narrowest first; NULL past the last */
+const bnfast_kernels *bnfast_active(bnfast_dtype dtype);
+const bnfast_kernels *bnfast_of_same_isa(const bnfast_kernels *kernels, bnfast_dtype dtype);
+const char *bnfast_isa_name(int i); /* i-th known name, narrowest first; NULL past the last */
 int bnfast_isa_compiled(int i);
 int bnfast_isa_supported(int i); /* compiled, and this CPU has it */
 

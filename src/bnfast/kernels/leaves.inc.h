@@ -1,10 +1,28 @@
-/* Every leaf of one dtype, and its table. Included twice by each instruction set's file, with
- *   T       float or double
+/* Every leaf of one dtype, and its table. Included once a dtype by each instruction set's file, with
+ *   DTYPE   its enumerator (kernels.h)
+ *   S       an element as it lies in memory
+ *   HALF    f16 or bf16 where they are that; else not defined
+ *   T       what is computed with: float or double; TI: the integer of its size
  *   FN(x)   x_f32_avx2 and the like
  *   VBYTES  width of a native vector in bytes
  *   ISA     the instruction set's name */
 
+/* Whether there is something wider than T, for sums and for what leaves its range. */
+#define NARROW (sizeof(T) == 4)
+
+/* Whether there are bodies for special cases: a map in one loop with sums, for every kind of map; for each kind of store; for
+ * some rows at once. Of halves, whose time is that of the conversions, only for the most frequent: less to compile. */
+#ifdef HALF
+#define SPECIALISES 0
+#else
+#define SPECIALISES 1
+#endif
+
 #include "vec.h"
+
+#include "elements.h"
+
+#include "marks.inc.h"
 
 #include "rectify.inc.h"
 
@@ -14,48 +32,87 @@
 
 #include "moments.inc.h"
 
+#include "exact.inc.h"
+
 #include "backward.inc.h"
 
+/* Merging and coefficients know no data: those of float32 are for halves, too. */
+#ifdef HALF
+#define OF_T(name) F32(name)
+#else
+#define OF_T(name) FN(name)
 #include "merge.inc.h"
 
 #include "coefficients.inc.h"
+#endif
 
 static void FN(floor)(const void *data, const void *data_u, void *result, ptrdiff_t n)
 {
-    const T *x = data, *u = data_u;
-    T *out = result;
-    ptrdiff_t i = 0;
-    for (const ptrdiff_t head = FN(to_aligned)(out, n); i < head; i++)
-        out[i] = u ? x[i] + u[i] : x[i];
-    if (u)
-        for (; i + VN <= n; i += VN)
-            FN(store_stream)(out + i, FN(load)(x + i) + FN(load)(u + i));
-    else
-        for (; i + VN <= n; i += VN)
-            FN(store_stream)(out + i, FN(load)(x + i));
-    for (; i < n; i++)
-        out[i] = u ? x[i] + u[i] : x[i];
+    const S *x = data, *u = data_u;
+    S *out = result;
+    const FN(vec) zero = FN(set1)(0);
+    const ptrdiff_t head = FN(to_aligned)(out, n);
+    for (ptrdiff_t i = 0, step = head; i < n; i += step, step = VN) {
+        const ptrdiff_t left = i < head ? head : n - i < VN ? n - i : VN;
+        FN(vec) v = FN(read_up_to)(x + i, left, zero);
+        if (u)
+            v += FN(read_up_to)(u + i, left, zero);
+        if (left < VN)
+            FN(write_part)(out + i, left, v);
+        else
+            FN(write_stream)(out + i, v);
+    }
+}
+
+static void FN(widen_values)(ptrdiff_t n, const void *data, void *out)
+{
+    const S *x = data;
+    T *values = out;
+    for (ptrdiff_t i = 0; i < n; i += VN)
+        FN(store_part)(values + i, n - i, FN(read_part)(x + i, n - i, FN(set1)(0)));
+}
+
+static void FN(narrow_values)(ptrdiff_t n, const void *data, void *out)
+{
+    const T *values = data;
+    S *x = out;
+    for (ptrdiff_t i = 0; i < n; i += VN)
+        FN(write_part)(x + i, n - i, FN(load_part)(values + i, n - i, FN(set1)(0)));
 }
 
 const bnfast_kernels FN(bnfast_table) = {
     .isa = ISA,
-    .itemsize = sizeof(T),
+    .dtype = DTYPE,
+    .itemsize = sizeof(S),
+    .coefficient_size = sizeof(T),
+    .narrow = NARROW,
+    .marks_per_byte = MARKS_PER_BYTE,
     .moments_planar = FN(moments_planar),
     .moments_interleaved = FN(moments_interleaved),
+    .exact_moments_planar = FN(exact_moments_planar),
+    .exact_moments_interleaved = FN(exact_moments_interleaved),
     .sums_planar = FN(sums_planar),
     .sums_interleaved = FN(sums_interleaved),
     .write_rest = FN(write_rest),
     .map_interleaved = FN(map_interleaved),
-    .merge_moments = FN(merge_moments),
-    .merge_sums = FN(merge_sums),
-    .make_y_coefficients = FN(make_y_coefficients),
-    .make_coefficients = FN(make_coefficients),
-    .usable_variances = FN(usable_variances),
+    .merge_moments = OF_T(merge_moments),
+    .merge_sums = OF_T(merge_sums),
+    .make_y_coefficients = OF_T(make_y_coefficients),
+    .make_coefficients = OF_T(make_coefficients),
+    .edges = OF_T(edges),
+    .edges_of_m2 = OF_T(edges_of_m2),
+    .usable_variances = OF_T(usable_variances),
     .typical_values = FN(typical_values),
     .floor = FN(floor),
-    .round_values = FN(round_values),
+    .widen_values = FN(widen_values),
+    .narrow_values = FN(narrow_values),
+    .round_values = OF_T(round_values),
 };
 
+#undef LINE
+#undef SPECIALISES
+#undef OF_T
+#undef NARROW
 #undef VL
 #undef VN
 #undef VU
@@ -80,11 +137,24 @@ const bnfast_kernels FN(bnfast_table) = {
 #undef ROWS_DISPLACE
 #undef MANY_COLUMNS
 #undef GROUP
+#undef LEAST_NORMAL
+#undef MOST_SCALE
+#undef NO_PART
+#undef MOST_M2
+#undef LEAST_M2
+#undef LEAST_EPS
+#undef MOST_VANISHING
+#undef SIZE
+#undef WITHIN
+#undef UP_TO
 #undef SMALLEST_MEAN_SQUARE
 #undef READS_U
 #undef PASSES
+#undef MARKS
 #undef FOR_EACH_MAP
 #undef NO_U
 #undef ALL
 #undef PASSED
 #undef DO_TILE
+#undef TURN
+#undef MARKS_PER_BYTE

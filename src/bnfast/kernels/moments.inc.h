@@ -18,9 +18,9 @@
 #define COLUMN_SAMPLES 8
 #define PIVOT_CHANNELS 64
 #define PIVOT_LOSS 3.0
-#define FEW_ROWS (sizeof(T) == 4 ? 16 : 0)
+#define FEW_ROWS (NARROW ? 16 : 0)
 /* d*d of float32 is normal above 1.2e-38: a mean square below this is not trusted. float64 has nothing wider. */
-#define SMALLEST_MEAN_SQUARE (sizeof(T) == 4 ? 1e-30 : 0.0)
+#define SMALLEST_MEAN_SQUARE (NARROW ? 1e-30 : 0.0)
 
 /* Whether a segment's sums can be believed; without branches, so that a loop over columns becomes one of vectors.
  * sum and square 0: a constant channel; or every |d| < 2^-75, whose variance of less than 2^-150 is then given as zero.
@@ -29,22 +29,22 @@
     ((((sum) == 0.0) & ((square) == 0.0)) | \
      (((square) <= PIVOT_LOSS * (m2)) & ((square) - (square) == 0.0) & ((square) >= (least_square))))
 
-/* A segment in two passes of float64, one column. x: (n_rows, length), rows `stride` apart IN */
-static void FN(moments_wide)(const T *x, ptrdiff_t n_rows, ptrdiff_t stride, ptrdiff_t length, double center,
-                             double *mean, double *m2)
+/* A segment in two passes of float64, one column, in so many lanes. x: (n_rows, length), rows `stride` apart IN */
+static void FN(moments_wide)(const S *x, ptrdiff_t n_rows, ptrdiff_t stride, ptrdiff_t length, ptrdiff_t lanes,
+                             double center, double *mean, double *m2)
 {
     const double n = (double)n_rows * (double)length;
     double sum[64 / sizeof(T)] = {0}, square[64 / sizeof(T)] = {0};
     for (ptrdiff_t r = 0; r < n_rows; r++)
-        for (ptrdiff_t j = 0; j < length; j += VL)
-            for (ptrdiff_t i = 0; i < VL && j + i < length; i++)
-                sum[i] += (double)x[r * stride + j + i];
+        for (ptrdiff_t j = 0; j < length; j += lanes)
+            for (ptrdiff_t i = 0; i < lanes && j + i < length; i++)
+                sum[i] += (double)FN(value)(x[r * stride + j + i]);
     const double pivot = FN(fold_lanes)(sum) / n;
     memset(sum, 0, sizeof sum);
     for (ptrdiff_t r = 0; r < n_rows; r++)
-        for (ptrdiff_t j = 0; j < length; j += VL)
-            for (ptrdiff_t i = 0; i < VL && j + i < length; i++) {
-                const double d = (double)x[r * stride + j + i] - pivot;
+        for (ptrdiff_t j = 0; j < length; j += lanes)
+            for (ptrdiff_t i = 0; i < lanes && j + i < length; i++) {
+                const double d = (double)FN(value)(x[r * stride + j + i]) - pivot;
                 sum[i] += d;
                 square[i] += d * d;
             }
@@ -57,37 +57,48 @@ static void FN(moments_wide)(const T *x, ptrdiff_t n_rows, ptrdiff_t stride, ptr
 
 /* For each of n_channels <= PIVOT_CHANNELS channels the mean of a few elements spread over its segment.
  * x: (n_rows, n_channels, length), rows `stride` apart IN; pivots: (n_channels,) OUT */
-static void FN(pivots)(const T *x, ptrdiff_t n_rows, ptrdiff_t stride, ptrdiff_t n_channels, ptrdiff_t length,
-                       T *pivots)
+static void FN(pivots_wide)(const S *x, ptrdiff_t n_rows, ptrdiff_t stride, ptrdiff_t n_channels, ptrdiff_t length,
+                            double *pivots)
 {
     double sample[PIVOT_SAMPLES][PIVOT_CHANNELS];
     ptrdiff_t samples = PIVOT_SAMPLES;
     while (samples > n_rows * length)
         samples /= 2;
     for (ptrdiff_t i = 0; i < samples; i++) {
-        const T *from = x + i * n_rows / samples * stride + i * length / samples;
+        const S *from = x + i * n_rows / samples * stride + i * length / samples;
         for (ptrdiff_t c = 0; c < n_channels; c++)
-            sample[i][c] = (double)from[c * length];
+            sample[i][c] = (double)FN(value)(from[c * length]);
     }
     for (ptrdiff_t half = samples / 2; half > 0; half /= 2)
         for (ptrdiff_t i = 0; i < half; i++)
             for (ptrdiff_t c = 0; c < n_channels; c++)
                 sample[i][c] += sample[i + half][c];
     for (ptrdiff_t c = 0; c < n_channels; c++)
-        pivots[c] = (T)(sample[0][c] / (double)samples);
+        pivots[c] = sample[0][c] / (double)samples;
+}
+
+/* The same in the data's dtype. */
+static void FN(pivots)(const S *x, ptrdiff_t n_rows, ptrdiff_t stride, ptrdiff_t n_channels, ptrdiff_t length,
+                       T *pivots)
+{
+    double wide[PIVOT_CHANNELS];
+    FN(pivots_wide)(x, n_rows, stride, n_channels, length, wide);
+    for (ptrdiff_t c = 0; c < n_channels; c++)
+        pivots[c] = (T)wide[c];
 }
 
 static void FN(moments_planar)(const void *data, const bnfast_runs *runs, ptrdiff_t next, const void *center_in,
                                double *mean, double *m2, bnfast_writer *writer)
 {
-    const T *x = data, *centers = center_in;
+    const S *x = data;
+    const T *centers = center_in;
     const ptrdiff_t length = runs->length;
     const double n = (double)runs->n_rows * (double)length;
     for (ptrdiff_t first = 0; first < runs->n_channels; first += PIVOT_CHANNELS) {
         bnfast_runs some = *runs;
         some.n_channels = runs->n_channels - first < PIVOT_CHANNELS ? runs->n_channels - first : PIVOT_CHANNELS;
         const ptrdiff_t behind = first + some.n_channels;
-        const T *from = x + first * length;
+        const S *from = x + first * length;
         T pivots[PIVOT_CHANNELS];
         FN(pivots)(from, runs->n_rows, runs->stride, some.n_channels, length, pivots);
         const ptrdiff_t to_next = behind < runs->n_channels ? some.n_channels * length : next - first * length;
@@ -95,23 +106,27 @@ static void FN(moments_planar)(const void *data, const bnfast_runs *runs, ptrdif
     FN(sums_of_long_rows)(from, from, &some, to_next, pivots, NULL, NO_U, mean + first, m2 + first, w, flags)
         if (FN(summed_as_columns)(&some))
             FN(sums_of_short_rows)(from, from, &some, to_next, pivots, NULL, NO_U, mean + first, m2 + first);
+        else if (!SPECIALISES && writer && writer->map != 0)
+            SUMS(writer, BY_TURNS);
         else if (writer == NULL)
             SUMS(NULL, 0);
-        else if (writer->map == 0)
+        else if (!SPECIALISES || writer->map == 0)
             SUMS(writer, 0);
         else if (writer->map == BNFAST_ADD)
             SUMS(writer, BNFAST_ADD);
         else if (writer->map == BNFAST_RECTIFY)
             SUMS(writer, BNFAST_RECTIFY);
-        else
+        else if (writer->map == (BNFAST_ADD | BNFAST_RECTIFY))
             SUMS(writer, BNFAST_ADD | BNFAST_RECTIFY);
+        else
+            SUMS(writer, BNFAST_ADD | BNFAST_RECTIFY | BNFAST_MARK);
 #undef SUMS
         for (ptrdiff_t i = first; i < behind; i++) {
             const double center = (double)centers[i], sum = mean[i], square = m2[i];
             mean[i] = ((double)pivots[i - first] - center) + sum / n;
             m2[i] = square - sum * (sum / n);
             if (!TRUSTED(n * SMALLEST_MEAN_SQUARE, sum, square, m2[i]))
-                FN(moments_wide)(x + i * length, runs->n_rows, runs->stride, length, center, mean + i, m2 + i);
+                FN(moments_wide)(x + i * length, runs->n_rows, runs->stride, length, VL, center, mean + i, m2 + i);
         }
     }
 }
@@ -119,7 +134,7 @@ static void FN(moments_planar)(const void *data, const bnfast_runs *runs, ptrdif
 /* The same two passes for a block of columns; writes the columns marked in `wanted` alone, so that what one column
  * holds (a NaN, say) never moves another's bits. wanted: (n_columns,) IN, or NULL: all; mean, m2: (n_columns,) OUT
  * where wanted */
-static void FN(moments_interleaved_wide)(const T *x, ptrdiff_t n_rows, ptrdiff_t stride, ptrdiff_t n_columns,
+static void FN(moments_interleaved_wide)(const S *x, ptrdiff_t n_rows, ptrdiff_t stride, ptrdiff_t n_columns,
                                          const int *wanted, const T *center, double *mean, double *m2)
 {
     const double n = (double)n_rows;
@@ -128,12 +143,12 @@ static void FN(moments_interleaved_wide)(const T *x, ptrdiff_t n_rows, ptrdiff_t
         pivot[c] = sum[c] = square[c] = 0.0;
     for (ptrdiff_t r = 0; r < n_rows; r++)
         for (ptrdiff_t c = 0; c < n_columns; c++)
-            pivot[c] += (double)x[r * stride + c];
+            pivot[c] += (double)FN(value)(x[r * stride + c]);
     for (ptrdiff_t c = 0; c < n_columns; c++)
         pivot[c] /= n;
     for (ptrdiff_t r = 0; r < n_rows; r++)
         for (ptrdiff_t c = 0; c < n_columns; c++) {
-            const double d = (double)x[r * stride + c] - pivot[c];
+            const double d = (double)FN(value)(x[r * stride + c]) - pivot[c];
             sum[c] += d;
             square[c] += d * d;
         }
@@ -145,34 +160,38 @@ static void FN(moments_interleaved_wide)(const T *x, ptrdiff_t n_rows, ptrdiff_t
         }
 }
 
-/* Pivots of n_columns <= COLUMNS columns: the mean of a few rows of each, as a tree */
-static void FN(column_pivots)(const T *x, ptrdiff_t n_rows, ptrdiff_t stride, ptrdiff_t n_columns, T *restrict pivots)
-{
-    ptrdiff_t samples = COLUMN_SAMPLES;
-    while (samples > n_rows)
-        samples /= 2;
-    const T *row[COLUMN_SAMPLES];
-    for (ptrdiff_t i = 0; i < COLUMN_SAMPLES; i++)
-        row[i] = x + i % samples * n_rows / samples * stride;
-#define SAMPLE(i) ((double)row[i][c])
-    if (samples == 8)
-        for (ptrdiff_t c = 0; c < n_columns; c++)
-            pivots[c] = (T)((((SAMPLE(0) + SAMPLE(4)) + (SAMPLE(2) + SAMPLE(6))) +
-                             ((SAMPLE(1) + SAMPLE(5)) + (SAMPLE(3) + SAMPLE(7)))) /
-                            8.0);
-    else if (samples == 4)
-        for (ptrdiff_t c = 0; c < n_columns; c++)
-            pivots[c] = (T)(((SAMPLE(0) + SAMPLE(2)) + (SAMPLE(1) + SAMPLE(3))) / 4.0);
-    else if (samples == 2)
-        for (ptrdiff_t c = 0; c < n_columns; c++)
-            pivots[c] = (T)((SAMPLE(0) + SAMPLE(1)) / 2.0);
-    else
-        for (ptrdiff_t c = 0; c < n_columns; c++)
-            pivots[c] = row[0][c];
+/* Pivots of n_columns <= COLUMNS columns, in P: the mean of a few rows of each, as a tree */
+#define COLUMN_PIVOTS(name, P) \
+    static void FN(name)(const S *x, ptrdiff_t n_rows, ptrdiff_t stride, ptrdiff_t n_columns, P *restrict pivots) \
+    { \
+        ptrdiff_t samples = COLUMN_SAMPLES; \
+        while (samples > n_rows) \
+            samples /= 2; \
+        const S *row[COLUMN_SAMPLES]; \
+        for (ptrdiff_t i = 0; i < COLUMN_SAMPLES; i++) \
+            row[i] = x + i % samples * n_rows / samples * stride; \
+        if (samples == 8) \
+            for (ptrdiff_t c = 0; c < n_columns; c++) \
+                pivots[c] = (P)((((SAMPLE(0) + SAMPLE(4)) + (SAMPLE(2) + SAMPLE(6))) + \
+                                 ((SAMPLE(1) + SAMPLE(5)) + (SAMPLE(3) + SAMPLE(7)))) / \
+                                8.0); \
+        else if (samples == 4) \
+            for (ptrdiff_t c = 0; c < n_columns; c++) \
+                pivots[c] = (P)(((SAMPLE(0) + SAMPLE(2)) + (SAMPLE(1) + SAMPLE(3))) / 4.0); \
+        else if (samples == 2) \
+            for (ptrdiff_t c = 0; c < n_columns; c++) \
+                pivots[c] = (P)((SAMPLE(0) + SAMPLE(1)) / 2.0); \
+        else \
+            for (ptrdiff_t c = 0; c < n_columns; c++) \
+                pivots[c] = (P)FN(value)(row[0][c]); \
+    }
+#define SAMPLE(i) ((double)FN(value)(row[i][c]))
+COLUMN_PIVOTS(column_pivots, T)
+COLUMN_PIVOTS(column_pivots_wide, double)
 #undef SAMPLE
-}
+#undef COLUMN_PIVOTS
 
-static void FN(moments_interleaved_block)(const T *x, const bnfast_rows *rows, T *packed, ptrdiff_t n_columns,
+static void FN(moments_interleaved_block)(const S *x, const bnfast_rows *rows, S *packed, ptrdiff_t n_columns,
                                           const T *restrict center, double *restrict mean, double *restrict m2)
 {
     const ptrdiff_t n_rows = rows->n_rows, stride = rows->stride;
@@ -193,7 +212,7 @@ static void FN(moments_interleaved_block)(const T *x, const bnfast_rows *rows, T
                                  .packed_u = packed,
                                  .packed_stride = rows->n_columns,
                                  .centers = pivots,
-                                 .passing = FN(passing_of)(NULL),
+                                 .passing = NULL,
                                  .sum_v = sum,
                                  .sum_vd = square};
     FN(sums_of_columns)(&all, n_columns, NO_U, rows->near);
@@ -217,16 +236,36 @@ static void FN(moments_interleaved_block)(const T *x, const bnfast_rows *rows, T
     else
         for (ptrdiff_t c = 0; c < n_columns; c++)
             if (untrusted[c])
-                FN(moments_wide)(x + c, n_rows, stride, 1, (double)center[c], mean + c, m2 + c);
+                FN(moments_wide)(x + c, n_rows, stride, 1, VL, (double)center[c], mean + c, m2 + c);
 }
 
 static void FN(moments_interleaved)(const void *data, const bnfast_rows *rows, const void *center, double *mean,
                                     double *m2, void *packed)
 {
-    const T *x = data;
+    const S *x = data;
     const ptrdiff_t n_columns = rows->n_columns;
     for (ptrdiff_t c = 0; c < n_columns; c += COLUMNS)
-        FN(moments_interleaved_block)(x + c, rows, packed ? (T *)packed + c : NULL,
+        FN(moments_interleaved_block)(x + c, rows, packed ? (S *)packed + c : NULL,
                                       n_columns - c < COLUMNS ? n_columns - c : COLUMNS, (const T *)center + c,
                                       mean + c, m2 + c);
+}
+
+static ALWAYS_INLINE T FN(lesser)(T a, T b) { return a < b ? a : b; }
+static ALWAYS_INLINE T FN(greater)(T a, T b) { return a > b ? a : b; }
+
+static void FN(typical_values)(ptrdiff_t n, ptrdiff_t step, const void *data, const ptrdiff_t *offsets, void *out)
+{
+    const S *const x = data, *const p0 = x + offsets[0], *const p1 = x + offsets[1], *const p2 = x + offsets[2],
+                   *const p3 = x + offsets[3], *const p4 = x + offsets[4];
+    T *restrict const typical = out;
+    for (ptrdiff_t i = 0; i < n; i++) {
+        const ptrdiff_t at = i * step;
+        /* neither the least nor the greatest of four is the middle one of five */
+        const T low = FN(greater)(FN(lesser)(FN(value)(p0[at]), FN(value)(p1[at])),
+                                  FN(lesser)(FN(value)(p2[at]), FN(value)(p3[at])));
+        const T high = FN(lesser)(FN(greater)(FN(value)(p0[at]), FN(value)(p1[at])),
+                                  FN(greater)(FN(value)(p2[at]), FN(value)(p3[at])));
+        const T middle = FN(greater)(FN(lesser)(low, high), FN(lesser)(FN(greater)(low, high), FN(value)(p4[at])));
+        typical[i] = middle - middle == 0 ? middle : 0;
+    }
 }

@@ -1,7 +1,7 @@
 /* The map of bnfast_coefficients (kernels.h), for both layouts: one body, whose constant flags the compiler folds.
  *
  * The mean is subtracted before the scale, never folded into the shift: x*scale + shift loses every digit once
- * |mean| >> std. What rounding the mean to the data's dtype leaves is in the shift (round_centers). Error of
+ * |mean| >> std. What rounding the mean to the data's dtype leaves is in the shift (round_map). Error of
  * normalize, float32: four roundings, at most 2.4e-7 * |gamma * x_hat| + 6e-8 * |y|.
  * Memory traffic: read x (and u), write out; with `stream` the written lines are not read first. */
 
@@ -9,7 +9,7 @@
  * lines stay in L1. */
 #define ROWS 4
 #define FEWER_ROWS 2
-#define ROWS_DISPLACE(stride) ((stride) * (ptrdiff_t)sizeof(T) % 2048 == 0)
+#define ROWS_DISPLACE(stride) ((stride) * (ptrdiff_t)sizeof(S) % 2048 == 0)
 
 /* From so many columns on vectors begin where the memory of `out` is aligned, and both ends are parts of vectors. */
 #define MANY_COLUMNS (16 * VN)
@@ -22,8 +22,46 @@ struct FN(map) {
 /* Whether the map reads u. */
 #define READS_U(flags) (((flags) & (BNFAST_GRADIENT | BNFAST_ADD)) != 0)
 
-/* Whether it needs coefficients of y besides. */
-#define PASSES(flags) (((flags) & BNFAST_GRADIENT) && ((flags) & BNFAST_RECTIFY))
+/* Whether it needs coefficients of y besides, to find out what passes. */
+#define PASSES(flags) \
+    (((flags) & (BNFAST_GRADIENT | BNFAST_RECTIFY | BNFAST_MARK)) == (BNFAST_GRADIENT | BNFAST_RECTIFY))
+
+/* Whether it makes marks, whole vectors of which begin where the memory of the result is aligned. */
+#define MARKS(flags) (((flags) & BNFAST_MARK) && !((flags) & BNFAST_GRADIENT))
+
+/* Where a map reads and writes. passed, marks, number: see bnfast_marked */
+struct FN(places) {
+    const S *x, *u;
+    S *out, *passed;
+    unsigned char *marks;
+    ptrdiff_t number;
+};
+
+static ALWAYS_INLINE struct FN(places)
+    FN(places_of)(const void *x, const void *u, void *out, const bnfast_marked *marked)
+{
+    const struct FN(places) places = {x, u, out, marked->passed, marked->marks, marked->number};
+    return places;
+}
+
+/* Elements further on, in each array. */
+static ALWAYS_INLINE void FN(go_on)(struct FN(places) * at, ptrdiff_t x, ptrdiff_t u, ptrdiff_t out, int flags)
+{
+    at->x += x;
+    at->u += u;
+    at->out += out;
+    if (flags & BNFAST_MARK) {
+        at->number += out;
+        if (flags & BNFAST_GRADIENT)
+            at->passed += out;
+    }
+}
+
+static ALWAYS_INLINE struct FN(places) FN(further)(struct FN(places) at, ptrdiff_t elements, int flags)
+{
+    FN(go_on)(&at, elements, elements, elements, flags);
+    return at;
+}
 
 /* Coefficients of columns j .. j + n - 1 */
 static ALWAYS_INLINE struct FN(map)
@@ -69,17 +107,21 @@ static ALWAYS_INLINE struct FN(map) FN(map_of_channel)(const bnfast_coefficients
     return map;
 }
 
-static ALWAYS_INLINE FN(vec) FN(map_value)(const struct FN(map) * map, FN(vec) x, FN(vec) u, int flags)
+/* marks: of the n <= VN elements */
+static ALWAYS_INLINE FN(vec) FN(map_value)(const struct FN(map) * map, FN(vec) x, FN(vec) u, unsigned char *marks,
+                                           ptrdiff_t number, ptrdiff_t n, int flags)
 {
     const FN(vec) d = x - map->center, scaled = d * map->scale;
     if (flags & BNFAST_GRADIENT) {
-        if (flags & BNFAST_RECTIFY)
+        if (PASSES(flags))
             u = FN(passed)(&map->rectifier, u, d * map->y_scale + map->y_shift);
         return (u - map->u_center) * map->u_scale + (scaled * map->hat_scale + map->shift);
     }
     FN(vec) v = scaled + map->shift;
     if (flags & BNFAST_ADD)
         v = v + u;
+    if (flags & BNFAST_MARK)
+        FN(mark_passed)(&map->rectifier, marks, number, n, v);
     if (flags & BNFAST_RECTIFY)
         v = FN(rectified)(&map->rectifier, v);
     return v;
@@ -104,28 +146,39 @@ static ALWAYS_INLINE struct FN(map) FN(map_of_two)(ptrdiff_t k, struct FN(map) f
     return map;
 }
 
+static ALWAYS_INLINE void FN(write_as)(S *p, ptrdiff_t n, FN(vec) v, int stream)
+{
+    if (n < VN)
+        FN(write_part)(p, n, v);
+    else if (stream)
+        FN(write_stream)(p, v);
+    else
+        FN(write)(p, v);
+}
+
 /* n <= VN elements of `rows` rows, through one set of coefficients. All loads come before the first store: rows that
  * lie a power of two apart would otherwise wait for stores that only look like theirs (equal low address bits). */
-static ALWAYS_INLINE void FN(map_elements)(const struct FN(map) * map, const T *x, const T *u, T *out, ptrdiff_t rows,
+static ALWAYS_INLINE void FN(map_elements)(const struct FN(map) * map, const struct FN(places) * at, ptrdiff_t rows,
                                            ptrdiff_t stride, ptrdiff_t u_stride, ptrdiff_t out_stride, ptrdiff_t n,
                                            int flags, int stream)
 {
     const FN(vec) zero = FN(set1)(0);
-    FN(vec) value[ROWS];
+    FN(vec) value[ROWS], passed[ROWS];
     for (ptrdiff_t r = 0; r < rows; r++) {
-        const FN(vec) x_values = FN(load_up_to)(x + r * stride, n, zero);
+        const FN(vec) x_values = FN(read_up_to)(at->x + r * stride, n, zero);
+        const ptrdiff_t number = at->number + r * out_stride;
         FN(vec) u_values = zero;
         if (READS_U(flags))
-            u_values = FN(load_up_to)(u + r * u_stride, n, zero);
-        value[r] = FN(map_value)(map, x_values, u_values, flags);
+            u_values = FN(read_up_to)(at->u + r * u_stride, n, zero);
+        if (flags & BNFAST_MARK && flags & BNFAST_GRADIENT)
+            u_values = passed[r] = FN(passed_by_marks)(&map->rectifier, u_values, at->marks, number, n);
+        value[r] = FN(map_value)(map, x_values, u_values, at->marks, number, n, flags);
     }
     for (ptrdiff_t r = 0; r < rows; r++)
-        if (n < VN)
-            FN(store_part)(out + r * out_stride, n, value[r]);
-        else if (stream)
-            FN(store_stream)(out + r * out_stride, value[r]);
-        else
-            FN(store)(out + r * out_stride, value[r]);
+        FN(write_as)(at->out + r * out_stride, n, value[r], stream);
+    if (flags & BNFAST_MARK && flags & BNFAST_GRADIENT)
+        for (ptrdiff_t r = 0; r < rows; r++)
+            FN(write_as)(at->passed + r * out_stride, n, passed[r], stream);
 }
 
 /* Full vectors that the writer's channel still has in this row. */
@@ -139,32 +192,37 @@ static ALWAYS_INLINE int FN(written)(const bnfast_writer *w) { return w->row == 
 static ALWAYS_INLINE void FN(write_map)(bnfast_writer *w, ptrdiff_t n, int flags, int stream)
 {
     const bnfast_coefficients *c = &w->coefficients;
-    const ptrdiff_t ahead = w->ahead * (ptrdiff_t)sizeof(T);
+    const ptrdiff_t ahead = w->ahead * (ptrdiff_t)sizeof(S);
     const ptrdiff_t length = w->runs.length, stride = w->runs.stride, row_length = w->runs.n_channels * length;
-    const T *x = w->x, *u = w->u;
-    T *out = w->out;
+    struct FN(places) at = FN(places_of)(w->x, w->u, w->out, &w->marked);
     ptrdiff_t row = w->row, i = w->channel, j = w->at, end = w->end;
 #define ASK_AHEAD \
     if (stream && ahead) { \
-        PREFETCH_L2(x + j, ahead); \
+        PREFETCH_L2(at.x + j, ahead); \
         if (READS_U(flags)) \
-            PREFETCH_L2(u + j, ahead); \
+            PREFETCH_L2(at.u + j, ahead); \
     }
-    for (; n > 0 && row < w->runs.n_rows; row++, x += stride, u += stride, out += stride, i = j = end = 0) {
+#define MAP_AT(coefficients, n, stream) \
+    do { \
+        const struct FN(places) from_j = FN(further)(at, j, flags); \
+        FN(map_elements)(coefficients, &from_j, 1, 0, 0, 0, n, flags, stream); \
+    } while (0)
+    for (; n > 0 && row < w->runs.n_rows; row++, i = j = end = 0) {
         struct FN(map) map = FN(map_of_channel)(c, i, flags);
         if (end == 0) {
             end = length;
-            if (stream) {
-                j = FN(to_aligned)(out, row_length);
-                if (j > 0)
-                    FN(map_elements)(&map, x, u, out, 1, 0, 0, 0, j, flags, 0);
+            if (stream || MARKS(flags)) {
+                const ptrdiff_t head = FN(to_aligned)(at.out, row_length);
+                if (head > 0)
+                    MAP_AT(&map, head, 0);
+                j = head;
                 n -= j;
             }
         }
         for (;;) {
             for (; n > 0 && end - j >= VN; n -= VN, j += VN) {
                 ASK_AHEAD
-                FN(map_elements)(&map, x + j, u + j, out + j, 1, 0, 0, 0, VN, flags, stream);
+                MAP_AT(&map, VN, stream);
             }
             if (n <= 0)
                 goto enough;
@@ -174,7 +232,7 @@ static ALWAYS_INLINE void FN(write_map)(bnfast_writer *w, ptrdiff_t n, int flags
             if (j < end) {
                 ASK_AHEAD
                 const struct FN(map) both = FN(map_of_two)(end - j, map, next, flags);
-                FN(map_elements)(&both, x + j, u + j, out + j, 1, 0, 0, 0, VN, flags, stream);
+                MAP_AT(&both, VN, stream);
                 n -= VN;
                 j += VN;
             }
@@ -182,14 +240,18 @@ static ALWAYS_INLINE void FN(write_map)(bnfast_writer *w, ptrdiff_t n, int flags
             map = next;
         }
         if (j < row_length)
-            FN(map_elements)(&map, x + j, u + j, out + j, 1, 0, 0, 0, row_length - j, flags, 0);
+            MAP_AT(&map, row_length - j, 0);
         n -= row_length - j;
+        FN(go_on)(&at, stride, stride, stride, flags);
     }
 enough:
 #undef ASK_AHEAD
-    w->x = x;
-    w->u = u;
-    w->out = out;
+#undef MAP_AT
+    w->x = at.x;
+    w->u = at.u;
+    w->out = at.out;
+    w->marked.number = at.number;
+    w->marked.passed = at.passed;
     w->row = row;
     w->channel = i;
     w->at = j;
@@ -211,6 +273,12 @@ enough:
     case BNFAST_ADD | BNFAST_RECTIFY: \
         DO(BNFAST_ADD | BNFAST_RECTIFY); \
         break; \
+    case BNFAST_ADD | BNFAST_RECTIFY | BNFAST_MARK: \
+        DO(BNFAST_ADD | BNFAST_RECTIFY | BNFAST_MARK); \
+        break; \
+    case BNFAST_GRADIENT | BNFAST_RECTIFY | BNFAST_MARK: \
+        DO(BNFAST_GRADIENT | BNFAST_RECTIFY | BNFAST_MARK); \
+        break; \
     case BNFAST_GRADIENT: \
         DO(BNFAST_GRADIENT); \
         break; \
@@ -221,7 +289,9 @@ enough:
 static void FN(write_some)(bnfast_writer *w, ptrdiff_t n)
 {
 #define WRITE(flags) \
-    if (w->stream) \
+    if (!SPECIALISES) \
+        FN(write_map)(w, n, flags, w->stream); \
+    else if (w->stream) \
         FN(write_map)(w, n, flags, 1); \
     else \
         FN(write_map)(w, n, flags, 0)
@@ -232,7 +302,7 @@ static void FN(write_some)(bnfast_writer *w, ptrdiff_t n)
 static void FN(write_rest)(bnfast_writer *w) { FN(write_some)(w, PTRDIFF_MAX); }
 
 /* `rows` rows of interleaved columns at once, whose coefficients are loaded once for all of them. */
-static ALWAYS_INLINE void FN(map_rows)(const T *x, const T *u, T *out, const T *next_x, const T *next_u, ptrdiff_t rows,
+static ALWAYS_INLINE void FN(map_rows)(struct FN(places) at, const S *next_x, const S *next_u, ptrdiff_t rows,
                                        const bnfast_columns *columns, const bnfast_coefficients *c, int flags,
                                        int stream)
 {
@@ -241,12 +311,12 @@ static ALWAYS_INLINE void FN(map_rows)(const T *x, const T *u, T *out, const T *
 #define ELEMENTS(n, stream) \
     do { \
         const struct FN(map) map = FN(map_of_columns)(c, j, n, flags); \
-        FN(map_elements)(&map, x + j, u + j, out + j, rows, columns->stride, columns->u_stride, out_stride, n, flags, \
-                         stream); \
+        FN(map_elements)(&map, &at, rows, columns->stride, columns->u_stride, out_stride, n, flags, stream); \
+        FN(go_on)(&at, n, n, n, flags); \
         j += (n); \
     } while (0)
     if (stream) {
-        const ptrdiff_t head = FN(to_aligned)(out, n_columns);
+        const ptrdiff_t head = FN(to_aligned)(at.out, n_columns);
         if (head > 0)
             ELEMENTS(head, 0);
         for (ptrdiff_t vectors = (n_columns - j) / VN; vectors > 0; vectors--) {
@@ -258,14 +328,15 @@ static ALWAYS_INLINE void FN(map_rows)(const T *x, const T *u, T *out, const T *
                 }
             else if (n_columns < columns->stride) {
                 /* a part of wide rows is not the one stream that the hardware expects */
-                PREFETCH_L2(x + j, 2 * columns->stride * (ptrdiff_t)sizeof(T));
+                PREFETCH_L2(at.x, 2 * columns->stride * (ptrdiff_t)sizeof(S));
                 if (READS_U(flags))
-                    PREFETCH_L2(u + j, 2 * columns->u_stride * (ptrdiff_t)sizeof(T));
+                    PREFETCH_L2(at.u, 2 * columns->u_stride * (ptrdiff_t)sizeof(S));
             }
             ELEMENTS(VN, 1);
         }
     } else {
-        const ptrdiff_t head = out_stride % VN == 0 && n_columns >= MANY_COLUMNS ? FN(to_aligned)(out, n_columns) : 0;
+        const int aligns = MARKS(flags) || (out_stride % VN == 0 && n_columns >= MANY_COLUMNS);
+        const ptrdiff_t head = aligns ? FN(to_aligned)(at.out, n_columns) : 0;
         if (head > 0)
             ELEMENTS(head, 0);
         for (ptrdiff_t vectors = (n_columns - j) / VN; vectors > 0; vectors--)
@@ -278,50 +349,48 @@ static ALWAYS_INLINE void FN(map_rows)(const T *x, const T *u, T *out, const T *
 
 /* n elements of dense interleaved rows, written as one run: vectors begin where the memory is aligned, at whatever
  * column that is, and may go on in the next row, for which the coefficients repeat themselves past their end. */
-static ALWAYS_INLINE void FN(map_run)(const T *x, const T *u, T *out, ptrdiff_t n, ptrdiff_t n_columns,
+static ALWAYS_INLINE void FN(map_run)(struct FN(places) at, ptrdiff_t n, ptrdiff_t n_columns,
                                       const bnfast_coefficients *c, int flags, int stream)
 {
-    const ptrdiff_t head = FN(to_aligned)(out, n);
+    const ptrdiff_t head = FN(to_aligned)(at.out, n);
     ptrdiff_t j = head, column = head; /* column: j modulo n_columns */
     struct FN(map) map = FN(map_of_columns)(c, 0, head, flags);
     if (head > 0)
-        FN(map_elements)(&map, x, u, out, 1, 0, 0, 0, head, flags, 0);
-    for (; j + VN <= n; j += VN) {
+        FN(map_elements)(&map, &at, 1, 0, 0, 0, head, flags, 0);
+    FN(go_on)(&at, head, head, head, flags);
+    for (; j + VN <= n; j += VN, FN(go_on)(&at, VN, VN, VN, flags)) {
         map = FN(map_of_columns)(c, column, VN, flags);
-        FN(map_elements)(&map, x + j, u + j, out + j, 1, 0, 0, 0, VN, flags, stream);
+        FN(map_elements)(&map, &at, 1, 0, 0, 0, VN, flags, stream);
         column += VN;
         if (column >= n_columns)
             column -= n_columns;
     }
     if (j < n) {
         map = FN(map_of_columns)(c, column, n - j, flags);
-        FN(map_elements)(&map, x + j, u + j, out + j, 1, 0, 0, 0, n - j, flags, 0);
+        FN(map_elements)(&map, &at, 1, 0, 0, 0, n - j, flags, 0);
     }
 }
 
 /* The same for rows of whole vectors: as rows that begin where the memory is aligned, some of which share the loads
  * of coefficients. */
-static ALWAYS_INLINE void FN(map_shifted_rows)(const T *x, const T *u, T *out, ptrdiff_t n_rows, ptrdiff_t n_columns,
+static ALWAYS_INLINE void FN(map_shifted_rows)(struct FN(places) at, ptrdiff_t n_rows, ptrdiff_t n_columns,
                                                const bnfast_coefficients *c, int flags)
 {
-    const ptrdiff_t head = FN(to_aligned)(out, n_columns);
+    const ptrdiff_t head = FN(to_aligned)(at.out, n_columns);
     if (head > 0) {
         const struct FN(map) map = FN(map_of_columns)(c, 0, head, flags);
-        FN(map_elements)(&map, x, u, out, 1, 0, 0, 0, head, flags, 0);
-        x += head;
-        u += head;
-        out += head;
+        FN(map_elements)(&map, &at, 1, 0, 0, 0, head, flags, 0);
+        FN(go_on)(&at, head, head, head, flags);
         n_rows--; /* of the last row the part behind `head` is left */
     }
 #define SHIFTED_ROWS(rows, width) \
     do { \
         for (ptrdiff_t j = 0; j + VN <= (width); j += VN) { \
             const struct FN(map) map = FN(map_of_columns)(c, head + j, VN, flags); \
-            FN(map_elements)(&map, x + j, u + j, out + j, rows, n_columns, n_columns, n_columns, VN, flags, 0); \
+            const struct FN(places) from_j = FN(further)(at, j, flags); \
+            FN(map_elements)(&map, &from_j, rows, n_columns, n_columns, n_columns, VN, flags, 0); \
         } \
-        x += (rows) * n_columns; \
-        u += (rows) * n_columns; \
-        out += (rows) * n_columns; \
+        at = FN(further)(at, (rows) * n_columns, flags); \
     } while (0)
     ptrdiff_t r = 0;
     if (!ROWS_DISPLACE(n_columns))
@@ -336,38 +405,39 @@ static ALWAYS_INLINE void FN(map_shifted_rows)(const T *x, const T *u, T *out, p
         for (ptrdiff_t j = 0; j < left; j += VN) {
             const ptrdiff_t n = j < whole ? VN : left - j;
             const struct FN(map) map = FN(map_of_columns)(c, head + j, n, flags);
-            FN(map_elements)(&map, x + j, u + j, out + j, 1, 0, 0, 0, n, flags, 0);
+            FN(map_elements)(&map, &at, 1, 0, 0, 0, n, flags, 0);
+            FN(go_on)(&at, n, n, n, flags);
         }
     }
 #undef SHIFTED_ROWS
 }
 
-static ALWAYS_INLINE void FN(map_columns)(const T *x, const T *u, T *out, const bnfast_columns *columns,
+static ALWAYS_INLINE void FN(map_columns)(struct FN(places) at, const bnfast_columns *columns,
                                           const bnfast_coefficients *c, int flags, int stream)
 {
     const ptrdiff_t n_rows = columns->n_rows, stride = columns->stride, out_stride = columns->out_stride;
-    const T *next_x = columns->next_x, *next_u = columns->next_u;
+    const S *next_x = columns->next_x, *next_u = columns->next_u;
     ptrdiff_t r = 0;
     const int dense = stride == columns->n_columns && out_stride == stride && stride >= VN &&
                       (!READS_U(flags) || columns->u_stride == stride);
-    if (dense && !stream && stride % VN == 0) {
-        FN(map_shifted_rows)(x, u, out, n_rows, stride, c, flags);
+    if (SPECIALISES && dense && !stream && stride % VN == 0) {
+        FN(map_shifted_rows)(at, n_rows, stride, c, flags);
         return;
     }
     /* rows that end in parts of vectors; where those are cheap, rows by themselves are faster in cache */
-    if (dense && (stream || VBYTES < 64)) {
-        if (stream)
-            FN(map_run)(x, u, out, n_rows * stride, stride, c, flags, 1);
+    if (dense && (!SPECIALISES || stream || VBYTES < 64 || MARKS(flags))) {
+        if (!SPECIALISES)
+            FN(map_run)(at, n_rows * stride, stride, c, flags, stream);
+        else if (stream)
+            FN(map_run)(at, n_rows * stride, stride, c, flags, 1);
         else
-            FN(map_run)(x, u, out, n_rows * stride, stride, c, flags, 0);
+            FN(map_run)(at, n_rows * stride, stride, c, flags, 0);
         return;
     }
 #define DO_ROWS(rows) \
     do { \
-        FN(map_rows)(x, u, out, next_x, next_u, rows, columns, c, flags, stream); \
-        x += (rows) * stride; \
-        u += (rows) * columns->u_stride; \
-        out += (rows) * out_stride; \
+        FN(map_rows)(at, next_x, next_u, rows, columns, c, flags, stream); \
+        FN(go_on)(&at, (rows) * stride, (rows) * columns->u_stride, (rows) * out_stride, flags); \
         if (next_x) \
             next_x += (rows) * out_stride; \
         if (next_u) \
@@ -375,7 +445,7 @@ static ALWAYS_INLINE void FN(map_columns)(const T *x, const T *u, T *out, const 
         r += (rows); \
     } while (0)
     /* What comes from cache waits for instructions; what comes from memory is best read as one stream. */
-    if (!stream) {
+    if (SPECIALISES && !stream && (!MARKS(flags) || out_stride % VN == 0)) {
         if (!ROWS_DISPLACE(stride))
             while (r + ROWS <= n_rows)
                 DO_ROWS(ROWS);
@@ -387,14 +457,17 @@ static ALWAYS_INLINE void FN(map_columns)(const T *x, const T *u, T *out, const 
 #undef DO_ROWS
 }
 
-static void FN(map_interleaved)(const void *x, const void *u, void *out, const bnfast_columns *columns,
-                                const bnfast_coefficients *c, int map, int stream)
+static void FN(map_interleaved)(const void *x, const void *u, void *out, const bnfast_marked *marked,
+                                const bnfast_columns *columns, const bnfast_coefficients *c, int map, int stream)
 {
+    const struct FN(places) at = FN(places_of)(x, u, out, marked);
 #define MAP(flags) \
-    if (stream) \
-        FN(map_columns)(x, u, out, columns, c, flags, 1); \
+    if (!SPECIALISES) \
+        FN(map_columns)(at, columns, c, flags, stream); \
+    else if (stream) \
+        FN(map_columns)(at, columns, c, flags, 1); \
     else \
-        FN(map_columns)(x, u, out, columns, c, flags, 0)
+        FN(map_columns)(at, columns, c, flags, 0)
     FOR_EACH_MAP(map, MAP)
 #undef MAP
 }

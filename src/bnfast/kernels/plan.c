@@ -2,8 +2,8 @@
  * knows of the sizes of caches and the number of threads and decides by them; planar.c and interleaved.c then make the
  * tasks.
  *
- * Segments depend on the shape and the dtype alone, as the bits of a result depend on them. All else here only moves
- * work about. */
+ * Segments depend on the shape and on the dtypes of data and sums alone, as the bits of a result depend on them. All
+ * else here only moves work about. */
 
 #include "block.h"
 
@@ -17,11 +17,23 @@ enum { MOST_LAST_LEVEL = 96 << 20, MOST_WRITTEN_THROUGH = 48 << 20 };
 
 static ptrdiff_t believed_last_level(void) { return least(bnfast_last_level_bytes(), MOST_LAST_LEVEL); }
 
+/* Whether it is slow to read twice from, and what one core has written slow to reach another: it is said to be larger. */
+static int last_level_is_far(void) { return bnfast_last_level_bytes() > MOST_LAST_LEVEL; }
+
 static bnfast_choices forced = {-1, -1, -1, -1, -1};
 
 void bnfast_force(const bnfast_choices *choices) { forced = *choices; }
 
 static int choice(int forced_one, int own) { return forced_one < 0 ? own : forced_one; }
+
+/* Whether the arrays of a call fill three quarters of the last-level cache, so that what is read or written first is gone
+ * from it by the end. (Measured; of a last level that is said to be huge 48 MiB are believed.) */
+static int comes_from_memory(const bnfast_job *job)
+{
+    const ptrdiff_t arrays =
+        arrays_read(job) + 1 + (job->residual != NULL) + (job->passed != NULL && job->passed != job->out);
+    return arrays * bytes_of_array(job) > least(bnfast_last_level_bytes() / 4 * 3, MOST_WRITTEN_THROUGH);
+}
 
 /* Channels that a task of the phase of coefficients makes: about one task a thread, of at least FEWEST. */
 static ptrdiff_t coefficient_channels(const bnfast_job *job)
@@ -37,31 +49,49 @@ static ptrdiff_t coefficient_channels(const bnfast_job *job)
 enum { SEGMENT = 16384, SEGMENT_F64 = 4096, LONG_ROW = 3584, PLANAR_TASKS = 4 };
 
 /* Bytes of a row that a block of channels has at least, or the array is better taken in the order of memory, although
- * it is read twice then: from the last level, as a block that does not stay in L2 would be, too; or from memory. */
-enum { RUN_BYTES = 8192, RUN_BYTES_OUT_OF_L2 = 32768, RUN_BYTES_FROM_MEMORY = 1024 };
+ * it is read twice then; of channels that stay in L2, of those that do not and are read twice anyway, and from memory.
+ * (Measured with 1 MiB of L2 and 32 MiB behind it; from afar with 2 MiB and 480 MiB.) */
+enum {
+    RUN_BYTES = 8192,
+    RUN_BYTES_FROM_AFAR = 2560,
+    RUN_BYTES_OUT_OF_L2 = 32768,
+    RUN_BYTES_FROM_MEMORY = 1024,
+};
+
+static ptrdiff_t enough_of_a_row(const bnfast_job *job, ptrdiff_t channel_bytes)
+{
+    const ptrdiff_t written = applies(job) ? job->outer * job->inner * job->kernels->itemsize : 0;
+    if (channel_bytes * job->channels > believed_last_level() / 4 * 3)
+        return RUN_BYTES_FROM_MEMORY;
+    if (last_level_is_far())
+        return channel_bytes + written <= bnfast_l2_bytes() ? RUN_BYTES_FROM_AFAR : RUN_BYTES_OUT_OF_L2;
+    return channel_bytes <= bnfast_l2_bytes() / 4 ? RUN_BYTES : RUN_BYTES_OUT_OF_L2;
+}
 
 static void cut_planar_segments(bnfast_job *job)
 {
-    const ptrdiff_t elements = job->kernels->itemsize == 4 ? SEGMENT : SEGMENT_F64;
+    const ptrdiff_t elements = job->kernels->narrow ? SEGMENT : SEGMENT_F64;
     job->fold = 1;
     job->segment_length = least(job->inner, elements);
     job->segment_rows = job->inner < elements ? elements / job->inner : 1;
     job->n_segments = quotient_up(job->outer, job->segment_rows) * pieces_of_row(job);
-    job->merges = job->n_segments > 1;
+    job->merges = job->n_segments > 1 || job->exact;
 }
 
 /* Whether a block is written while the next is reduced, in one loop. The backward pass, two arrays to read for one to
- * write, is faster if the next block is asked for while this one is written, as long as both stay in L2; where they do
- * not, what is asked for displaces what is being mapped. Short rows are read best in the order of memory. */
+ * write, is faster if the next block is asked for while this one is written, as long as both stay in L2. Where they do
+ * not, what is asked for displaces what is being mapped, and from a last level that is far so does what is reduced
+ * meanwhile. Short rows are read best in the order of memory. */
 static int is_written_later(const bnfast_job *job)
 {
-    return applies(job) && job->inner * job->kernels->itemsize >= LONG_ROW &&
-           (job->u == NULL || (maps_gradient(job) && !job->asked_for));
+    return applies(job) && !job->exact && job->inner * job->kernels->itemsize >= LONG_ROW &&
+           (job->u == NULL ||
+            (maps_gradient(job) && !job->asked_for && (comes_from_memory(job) || !last_level_is_far())));
 }
 
 /* Blocks keep their channels in L2, and what comes next: a quarter each, as more displaces itself (measured: half
- * of L2 took up to 1.2 times as long). With few channels, short runs far apart, or nothing to reduce: each step for the
- * whole array. */
+ * of L2 took up to 1.2 times as long); a channel alone may take all of it. With few channels, short runs far apart, or
+ * nothing to reduce: each step for the whole array. */
 static void choose_planar(bnfast_job *job)
 {
     const int threads = job->n_threads;
@@ -72,17 +102,15 @@ static void choose_planar(bnfast_job *job)
     const ptrdiff_t share = threads == 1 ? job->channels : quotient_up(job->channels, PLANAR_TASKS * threads);
     const ptrdiff_t n = most(1, least(bnfast_l2_bytes() / 4 / channel_bytes, share));
     const ptrdiff_t bytes = channel_bytes * job->channels;
-    const ptrdiff_t enough_of_a_row = bytes > believed_last_level() / 4 * 3   ? RUN_BYTES_FROM_MEMORY
-                                      : channel_bytes > bnfast_l2_bytes() / 4 ? RUN_BYTES_OUT_OF_L2
-                                                                              : RUN_BYTES;
-    const int scattered = bytes > bnfast_l2_bytes() * threads && n * run < enough_of_a_row;
+    const int scattered = bytes > bnfast_l2_bytes() * threads && n * run < enough_of_a_row(job, channel_bytes);
     if (!reduces(job) || choice(forced.kind, enough && !scattered ? BNFAST_BLOCKS : BNFAST_PHASES) == BNFAST_PHASES)
         return;
     job->kind = BNFAST_BLOCKS;
     job->block_channels = n;
     job->task_channels = share / job->block_channels * job->block_channels;
     job->asked_for = job->block_channels * channel_bytes <= bnfast_l2_bytes() / 4;
-    job->written_later = choice(applies(job) && !maps_u_only(job) ? forced.written_later : -1, is_written_later(job));
+    job->written_later =
+        choice(applies(job) && !job->exact && !maps_u_only(job) ? forced.written_later : -1, is_written_later(job));
 }
 
 /* ---- interleaved ------------------------------------------------------------------------------------------------- */
@@ -113,7 +141,7 @@ static void cut_interleaved_segments(bnfast_job *job)
     job->segment_rows = SEGMENT_ROWS;
     job->segment_length = 1;
     job->n_segments = quotient_up(folded_rows(job), SEGMENT_ROWS);
-    job->merges = job->n_segments > 1 || columns_of_channel(job) > 1;
+    job->merges = job->n_segments > 1 || columns_of_channel(job) > 1 || job->exact;
 }
 
 /* Whether rows of `bytes` bytes each displace each other from L2 before they are mapped, being a power of two apart. */
@@ -144,7 +172,7 @@ static ptrdiff_t channels_of_block(bnfast_job *job)
         return n;
     if (stays || period(job) % line != 0)
         return 0;
-    job->pack = applies(job);
+    job->pack = may_pack(job);
     return wide ? n : most_channels;
 }
 
@@ -222,7 +250,7 @@ static void choose_interleaved(bnfast_job *job)
         n = 0;
     if (n == 0)
         job->pack = 0;
-    else if (applies(job) && period(job) % line == 0)
+    else if (may_pack(job) && period(job) % line == 0)
         job->pack = choice(forced.pack, job->pack);
     if (n > 0) {
         job->kind = BNFAST_BLOCKS;
@@ -234,16 +262,13 @@ static void choose_interleaved(bnfast_job *job)
 
 /* ---- both -------------------------------------------------------------------------------------------------------- */
 
-/* Whether the result is written around the caches: where the arrays of a call fill three quarters of the last-level
- * cache, what is written first would be gone from it by the end, and would displace meanwhile what is still to be read.
- * (Measured; of a last level that is said to be huge 48 MiB are believed.) */
+/* Whether the result is written around the caches: it would displace meanwhile what is still to be read. */
 static int is_streamed(const bnfast_job *job)
 {
-    const ptrdiff_t arrays =
-        arrays_read(job) + 1 + (job->residual != NULL) + (job->passed != NULL && job->passed != job->out);
-    return applies(job) && job->out != job->x && job->out != mapped_beside(job) && job->out != job->u &&
-           choice(forced.stream,
-                  arrays * bytes_of_array(job) > least(bnfast_last_level_bytes() / 4 * 3, MOST_WRITTEN_THROUGH));
+    const int passed_alike =
+        !passed_late(job) || (job->passed != job->u && ((uintptr_t)job->passed - (uintptr_t)job->out) % 64 == 0);
+    return applies(job) && job->out != job->x && job->out != mapped_beside(job) && job->out != job->u && passed_alike &&
+           choice(forced.stream, comes_from_memory(job));
 }
 
 /* About the time that an operation takes on one thread where its arrays lie in L2: measured with AVX-512, and near
@@ -263,18 +288,21 @@ static ptrdiff_t nanoseconds(const bnfast_job *job)
         [BNFAST_BACKWARD_SUMS] = {125, 1000},
         [BNFAST_BACKWARD_APPLY] = {125, 2000},
     };
-    const double elements = (double)bytes_of_array(job) / 4;
+    /* float64 sums of float32 take half as long again */
+    const double elements = (double)bytes_of_array(job) / 4 * (job->exact && job->kernels->narrow ? 1.5 : 1.0);
     return (
         ptrdiff_t)((elements * costs[job->operation].element + (double)job->channels * costs[job->operation].channel) /
                    1000);
 }
 
-/* A team that is awake costs one to two microseconds a call, and more the larger it is. */
+/* A team that is awake costs one to two microseconds a call, and more the larger it is; four to six where the cores are
+ * far from each other and rows are what they share: then they hand over sums and coefficients in most plans. */
 ptrdiff_t bnfast_threads_worth(const bnfast_job *job)
 {
-    enum { ENOUGH = 8000, SHARE = 5000 };
+    enum { ENOUGH = 8000, ENOUGH_FROM_AFAR = 12000, SHARE = 5000 };
+    const ptrdiff_t enough = last_level_is_far() && !bnfast_is_planar(job) ? ENOUGH_FROM_AFAR : ENOUGH;
     const ptrdiff_t time = nanoseconds(job);
-    return time < ENOUGH ? 1 : most(2, time / SHARE);
+    return time < enough ? 1 : most(2, time / SHARE);
 }
 
 int bnfast_is_planar(const bnfast_job *job) { return job->inner >= PLANAR_INNER; }
@@ -288,6 +316,8 @@ void bnfast_plan(bnfast_job *job)
         return;
     }
     job->stream = is_streamed(job);
+    if (maps_marks(job) && !maps_gradient(job) && job->kernels->marks_per_byte > 1)
+        job->first_mark = (ptrdiff_t)((uintptr_t)job->out / (uintptr_t)job->kernels->itemsize % 16);
     if (bnfast_is_planar(job)) {
         cut_planar_segments(job);
         choose_planar(job);

@@ -44,13 +44,14 @@ static void reduce(const bnfast_job *job, const bnfast_block *block, ptrdiff_t s
     }
     const ptrdiff_t size = job->kernels->itemsize, offset = (from + (block->first + i) * job->inner) * size;
     double *a = block->a + s * block->width + i, *b = block->b + s * block->width + i;
-    const void *center = (const char *)block->channel.center + i * size;
+    const void *center = (const char *)block->channel.center + i * job->kernels->coefficient_size;
     const bnfast_passing passing = bnfast_passing_at(job, &block->channel, i, offset);
     if (job->u)
         job->kernels->sums_planar((const char *)job->x + offset, (const char *)job->u + offset, &runs, next, center,
                                   passes(job) ? &passing : NULL, a, b, writer);
     else
-        job->kernels->moments_planar((const char *)job->x + offset, &runs, next, center, a, b, writer);
+        (job->exact ? job->kernels->exact_moments_planar
+                    : job->kernels->moments_planar)((const char *)job->x + offset, &runs, next, center, a, b, writer);
 }
 
 /* Writes n_rows rows from `row` on, of n_channels channels from the block's i-th on; of one channel perhaps only
@@ -63,6 +64,7 @@ static bnfast_writer writer_of(const bnfast_job *job, const bnfast_block *block,
     bnfast_writer writer = {
         .x = (const char *)(maps_u_only(job) ? beside : job->x) + offset,
         .out = (char *)job->out + offset,
+        .marked = bnfast_marked_at(job, offset),
         .runs = {n_rows, period(job), n_channels, length},
         .coefficients = bnfast_coefficients_at(job, &block->channel, i),
         .map = map_flags(job),
@@ -72,11 +74,33 @@ static bnfast_writer writer_of(const bnfast_job *job, const bnfast_block *block,
     return writer;
 }
 
+/* The same, at once; channels at the edges of the range by themselves. */
+static void write_all(const bnfast_job *job, const bnfast_block *block, ptrdiff_t i, ptrdiff_t n_channels,
+                      ptrdiff_t row, ptrdiff_t n_rows, ptrdiff_t begin, ptrdiff_t length)
+{
+    for (ptrdiff_t behind, end = i + n_channels; i < end; i = behind) {
+        for (behind = i + 1; behind < end && !block->careful[i] && !block->careful[behind]; behind++)
+            ;
+        bnfast_writer writer = writer_of(job, block, i, behind - i, row, n_rows, begin, length);
+        if (!block->careful[i])
+            job->kernels->write_rest(&writer);
+        else
+            for (ptrdiff_t r = 0; r < n_rows; r++) {
+                const ptrdiff_t offset = r * period(job) * job->kernels->itemsize;
+                const bnfast_marked marked =
+                    bnfast_marked_at(job, (const char *)writer.out + offset - (char *)job->out);
+                bnfast_map_carefully(job, block, i, writer.map, (const char *)writer.x + offset,
+                                     (const char *)writer.u + offset, (char *)writer.out + offset, &marked, length);
+            }
+    }
+}
+
 static void merge_and_make(const bnfast_job *job, const bnfast_block *block, ptrdiff_t i, ptrdiff_t n)
 {
     if (reduces(job))
         bnfast_merge(job, block->a + i, block->b + i, block->width, n, 0, job->n_segments, segment_count);
-    bnfast_make_coefficients(job, block, i, n);
+    if (bnfast_make_coefficients(job, block, i, n) > 0)
+        bnfast_find_careful(job, block, i, n);
 }
 
 /* What a thread has reduced but not written yet, and which half of its scratch the next block gets. */
@@ -125,6 +149,11 @@ static void do_block(const bnfast_job *job, ptrdiff_t first, ptrdiff_t n, int ne
     merge_and_make(job, &block, 0, n);
     if (!applies(job))
         return;
+    p->active = 0;
+    if (bnfast_some_careful(&block, 0, n)) {
+        write_all(job, &block, 0, n, 0, job->outer, 0, job->inner);
+        return;
+    }
     p->writer = writer_of(job, &block, 0, n, 0, job->outer, 0, job->inner);
     p->active = 1;
     if (job->written_later)
@@ -218,11 +247,14 @@ static void apply_task(const bnfast_job *job, ptrdiff_t index, int thread)
     const sweep s = sweep_of(job);
     const ptrdiff_t begin = index % s.pieces * s.length, i = index / s.pieces % s.parts * s.n_channels,
                     row = index / s.pieces / s.parts * s.n_rows;
-    bnfast_writer writer = writer_of(job, &block, i, least(s.n_channels, job->channels - i), row,
-                                     least(s.n_rows, job->outer - row), begin, least(s.length, job->inner - begin));
-    bnfast_note_infinity(job, writer.x, writer.runs.n_rows, writer.runs.stride,
-                         writer.runs.n_channels * writer.runs.length);
-    job->kernels->write_rest(&writer);
+    const ptrdiff_t n = least(s.n_channels, job->channels - i), n_rows = least(s.n_rows, job->outer - row);
+    const ptrdiff_t length = least(s.length, job->inner - begin);
+    bnfast_writer writer = writer_of(job, &block, i, n, row, n_rows, begin, length);
+    bnfast_note_infinity(job, writer.x, n_rows, writer.runs.stride, n * length);
+    if (bnfast_some_careful(&block, i, n))
+        write_all(job, &block, i, n, row, n_rows, begin, length);
+    else
+        job->kernels->write_rest(&writer);
     if (job->stream)
         bnfast_stream_fence();
 }

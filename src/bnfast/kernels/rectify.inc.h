@@ -31,9 +31,14 @@ static ALWAYS_INLINE FN(vec) FN(passed)(const struct FN(rectifier) * of, FN(vec)
     return FN(if_outside)(v, FN(set1)(0), of->top, FN(below)(of, u), u);
 }
 
-/* The same of one element. */
-static ALWAYS_INLINE T FN(passed_one)(const bnfast_rectifier *of, T u, T v)
+/* Marks of what passes at v, and u by such marks, to the same bits. */
+static ALWAYS_INLINE void FN(mark_passed)(const struct FN(rectifier) * of, unsigned char *marks, ptrdiff_t number,
+                                          ptrdiff_t n, FN(vec) v)
 {
-    const T slope = (T)of->slope;
-    return (v <= 0) | ((T)of->top <= v) ? (slope <= 0 ? 0 : slope * u) : u;
+    FN(mark_inside)(marks, number, n, v, FN(set1)(0), of->top);
+}
+static ALWAYS_INLINE FN(vec) FN(passed_by_marks)(const struct FN(rectifier) * of, FN(vec) u, const unsigned char *marks,
+                                                 ptrdiff_t number, ptrdiff_t n)
+{
+    return FN(if_marked)(marks, number, n, u, FN(below)(of, u));
 }

@@ -11,6 +11,9 @@
 #define CHAIN 16
 #define COLUMN_CHAIN 4
 
+/* Steps of the sums between two turns of a map (BY_TURNS). */
+#define TURN 8
+
 /* At most this many columns at once, so that what is gathered for them stays in cache; and this many rows of each
  * array, streams of memory that the hardware follows and the distance of what is asked for ahead: of one array 32 were
  * faster than 16 by up to a fifth, of two arrays 8 were, by as much. */
@@ -21,7 +24,7 @@ _Static_assert(TILE_ROWS(0) % (2 * COLUMN_CHAIN) == 0 && TILE_ROWS(1) % (2 * COL
 
 /* How many elements ahead of the sums memory is asked for, in long rows of one array twice as many: the sums of a block
  * are not the simple stream that the hardware expects. */
-#define AHEAD ((ptrdiff_t)(4096 / sizeof(T)))
+#define AHEAD ((ptrdiff_t)(4096 / sizeof(S)))
 
 struct FN(pair) {
     FN(vec) sum_v, sum_vd;
@@ -35,18 +38,23 @@ enum { FN(NO_U), FN(ALL), FN(PASSED) };
 
 /* bnfast_passing, from some element and channel on. */
 struct FN(passing) {
-    const T *y_scale, *y_shift, *residual;
-    T *stored;
+    const T *y_scale, *y_shift;
+    const S *residual;
+    const unsigned char *marks;
+    ptrdiff_t number;
+    S *stored;
     struct FN(rectifier) rectifier;
 };
 
 static ALWAYS_INLINE struct FN(passing) FN(passing_of)(const bnfast_passing *of)
 {
-    struct FN(passing) passing = {NULL, NULL, NULL, NULL, {FN(set1)(0), FN(set1)(0)}};
+    struct FN(passing) passing = {NULL, NULL, NULL, NULL, 0, NULL, {FN(set1)(0), FN(set1)(0)}};
     if (of) {
         passing.y_scale = of->y_scale;
         passing.y_shift = of->y_shift;
         passing.residual = of->residual;
+        passing.marks = of->marks;
+        passing.number = of->number;
         passing.stored = of->passed;
         passing.rectifier = FN(rectifier_of)(&of->rectifier);
     }
@@ -63,13 +71,12 @@ static ALWAYS_INLINE struct FN(passing)
     }
     if (kind == PASSED && passing.residual)
         passing.residual += elements;
+    if (kind == PASSED)
+        passing.number += elements;
     if (kind == PASSED && passing.stored)
         passing.stored += elements;
     return passing;
 }
-
-/* n as the count of a vector's elements. */
-static ALWAYS_INLINE ptrdiff_t FN(within)(ptrdiff_t n) { return n < 0 ? 0 : n < VN ? n : VN; }
 
 /* What is taken of the first n <= VN elements of u at `at`. */
 static ALWAYS_INLINE FN(vec) FN(taken)(const struct FN(passing) * passing, ptrdiff_t at, ptrdiff_t n, FN(vec) x,
@@ -77,12 +84,16 @@ static ALWAYS_INLINE FN(vec) FN(taken)(const struct FN(passing) * passing, ptrdi
 {
     if (kind != PASSED)
         return u;
-    FN(vec) v = (x - center) * y_scale + y_shift;
-    if (passing->residual)
-        v = v + FN(load_up_to)(passing->residual + at, n, FN(set1)(0));
-    u = FN(passed)(&passing->rectifier, u, v);
+    if (passing->marks)
+        u = FN(passed_by_marks)(&passing->rectifier, u, passing->marks, passing->number + at, n);
+    else {
+        FN(vec) v = (x - center) * y_scale + y_shift;
+        if (passing->residual)
+            v = v + FN(read_up_to)(passing->residual + at, n, FN(set1)(0));
+        u = FN(passed)(&passing->rectifier, u, v);
+    }
     if (passing->stored)
-        FN(store_up_to)(passing->stored + at, n, u);
+        FN(write_up_to)(passing->stored + at, n, u);
     return u;
 }
 
@@ -97,23 +108,23 @@ static ALWAYS_INLINE void FN(take)(struct FN(pair) * s, FN(vec) x, FN(vec) u, FN
 #define TAKE_STEPS(more) \
     for (ptrdiff_t s = 0; s < steps; s++, row += 2 * VL, row_u += 2 * VL) \
         for (int i = 0; i < 2; i++) { \
-            PREFETCH_L2(row + i * VL, ahead * (ptrdiff_t)sizeof(T)); \
+            PREFETCH_L2(row + i * VL, ahead * (ptrdiff_t)sizeof(S)); \
             if (with_u) \
-                PREFETCH_L2(row_u + i * VL, ahead * (ptrdiff_t)sizeof(T)); \
+                PREFETCH_L2(row_u + i * VL, ahead * (ptrdiff_t)sizeof(S)); \
             for (int k = 0; k < VU; k++) { \
                 more; \
-                const FN(vec) x_values = FN(load)(row + i * VL + k * VN); \
+                const FN(vec) x_values = FN(read)(row + i * VL + k * VN); \
                 FN(vec) u_values = zero; \
                 if (with_u) \
                     u_values = FN(taken)(&passing, row - x + i * VL + k * VN, VN, x_values, \
-                                         FN(load)(row_u + i * VL + k * VN), center, y_scale, y_shift, with_u); \
+                                         FN(read)(row_u + i * VL + k * VN), center, y_scale, y_shift, with_u); \
                 FN(take)(&chain[i][k], x_values, u_values, center, with_u); \
             } \
         }
 
 /* x, u: (n_rows, length), rows `stride` apart IN, u where with_u; next: elements to what is reduced next; sum_v,
- * sum_vd: scalars OUT; w: a map with these flags that goes on meanwhile, or NULL */
-static ALWAYS_INLINE void FN(sums_of_rows)(const T *x, const T *u, ptrdiff_t n_rows, ptrdiff_t stride, ptrdiff_t length,
+ * sum_vd: scalars OUT; w: a map that goes on meanwhile, or NULL; flags: its own, or BY_TURNS */
+static ALWAYS_INLINE void FN(sums_of_rows)(const S *x, const S *u, ptrdiff_t n_rows, ptrdiff_t stride, ptrdiff_t length,
                                            ptrdiff_t next, T center_value, struct FN(passing) passing, int with_u,
                                            double *sum_v, double *sum_vd, bnfast_writer *w, int flags)
 {
@@ -140,26 +151,25 @@ static ALWAYS_INLINE void FN(sums_of_rows)(const T *x, const T *u, ptrdiff_t n_r
         room = CHAIN; \
     }
     for (ptrdiff_t r = 0; r < n_rows; r++) {
-        const T *row = x + r * stride, *row_u = u + r * stride;
+        const S *row = x + r * stride, *row_u = u + r * stride;
         /* past the end of the row: to its successor, or to what comes next */
         const ptrdiff_t to_next = (r + 1 < n_rows ? stride : next - r * stride) - length + reach;
         ptrdiff_t left = length;
         while (left >= 2 * VL) {
             ptrdiff_t steps = left / (2 * VL) < room ? left / (2 * VL) : room;
             const ptrdiff_t ahead = left > reach ? reach : to_next;
-            const ptrdiff_t together = w ? FN(vectors_left)(w) / (2 * VU) : 0;
+            const ptrdiff_t together = w && flags != BY_TURNS ? FN(vectors_left)(w) / (2 * VU) : 0;
             if (together > 0) {
                 const struct FN(map) map = FN(map_of_channel)(&w->coefficients, w->channel, flags);
-                const T *from = (const T *)w->x + w->at, *from_u = (const T *)w->u + w->at;
-                T *out = (T *)w->out + w->at;
+                struct FN(places) at = FN(further)(FN(places_of)(w->x, w->u, w->out, &w->marked), w->at, flags);
                 steps = together < steps ? together : steps;
                 w->at += steps * 2 * VL;
 #define MAP_ONE(stream) \
-    FN(map_elements)(&map, from, from_u, out, 1, 0, 0, 0, VN, flags, stream); \
-    from += VN; \
-    from_u += VN; \
-    out += VN
-                if (w->stream) {
+    FN(map_elements)(&map, &at, 1, 0, 0, 0, VN, flags, stream); \
+    FN(go_on)(&at, VN, VN, VN, flags)
+                if (!SPECIALISES) {
+                    TAKE_STEPS(MAP_ONE(w->stream))
+                } else if (w->stream) {
                     TAKE_STEPS(MAP_ONE(1))
                 } else {
                     TAKE_STEPS(MAP_ONE(0))
@@ -167,8 +177,9 @@ static ALWAYS_INLINE void FN(sums_of_rows)(const T *x, const T *u, ptrdiff_t n_r
 #undef MAP_ONE
             } else {
                 if (w && !FN(written)(w)) {
-                    FN(write_some)(w, 2 * VL);
-                    steps = 1;
+                    const ptrdiff_t turn = flags == BY_TURNS ? TURN : 1;
+                    steps = turn < steps ? turn : steps;
+                    FN(write_some)(w, steps * 2 * VL);
                 }
                 TAKE_STEPS()
             }
@@ -180,17 +191,17 @@ static ALWAYS_INLINE void FN(sums_of_rows)(const T *x, const T *u, ptrdiff_t n_r
             if (w)
                 FN(write_some)(w, left);
             for (int i = 0; i < 2 && left > i * VL; i++) {
-                PREFETCH_L2(row + i * VL, to_next * (ptrdiff_t)sizeof(T));
+                PREFETCH_L2(row + i * VL, to_next * (ptrdiff_t)sizeof(S));
                 if (with_u)
-                    PREFETCH_L2(row_u + i * VL, to_next * (ptrdiff_t)sizeof(T));
+                    PREFETCH_L2(row_u + i * VL, to_next * (ptrdiff_t)sizeof(S));
                 for (int k = 0; k < VU; k++) {
                     const ptrdiff_t j = i * VL + k * VN;
-                    const FN(vec) x_values = FN(load_part)(row + j, left - j, center);
+                    const FN(vec) x_values = FN(read_part)(row + j, left - j, center);
                     FN(vec) u_values = zero;
                     if (with_u)
                         u_values =
                             FN(taken)(&passing, row - x + j, FN(within)(left - j), x_values,
-                                      FN(load_part)(row_u + j, left - j, zero), center, y_scale, y_shift, with_u);
+                                      FN(read_part)(row_u + j, left - j, zero), center, y_scale, y_shift, with_u);
                     FN(take)(&chain[i][k], x_values, u_values, center, with_u);
                 }
             }
@@ -209,18 +220,19 @@ static ALWAYS_INLINE void FN(sums_of_rows)(const T *x, const T *u, ptrdiff_t n_r
  * its first column; packed_x, packed_u: (n_rows, .) OUT, rows `packed_stride` apart, the same elements again, or NULL;
  * ahead: elements from what is taken to what is asked for */
 struct FN(tile) {
-    const T *x, *u;
+    const S *x, *u;
     ptrdiff_t n_rows, stride;
-    T *packed_x, *packed_u;
+    S *packed_x, *packed_u;
     ptrdiff_t packed_stride;
     const T *centers;
-    struct FN(passing) passing;
+    const struct FN(passing) * passing; /* of u, where some of it is taken, from `element` and `channel` on */
+    ptrdiff_t element, channel;
     double *sum_v, *sum_vd;
     ptrdiff_t n, ahead;
 };
 
 /* The tile `columns` further on. */
-static ALWAYS_INLINE struct FN(tile) FN(tile_at)(const struct FN(tile) * from, ptrdiff_t columns, int kind)
+static ALWAYS_INLINE struct FN(tile) FN(tile_at)(const struct FN(tile) * from, ptrdiff_t columns)
 {
     struct FN(tile) tile = *from;
     tile.x += columns;
@@ -230,22 +242,29 @@ static ALWAYS_INLINE struct FN(tile) FN(tile_at)(const struct FN(tile) * from, p
         tile.packed_u += columns;
     }
     tile.centers += columns;
-    tile.passing = FN(passing_at)(tile.passing, columns, columns, kind);
+    tile.element += columns;
+    tile.channel += columns;
     tile.sum_v += columns;
     tile.sum_vd += columns;
     return tile;
+}
+
+static ALWAYS_INLINE struct FN(passing) FN(passing_in)(const struct FN(tile) * tile, int kind)
+{
+    return kind == PASSED ? FN(passing_at)(*tile->passing, tile->element, tile->channel, kind) : FN(passing_of)(NULL);
 }
 
 /* Rows that do not lie in L2, at most TILE_ROWS of them: in the order of memory, while what is ahead is asked for. */
 static ALWAYS_INLINE void FN(far_tile)(const struct FN(tile) * tile, int vectors, ptrdiff_t n, int with_u)
 {
     const FN(vec) zero = FN(set1)(0);
-    const struct FN(passing) passing = tile->passing;
+    const struct FN(passing) passing = FN(passing_in)(tile, with_u);
     const ptrdiff_t n_rows = tile->n_rows, stride = tile->stride, packed_stride = tile->packed_stride;
     const ptrdiff_t ahead = tile->ahead;
+    const int as_it_is = with_u == PASSED && passing.marks && !passing.stored; /* the map goes by marks itself */
     double *const sum_v = tile->sum_v, *const sum_vd = tile->sum_vd;
-    const T *x = tile->x, *u = tile->u;
-    T *packed_x = tile->packed_x, *packed_u = tile->packed_u;
+    const S *x = tile->x, *u = tile->u;
+    S *packed_x = tile->packed_x, *packed_u = tile->packed_u;
     FN(vec) center[COLUMN_VECTORS], y_scale[COLUMN_VECTORS], y_shift[COLUMN_VECTORS];
     struct FN(pair) chain[2][COLUMN_VECTORS];
     ptrdiff_t at = 0;
@@ -259,18 +278,20 @@ static ALWAYS_INLINE void FN(far_tile)(const struct FN(tile) * tile, int vectors
     }
 #define TAKE_ROW(i) \
     for (int k = 0; k < vectors; k++) { \
-        PREFETCH_L2(x + k * VN, ahead * (ptrdiff_t)sizeof(T)); \
-        const FN(vec) x_values = FN(load_up_to)(x + k * VN, n, center[k]); \
+        PREFETCH_L2(x + k * VN, ahead * (ptrdiff_t)sizeof(S)); \
+        const FN(vec) x_values = FN(read_up_to)(x + k * VN, n, center[k]); \
         FN(vec) u_values = zero; \
         if (packed_x) \
-            FN(store_up_to)(packed_x + k * VN, n, x_values); \
+            FN(write_up_to)(packed_x + k * VN, n, x_values); \
         if (with_u) { \
-            PREFETCH_L2(u + k * VN, ahead * (ptrdiff_t)sizeof(T)); \
-            u_values = FN(load_up_to)(u + k * VN, n, zero); \
+            PREFETCH_L2(u + k * VN, ahead * (ptrdiff_t)sizeof(S)); \
+            u_values = FN(read_up_to)(u + k * VN, n, zero); \
+            if (packed_x && as_it_is) \
+                FN(write_up_to)(packed_u + k * VN, n, u_values); \
             u_values = \
                 FN(taken)(&passing, at + k * VN, n, x_values, u_values, center[k], y_scale[k], y_shift[k], with_u); \
-            if (packed_x) \
-                FN(store_up_to)(packed_u + k * VN, n, u_values); \
+            if (packed_x && !as_it_is) \
+                FN(write_up_to)(packed_u + k * VN, n, u_values); \
         } \
         FN(take)(&chain[i][k], x_values, u_values, center[k], with_u); \
     } \
@@ -309,7 +330,7 @@ struct FN(columns) {
 };
 
 /* Two chains of at most COLUMN_CHAIN rows each (rows 0, 2, 4, ... and 1, 3, 5, ...) of the first n columns. */
-static ALWAYS_INLINE void FN(take_rows)(struct FN(columns) * c, const T *x, const T *u, ptrdiff_t n_rows,
+static ALWAYS_INLINE void FN(take_rows)(struct FN(columns) * c, const S *x, const S *u, ptrdiff_t n_rows,
                                         ptrdiff_t stride, ptrdiff_t n, const struct FN(passing) * passing, ptrdiff_t at,
                                         int with_u)
 {
@@ -317,10 +338,10 @@ static ALWAYS_INLINE void FN(take_rows)(struct FN(columns) * c, const T *x, cons
     struct FN(pair) chain[2] = {{zero, zero}, {zero, zero}};
 #define TAKE_ROW(r, i) \
     do { \
-        const FN(vec) x_values = FN(load_up_to)(x + (r) * stride, n, c->center); \
+        const FN(vec) x_values = FN(read_up_to)(x + (r) * stride, n, c->center); \
         FN(vec) u_values = zero; \
         if (with_u) \
-            u_values = FN(taken)(passing, at + (r) * stride, n, x_values, FN(load_up_to)(u + (r) * stride, n, zero), \
+            u_values = FN(taken)(passing, at + (r) * stride, n, x_values, FN(read_up_to)(u + (r) * stride, n, zero), \
                                  c->center, c->y_scale, c->y_shift, with_u); \
         FN(take)(&chain[i], x_values, u_values, c->center, with_u); \
     } while (0)
@@ -408,9 +429,9 @@ static ALWAYS_INLINE void FN(end_columns)(const struct FN(columns) * c, ptrdiff_
 /* Rows that lie in L2; at most two vectors, because their sums fit into registers. */
 static ALWAYS_INLINE void FN(near_tile)(const struct FN(tile) * tile, int vectors, ptrdiff_t n, int with_u)
 {
-    const struct FN(passing) passing = tile->passing;
+    const struct FN(passing) passing = FN(passing_in)(tile, with_u);
     const ptrdiff_t stride = tile->stride;
-    const T *x = tile->x, *u = tile->u;
+    const S *x = tile->x, *u = tile->u;
     double *const sum_v = tile->sum_v, *const sum_vd = tile->sum_vd;
     struct FN(columns) first, second;
     ptrdiff_t at = 0;
@@ -459,7 +480,7 @@ TILES_OF(PASSED)
 /* A tile from column c on, n columns of it where it is a part of a vector. */
 #define DO_TILE(name, c, count) \
     do { \
-        struct FN(tile) some = FN(tile_at)(&tile, c, with_u); \
+        struct FN(tile) some = FN(tile_at)(&tile, c); \
         some.n = count; \
         if (with_u == NO_U) \
             FN(name##_NO_U)(&some); \
@@ -474,10 +495,10 @@ TILES_OF(PASSED)
 static ALWAYS_INLINE void FN(sums_of_near_columns)(const struct FN(tile) * all, ptrdiff_t n_columns, int with_u)
 {
     const ptrdiff_t stride = all->stride, n_rows = all->n_rows;
-    const ptrdiff_t tile_rows = stride * (ptrdiff_t)sizeof(T) % 2048 == 0 ? 2 * COLUMN_CHAIN : n_rows;
+    const ptrdiff_t tile_rows = stride * (ptrdiff_t)sizeof(S) % 2048 == 0 ? 2 * COLUMN_CHAIN : n_rows;
     /* columns before the first that begins a line of memory, where that is the same one in every row; not for so few
      * that the parts of vectors at both ends would cost more */
-    const ptrdiff_t head = stride % VL == 0 && n_columns >= 16 * VL ? FN(to_line)(all->x, VL) : 0;
+    const ptrdiff_t head = stride % LINE == 0 && n_columns >= 16 * VL ? FN(to_line)(all->x, LINE) : 0;
     struct FN(tile) tile = *all;
     for (ptrdiff_t r = 0; r < n_rows; r += tile_rows) {
         ptrdiff_t c = 0;
@@ -494,7 +515,7 @@ static ALWAYS_INLINE void FN(sums_of_near_columns)(const struct FN(tile) * all, 
             DO_TILE(near_part, c, n_columns - c);
         tile.x += tile_rows * stride;
         tile.u += tile_rows * stride;
-        tile.passing = FN(passing_at)(tile.passing, tile_rows * stride, 0, with_u);
+        tile.element += tile_rows * stride;
     }
 }
 
@@ -522,7 +543,7 @@ static ALWAYS_INLINE void FN(sums_of_far_columns)(const struct FN(tile) * all, p
             tile.packed_x += tile_rows * tile.packed_stride;
             tile.packed_u += tile_rows * tile.packed_stride;
         }
-        tile.passing = FN(passing_at)(tile.passing, tile_rows * stride, 0, with_u);
+        tile.element += tile_rows * stride;
     }
 }
 
@@ -560,7 +581,7 @@ static ALWAYS_INLINE double FN(fold_columns)(const double *columns, ptrdiff_t le
 
 /* x, u: (n_rows, n_channels, length) IN; centers, sum_v, sum_vd: (n_channels,) IN, OUT, OUT; the rest as for
  * sums_of_rows */
-static ALWAYS_INLINE void FN(sums_of_short_rows_as)(const T *x, const T *u, const bnfast_runs *runs, ptrdiff_t next,
+static ALWAYS_INLINE void FN(sums_of_short_rows_as)(const S *x, const S *u, const bnfast_runs *runs, ptrdiff_t next,
                                                     const T *centers, struct FN(passing) passing, int with_u,
                                                     double *sum_v, double *sum_vd)
 {
@@ -586,7 +607,7 @@ static ALWAYS_INLINE void FN(sums_of_short_rows_as)(const T *x, const T *u, cons
                                       .n_rows = runs->n_rows,
                                       .stride = runs->stride,
                                       .centers = column_centers,
-                                      .passing = of_columns,
+                                      .passing = &of_columns,
                                       .sum_v = column_v,
                                       .sum_vd = column_vd};
         memset(column_v, 0, sizeof column_v);
@@ -599,7 +620,7 @@ static ALWAYS_INLINE void FN(sums_of_short_rows_as)(const T *x, const T *u, cons
     }
 }
 
-static void FN(sums_of_short_rows)(const T *x, const T *u, const bnfast_runs *runs, ptrdiff_t next, const T *centers,
+static void FN(sums_of_short_rows)(const S *x, const S *u, const bnfast_runs *runs, ptrdiff_t next, const T *centers,
                                    const bnfast_passing *passing, int with_u, double *sum_v, double *sum_vd)
 {
     const struct FN(passing) all = FN(passing_of)(passing);
@@ -615,7 +636,7 @@ static void FN(sums_of_short_rows)(const T *x, const T *u, const bnfast_runs *ru
 
 /* The sums of some channels in rows that are long enough. Shapes as for sums_of_short_rows. w: goes on meanwhile, with
  * these flags; or NULL */
-static ALWAYS_INLINE void FN(sums_of_long_rows)(const T *x, const T *u, const bnfast_runs *runs, ptrdiff_t next,
+static ALWAYS_INLINE void FN(sums_of_long_rows)(const S *x, const S *u, const bnfast_runs *runs, ptrdiff_t next,
                                                 const T *centers, const bnfast_passing *passing, int with_u,
                                                 double *sum_v, double *sum_vd, bnfast_writer *w, int flags)
 {

@@ -35,4 +35,30 @@
 #define PREFETCH_L2(p, bytes) ((void)0)
 #endif
 
+#if BNFAST_X86_VECTORS
+/* n < 4 halves, the first in the lowest bits; zeros behind them. */
+static inline uint64_t load_fewer_than_four(const uint16_t *p, ptrdiff_t n)
+{
+    uint32_t two;
+    if (n < 2)
+        return n == 1 ? p[0] : 0;
+    memcpy(&two, p, sizeof two);
+    return n == 3 ? two | (uint64_t)p[2] << 32 : two;
+}
+static inline void store_fewer_than_four(uint16_t *p, ptrdiff_t n, uint64_t halves)
+{
+    if (n & 2) {
+        const uint32_t two = (uint32_t)halves;
+        memcpy(p, &two, sizeof two);
+        halves >>= 32;
+        p += 2;
+    }
+    if (n & 1)
+        *p = (uint16_t)halves;
+}
+#endif
+
+/* In place of the flags of a map: it stands in no loop with the sums, but is done some elements at a time between. */
+enum { BY_TURNS = -1 };
+
 #endif

@@ -28,7 +28,16 @@ static ALWAYS_INLINE FN(vec) FN(select)(ptrdiff_t k, FN(vec) a, FN(vec) b)
     return (FN(vec))((from_a & (lanes)a) | (~from_a & (lanes)b));
 }
 
-#if !ISA_HAS_CHOICE
+#ifdef HALF
+static ALWAYS_INLINE FN(vec) FN(if_at_most)(FN(vec) a, FN(vec) b, FN(vec) yes, FN(vec) no)
+{
+    return F32(if_at_most)(a, b, yes, no);
+}
+static ALWAYS_INLINE FN(vec) FN(if_outside)(FN(vec) a, FN(vec) low, FN(vec) high, FN(vec) yes, FN(vec) no)
+{
+    return F32(if_outside)(a, low, high, yes, no);
+}
+#elif !ISA_HAS_CHOICE
 /* In each lane: a <= b ? yes : no; a NaN is not <= anything. */
 static ALWAYS_INLINE FN(vec) FN(if_at_most)(FN(vec) a, FN(vec) b, FN(vec) yes, FN(vec) no)
 {
@@ -62,6 +71,9 @@ static inline FN(vec) FN(if_outside)(FN(vec) a, FN(vec) low, FN(vec) high, FN(ve
 #define VU (VL / VN)
 #define WIDE_PER_VEC (VN / WN)
 
+/* n as the count of a vector's elements. */
+static ALWAYS_INLINE ptrdiff_t FN(within)(ptrdiff_t n) { return n < 0 ? 0 : n < VN ? n : VN; }
+
 /* Vectors of columns that are summed at once: as many as there are registers for. */
 #define COLUMN_VECTORS (VBYTES >= 64 ? 4 : VBYTES >= 32 ? 2 : 1)
 
@@ -70,7 +82,14 @@ static inline void FN(store)(T *p, FN(vec) v) { *(FN(unaligned) *)p = v; }
 static inline FN(wide) FN(load_wide)(const double *p) { return *(const FN(unaligned_wide) *)p; }
 static inline void FN(store_wide)(double *p, FN(wide) v) { *(FN(unaligned_wide) *)p = v; }
 
-#if !ISA_HAS_PARTS
+#ifdef HALF
+
+/* What is computed with is float32. */
+static inline FN(vec) FN(load_part)(const T *p, ptrdiff_t n, FN(vec) fill) { return F32(load_part)(p, n, fill); }
+static inline void FN(store_part)(T *p, ptrdiff_t n, FN(vec) v) { F32(store_part)(p, n, v); }
+static inline FN(wide) FN(widen)(FN(vec) v, int k) { return F32(widen)(v, k); }
+
+#elif !ISA_HAS_PARTS
 
 /* The first n of VN elements, the other lanes from `fill`; n < 0 counts as 0, n > VN as VN. Never reads past n. */
 static inline FN(vec) FN(load_part)(const T *p, ptrdiff_t n, FN(vec) fill)
@@ -110,28 +129,6 @@ static ALWAYS_INLINE FN(vec) FN(load_up_to)(const T *p, ptrdiff_t n, FN(vec) fil
     if (n == VN)
         return FN(load)(p);
     return FN(load_part)(p, n, fill);
-}
-
-static ALWAYS_INLINE void FN(store_up_to)(T *p, ptrdiff_t n, FN(vec) v)
-{
-    if (n == VN)
-        FN(store)(p, v);
-    else
-        FN(store_part)(p, n, v);
-}
-
-/* Elements from p to the next address a streaming store may take, at most n. */
-static inline ptrdiff_t FN(to_aligned)(const T *p, ptrdiff_t n)
-{
-    const ptrdiff_t head = (ptrdiff_t)((-(uintptr_t)p & (VN * sizeof(T) - 1)) / sizeof(T));
-    return head < n ? head : n;
-}
-
-/* Elements from p to the next line of memory, at most n. */
-static inline ptrdiff_t FN(to_line)(const T *p, ptrdiff_t n)
-{
-    const ptrdiff_t head = (ptrdiff_t)((-(uintptr_t)p & 63) / sizeof(T));
-    return head < n ? head : n;
 }
 
 /* wide: (WIDE_PER_VEC,), the lanes of one vector in float64, plus those of v */

@@ -11,7 +11,7 @@ from .threads import thread_budget
 
 __all__ = ["config", "show_config"]
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 
 def config() -> dict[str, Any]:

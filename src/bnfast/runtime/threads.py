@@ -6,7 +6,8 @@ The first of these that says something counts:
 2. `set_num_threads(n)`, for the process
 3. the environment variable BNFAST_NUM_THREADS, read at import
 4. OMP_NUM_THREADS, read at import
-5. the CPUs this process may use: its affinity and its cgroup's quota, read again at most once a second
+5. the CPUs this process may use: its affinity and its cgroup's quota, read again at most once a second; where its
+   affinity is not narrowed, divided by the processes of its job on this machine, as their launcher states them
 
 Below 3, what OpenMP itself would use in the calling thread is a limit too, so that threadpoolctl's limits hold.
 OMP_THREAD_LIMIT always is. A call on little data uses one thread whatever is said here. So does, from 3 on, one that is
@@ -21,6 +22,7 @@ Every large call decides anew, in C (budget.c); here are the settings, and what 
 import math
 import os
 import warnings
+from collections.abc import Mapping
 from contextvars import ContextVar
 from pathlib import Path
 from types import TracebackType
@@ -162,10 +164,29 @@ def _read_available_cpus(root: Path) -> tuple[int, str]:
         cpus, why = len(os.sched_getaffinity(0)), "CPUs this process may run on"
     else:
         cpus, why = os.cpu_count() or 1, "CPUs of this machine"
+    ranks = _local_ranks(os.environ)
+    bound = cpus < (os.cpu_count() or 1)  # the launcher, or the user, has given each process CPUs of its own
     quota = _cgroup_quota(root)
     if quota is not None and math.ceil(quota) < cpus:
-        return max(1, math.ceil(quota)), f"cgroup quota of {quota:g} CPUs"
+        cpus, why, bound = max(1, math.ceil(quota)), f"cgroup quota of {quota:g} CPUs", False
+    if ranks is not None and not bound:
+        return max(1, cpus // ranks[0]), f"{why}, shared by {ranks[0]} processes here ({ranks[1]})"
     return cpus, why
+
+
+# What launchers say of how many processes of a job are here: Open MPI, MPICH and Intel MPI, MVAPICH, PyTorch.
+_LOCAL_RANKS = ("OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS", "MV2_COMM_WORLD_LOCAL_SIZE", "LOCAL_WORLD_SIZE")
+
+
+def _local_ranks(environment: Mapping[str, str]) -> tuple[int, str] | None:
+    """(processes of a job on this machine, the variable that says so); None: nothing says that there are several."""
+    for name in _LOCAL_RANKS:
+        if (text := environment.get(name, "")).isdigit() and int(text) > 1:
+            return int(text), name
+    per_node = environment.get("SLURM_NTASKS_PER_NODE", "").partition("(")[0]  # of a step that srun started
+    if "SLURM_PROCID" in environment and per_node.isdigit() and int(per_node) > 1:
+        return int(per_node), "SLURM_NTASKS_PER_NODE"
+    return None
 
 
 def _cgroup_quota(root: Path) -> float | None:

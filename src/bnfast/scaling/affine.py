@@ -5,10 +5,12 @@ from typing import Any
 import numpy as np
 
 from .. import _core
+from .._checks import is_bfloat16
+from .batches import batches_of
 from .columns import statistics
-from .data import Array, Float64, chunks, infinity_error, is_native
+from .data import Array, Float64, chunks, infinity_error, is_dense, is_native
 
-__all__ = ["mapped"]
+__all__ = ["mapped", "mapped_columns", "mapped_in_batches"]
 
 # Coefficients beyond these are not for float32: their reciprocals, or data less a mean, may leave its range.
 FLOAT32_RANGE = (1e-37, 1e37)
@@ -27,7 +29,14 @@ def mapped(
     if out is not None and search:  # before anything is written
         statistics(data)
         search = False
-    if is_native(data) and (dtype != np.float32 or in_float32_range(center, scale, shift)):
+    native = is_native(data) and (dtype != np.float32 or in_float32_range(center, scale, shift))
+    if native and not is_dense(data) and (not in_place or lies_as(out, data)):
+        y = np.empty_like(data, subok=False) if out is None else out
+        for rows in chunks(data):  # of which the copy stays in cache
+            if _core.affine(data[rows], center, scale, shift, y[rows], search)[1]:
+                raise infinity_error(data.dtype)
+        return y
+    if native:
         y, infinite = _core.affine(data, center, scale, shift, out, search)
         if infinite:
             raise infinity_error(data.dtype)
@@ -46,6 +55,51 @@ def mapped(
     return out
 
 
+Coefficients = tuple[Float64, Float64, Float64 | None]
+
+
+def mapped_columns(narrow: Coefficients, wide: Coefficients, data: Array, columns: slice) -> Array:
+    """`mapped` of data that have these columns of a table. narrow, wide: coefficients of float32, of other dtypes."""
+    center, scale, shift = narrow if data.dtype == np.float32 else wide
+    return mapped(
+        data, center[columns], scale[columns], None if shift is None else shift[columns], True, None, search=True
+    )
+
+
+def mapped_in_batches(
+    data: Array,
+    center: Float64,
+    scale: Float64,
+    shift: Float64 | None,
+    copy: bool,
+    out: Array | None,
+    batch_size: int | None,
+    progress: bool,
+) -> Array:
+    """`mapped`, some rows at a time; what is searched for infinities before anything is written is, too."""
+    dtype = result_dtype(data)
+    model = data if data.dtype == dtype else np.broadcast_to(np.empty((), dtype), data.shape)
+    if out is None and not copy and data.dtype == dtype and data.flags.writeable:
+        out = data
+    if out is not None:
+        _core.check_out(out, model)
+        if _core.shares_memory(out, data) and not lies_as(out, data):  # a row that is written may be a later one's data
+            return mapped(data, center, scale, shift, copy, out, search=True)
+        for rows in batches_of(data, batch_size, False):
+            statistics(data[rows])
+    y = np.empty_like(data, dtype, subok=False) if out is None else out
+    for rows in batches_of(data, batch_size, progress):
+        mapped(data[rows], center, scale, shift, True, y[rows], search=out is None)
+    return y
+
+
+def lies_as(out: Array | None, data: Array) -> bool:
+    """Whether equal indices are equal places in memory."""
+    if out is None or (out.dtype, out.shape, out.strides) != (data.dtype, data.shape, data.strides):
+        return False
+    return bool(out.ctypes.data == data.ctypes.data)
+
+
 def in_float32_range(center: Float64, scale: Float64, shift: Float64 | None) -> bool:
     """Whether the map can be computed in float32. NaN can."""
     low, high = FLOAT32_RANGE
@@ -54,6 +108,6 @@ def in_float32_range(center: Float64, scale: Float64, shift: Float64 | None) -> 
 
 
 def result_dtype(data: Array) -> np.dtype[Any]:
-    """float16, float32, float64 as they are, float64 for the rest."""
-    kept = data.dtype.kind == "f" and data.dtype.itemsize <= 8
+    """float16, bfloat16, float32, float64 as they are, float64 for the rest."""
+    kept = (data.dtype.kind == "f" and data.dtype.itemsize <= 8) or is_bfloat16(data.dtype)
     return data.dtype.newbyteorder("=") if kept else np.dtype(np.float64)

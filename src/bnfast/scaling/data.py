@@ -1,11 +1,18 @@
 """What users give to a scaler, as arrays; and what it is cut into."""
 
+import datetime
+import re
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-__all__ = ["Array", "Float64", "as_table", "as_weights", "chunks", "infinity_error", "is_native", "row_slices"]
+from .._checks import is_bfloat16
+
+__all__ = [
+    "Array", "Float64", "as_table", "as_weights", "chunks", "infinity_error", "is_dense", "is_native", "is_sparse",
+    "row_slices",
+]  # fmt: skip
 
 Array = NDArray[Any]
 Float64 = NDArray[np.float64]
@@ -13,19 +20,23 @@ Float64 = NDArray[np.float64]
 # Elements that are converted, or searched for NaN, at a time: their float64 copies stay in cache.
 CHUNK = 1 << 17
 
+# What is no number, though it may be turned into one: a day, or a time, says nothing without its unit and its zero.
+DATES = (datetime.date, datetime.time, datetime.timedelta, np.datetime64, np.timedelta64)
+DATE_DTYPES = re.compile("date|time|duration|period", re.IGNORECASE)  # how pandas', polars' and pyarrow's names begin
+
 
 def as_table(x: object) -> Array:
     """x as an array of numbers of 2 dimensions, not empty; its memory untouched where it is one."""
     if type(x) is not np.ndarray:
-        if hasattr(x, "nnz") and hasattr(x, "toarray"):
-            raise TypeError(
-                f"X: expected dense data, got sparse {type(x).__name__}; use X.toarray(), or "
-                "sklearn.preprocessing.StandardScaler(with_mean=False), which scales sparse data"
-            )
+        if is_sparse(x):
+            raise TypeError(f"X: expected dense data, got sparse {type(x).__name__}; use X.toarray()")
         if isinstance(x, np.ma.MaskedArray):
             raise TypeError("X: expected an array without a mask, got a masked array; use X.filled(numpy.nan)")
         if isinstance(x, np.matrix):
             raise TypeError("X: expected an array, got numpy.matrix; use numpy.asarray(X)")
+        for name, dtype in columns_of(x):
+            if DATE_DTYPES.match(dtype):
+                raise dates_error(f"column {name!r}", f"dtype {dtype}")
     data = np.asarray(x)
     if data.dtype.kind == "c":
         raise ValueError(f"Complex data not supported\n{data}\n")
@@ -37,12 +48,55 @@ def as_table(x: object) -> Array:
                 f"Found array with 0 {what}(s) (shape={data.shape}) while a minimum of 1 is required by StandardScaler."
             )
     if data.dtype.kind in "mM":
-        raise TypeError(f"X: expected numbers, got dtype {data.dtype}")
-    if data.dtype.kind not in "fiub":
+        raise dates_error("X", f"dtype {data.dtype}")
+    return data if data.dtype.kind in "fiub" or is_bfloat16(data.dtype) else as_numbers(x, data)
+
+
+def is_sparse(x: object) -> bool:
+    """Whether x is one of SciPy's sparse arrays or matrices."""
+    return type(x) is not np.ndarray and hasattr(x, "nnz") and hasattr(x, "toarray")
+
+
+def columns_of(x: Any) -> list[tuple[Any, str]]:
+    """Name and dtype of each column of a data frame (pandas, polars) or table (pyarrow); nothing for what is none."""
+    if hasattr(x, "iloc"):
+        return [(name, str(dtype)) for name, dtype in x.dtypes.items()] if hasattr(x, "columns") else []
+    schema: Any = getattr(x, "schema", None)
+    if hasattr(schema, "types"):
+        return [(name, str(dtype)) for name, dtype in zip(schema.names, schema.types, strict=True)]
+    return [(name, str(dtype)) for name, dtype in schema.items()] if hasattr(schema, "items") else []
+
+
+def as_numbers(x: object, data: Array) -> Array:
+    """Objects and strings as float64; an error names the column that has none."""
+    frame: Any = x
+    columns = columns_of(x)
+
+    def named(column: int) -> str:
+        return f"column {columns[column][0]!r}" if columns else f"column {column}"
+
+    if data.dtype.kind == "O":
+        for column in range(data.shape[1]):
+            for kind in set(map(type, data[:, column])):
+                if issubclass(kind, DATES):
+                    raise dates_error(named(column), kind.__name__)
+    try:
         # a frame of pandas may say "missing" in its own way
-        frame: Any = x
-        data = frame.to_numpy(np.float64, na_value=np.nan) if hasattr(x, "iloc") else np.asarray(data, np.float64)
-    return data
+        return frame.to_numpy(np.float64, na_value=np.nan) if hasattr(x, "iloc") else data.astype(np.float64)
+    except (TypeError, ValueError):
+        for column in range(data.shape[1]):
+            part: Any = frame.iloc[:, column] if hasattr(x, "iloc") else data[:, column]
+            try:
+                part.to_numpy(np.float64, na_value=np.nan) if hasattr(x, "iloc") else part.astype(np.float64)
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"X: {named(column)}: {error}") from error
+        raise
+
+
+def dates_error(where: str, what: str) -> TypeError:
+    return TypeError(
+        f"X: expected numbers, got {what} in {where}; make numbers of it first, (X - start) / numpy.timedelta64(1, 's')"
+    )
 
 
 def dimensions_message(x: object, data: Array) -> str:
@@ -62,7 +116,7 @@ def dimensions_message(x: object, data: Array) -> str:
 
 
 def as_weights(sample_weight: ArrayLike, n_samples: int) -> Float64:
-    """(n_samples,) float64, finite, not all zero."""
+    """(n_samples,) float64, finite, at least 0, not all zero."""
     weights = np.asarray(sample_weight)
     if weights.dtype.kind == "c":
         raise ValueError(f"Complex data not supported\n{weights}\n")
@@ -79,8 +133,14 @@ def as_weights(sample_weight: ArrayLike, n_samples: int) -> Float64:
     if not np.isfinite(weights).all():
         what = "NaN" if np.isnan(weights).any() else infinity_of(weights.dtype)
         raise ValueError(f"Input sample_weight contains {what}.")
+    if (weights < 0).any():
+        raise ValueError(f"sample_weight: expected values of at least 0, got {weights.min()}")
     if not weights.any():
         raise ValueError("Sample weights must contain at least one non-zero number.")
+    with np.errstate(over="ignore"):
+        total = weights.sum()
+    if not np.isfinite(total):
+        raise ValueError("sample_weight: expected a sum that float64 holds, got infinity")
     return weights
 
 
@@ -97,10 +157,16 @@ def is_native(data: Array) -> bool:
     return data.dtype in (np.float32, np.float64)
 
 
+def is_dense(data: Array) -> bool:
+    """Whether the kernels take it without a copy."""
+    return data.flags.forc and data.flags.aligned
+
+
 def row_slices(data: Array, n_rows: int) -> list[slice]:
-    return [slice(row, min(row + n_rows, len(data))) for row in range(0, len(data), n_rows)]
+    n = data.shape[0]
+    return [slice(row, min(row + n_rows, n)) for row in range(0, n, n_rows)]
 
 
-def chunks(data: Array) -> list[slice]:
-    """Slices of rows that are small enough to be converted."""
-    return row_slices(data, max(1, CHUNK // data.shape[1]))
+def chunks(data: Array, n_elements: int | None = None) -> list[slice]:
+    """Slices of rows that are small enough to be converted, of `n_elements` or CHUNK elements."""
+    return row_slices(data, max(1, (CHUNK if n_elements is None else n_elements) // data.shape[1]))

@@ -5,25 +5,25 @@ written out here. scikit-learn is imported by the methods that it alone calls, a
 is loaded already.
 """
 
+import contextlib
+import functools
 import inspect
 import sys
 import warnings
+from collections.abc import Callable, Iterator
 from typing import Any, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-__all__ = ["Transformer", "feature_names"]
+__all__ = ["Transformer", "feature_names", "wrapping"]
 
 Names = NDArray[np.object_]
 
-# What of each method's arguments a meta-estimator may route, and the default of set_*_request: unchanged.
-METADATA = {
-    "fit": ("sample_weight",),
-    "partial_fit": ("sample_weight",),
-    "transform": ("copy",),
-    "inverse_transform": ("copy",),
-}
+# What a meta-estimator may route: the arguments of these methods, but for data and for ours; and the default of
+# set_*_request: unchanged.
+ROUTED = ("fit", "partial_fit", "transform", "inverse_transform")
+NOT_ROUTED = {"X", "y", "out", "batch_size", "progress"}
 UNCHANGED = "$UNCHANGED$"
 
 
@@ -42,7 +42,10 @@ class Transformer:
 
     @classmethod
     def _get_param_names(cls) -> list[str]:
-        return sorted(name for name in inspect.signature(cls.__init__).parameters if name != "self")
+        parameters = list(inspect.signature(cls.__init__).parameters.values())[1:]
+        if any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters):
+            raise RuntimeError(f"{cls.__name__}: expected the parameters of __init__ by name, got *args")
+        return sorted(parameter.name for parameter in parameters if parameter.kind is not parameter.VAR_KEYWORD)
 
     def get_params(self, deep: bool = True) -> dict[str, Any]:
         """The parameters of the constructor.
@@ -50,14 +53,18 @@ class Transformer:
         Parameters
         ----------
         deep : bool
-            Ignored: no parameter is an estimator.
+            Whether those of parameters that are estimators (a subclass may have some) are there, as `name__theirs`.
 
         Returns
         -------
         dict
             {name: value}
         """
-        return {name: getattr(self, name) for name in self._get_param_names()}
+        found = {name: getattr(self, name) for name in self._get_param_names()}
+        for name, value in list(found.items()) if deep else ():
+            if hasattr(value, "get_params") and not isinstance(value, type):
+                found |= {f"{name}__{theirs}": it for theirs, it in value.get_params().items()}
+        return found
 
     def set_params(self, **params: Any) -> Self:
         """Set parameters of the constructor: all of them or, if one is unknown, none.
@@ -77,15 +84,26 @@ class Transformer:
             If there is no such parameter.
         """
         known = self._get_param_names()
-        for name in params:
+        nested: dict[str, dict[str, Any]] = {}
+        own = {}
+        for given, value in params.items():
+            name, of_another, theirs = given.partition("__")
             if name not in known:
                 raise ValueError(f"Invalid parameter {name!r} for estimator {self}. Valid parameters are: {known!r}.")
-        vars(self).update(params)
+            if of_another:
+                nested.setdefault(name, {})[theirs] = value
+            else:
+                own[name] = value
+        for name, theirs_of in nested.items():
+            (own.get(name) or getattr(self, name)).set_params(**theirs_of)
+        vars(self).update(own)
         return self
 
     def __repr__(self) -> str:
         defaults = inspect.signature(type(self).__init__).parameters
-        changed = {name: value for name, value in self.get_params().items() if value is not defaults[name].default}
+        changed = {
+            name: value for name, value in self.get_params(deep=False).items() if value is not defaults[name].default
+        }
         return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in changed.items())})"
 
     def _repr_html_(self) -> str | None:
@@ -103,7 +121,7 @@ class Transformer:
             estimator_type=None,
             target_tags=TargetTags(required=False),
             transformer_tags=TransformerTags(preserves_dtype=["float64", "float32"]),
-            input_tags=InputTags(allow_nan=True),
+            input_tags=InputTags(allow_nan=True, sparse=not getattr(self, "with_mean", True)),
         )
 
     def _more_tags(self) -> dict[str, Any]:
@@ -177,13 +195,15 @@ class Transformer:
 
     # --- output containers ---
 
-    def set_output(self, *, transform: str | None = None) -> Self:
-        """Choose what `transform` and `fit_transform` return. Needs scikit-learn.
+    def set_output(self, *, transform: str | None = None, inverse_transform: str | None = None) -> Self:
+        """Choose what `transform` and `fit_transform`, and what `inverse_transform` return. Needs scikit-learn.
 
         Parameters
         ----------
         transform : {"default", "pandas", "polars"}, optional
             None changes nothing.
+        inverse_transform : {"default", "pandas", "polars"}, optional
+            As `transform`; where it is not set `inverse_transform` returns arrays, as scikit-learn's does always.
 
         Returns
         -------
@@ -196,17 +216,82 @@ class Transformer:
         """
         import sklearn.utils._set_output  # noqa: F401  (better now than in transform)
 
-        if transform is not None:
-            self._sklearn_output_config = {"transform": transform}
+        asked = {"transform": transform, "inverse_transform": inverse_transform}
+        if asked := {method: container for method, container in asked.items() if container is not None}:
+            self._sklearn_output_config = {**vars(self).get("_sklearn_output_config", {}), **asked}
         return self
 
-    def _wrapped(self, result: NDArray[Any], original: object) -> Any:
+    def _wrapped(self, result: Any, original: object, method: str = "transform") -> Any:
         """The result in the container that `set_output` or scikit-learn's configuration asks for."""
-        if "_sklearn_output_config" not in vars(self) and "sklearn.utils._set_output" not in sys.modules:
+        chosen = vars(self).get("_sklearn_output_config")
+        if chosen is None and "sklearn.utils._set_output" not in sys.modules:
+            return result
+        if method == "inverse_transform" and method not in (chosen or ()):
             return result
         from sklearn.utils._set_output import _wrap_data_with_container
 
-        return _wrap_data_with_container("transform", result, original, self)
+        return _wrap_data_with_container(method, result, original, self)
+
+    # --- callbacks ---
+
+    def set_callbacks(self, *callbacks: Any) -> Self:
+        """Choose what is told of the beginning and the end of a fit. Needs scikit-learn 1.9 or newer.
+
+        Parameters
+        ----------
+        *callbacks : objects with scikit-learn's protocol of callbacks
+            In the place of those before; none takes them away.
+
+        Returns
+        -------
+        self
+
+        Raises
+        ------
+        ImportError
+            If scikit-learn is not installed, or is older.
+        TypeError
+            If one is no callback.
+        """
+        from sklearn.callback import CallbackSupportMixin
+
+        CallbackSupportMixin.set_callbacks(self, *callbacks)
+        return self
+
+    def _has_callbacks(self) -> bool:
+        """Whether somebody listens, or a meta-estimator wants to know where in its fit this one is."""
+        state = vars(self)
+        return "_skl_callbacks" in state or "_parent_callback_ctx" in state
+
+    def _told_to_callbacks(self, work: Callable[[], object], x: object, y: object, sample_weight: object) -> None:
+        """Does the work, a fit to x, and tells the callbacks as scikit-learn's scaler does: it is one task."""
+        from sklearn.callback import CallbackSupportMixin, with_callbacks
+
+        def fit(estimator: Transformer) -> None:
+            context = CallbackSupportMixin._init_callback_context(estimator)
+            task = {"estimator": estimator, "X": x, "y": y, "metadata": {"sample_weight": sample_weight}}
+            context.call_on_fit_task_begin(**task)
+            work()
+            context.call_on_fit_task_end(**task, reconstruction_attributes={})
+
+        with_callbacks(fit)(self)
+
+    # --- subclasses ---
+
+    def _overrides(self, base: type, *methods: str) -> bool:
+        """Whether one of the methods is not that of the base: a subclass's, or one put in its place."""
+        own = vars(base)
+        return any(getattr(getattr(self, name), "__func__", None) is not own[name] for name in methods)
+
+    @contextlib.contextmanager
+    def _unchanged_by_errors(self) -> Iterator[None]:
+        """Gives the attributes that were, should anything be raised."""
+        before = dict(vars(self))
+        try:
+            yield
+        except BaseException:
+            self.__dict__ = before
+            raise
 
     # --- metadata routing ---
 
@@ -222,63 +307,78 @@ class Transformer:
         if hasattr(self, "_metadata_request"):
             return get_routing_for_object(self._metadata_request)
         request = MetadataRequest(owner=self)
-        for method, names in METADATA.items():
-            for name in names:
+        for method in ROUTED:
+            for name in self._routed(method):
                 getattr(request, method).add_request(param=name, alias=None)
         return request
 
-    def set_fit_request(self, *, sample_weight: bool | str | None = UNCHANGED) -> Self:
+    def _routed(self, method: str) -> list[str]:
+        """The arguments of a method, perhaps a subclass's, that may be routed."""
+        parameters = inspect.signature(getattr(type(self), method)).parameters.values()
+        named = [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+        return [name for name in named[1:] if name not in NOT_ROUTED]
+
+    def set_fit_request(self, *, sample_weight: bool | str | None = UNCHANGED, **others: bool | str | None) -> Self:
         """Say whether meta-estimators shall pass `sample_weight` to `fit`. Needs scikit-learn's metadata routing.
 
         Parameters
         ----------
         sample_weight : bool, None or str
             True: pass it; False: do not; None: an error if it is given; a str: pass what has this name.
+        **others : bool, None or str
+            The same for what a subclass's `fit` takes besides.
 
         Returns
         -------
         self
         """
-        return self._request("fit", sample_weight=sample_weight)
+        return self._request("fit", sample_weight=sample_weight, **others)
 
-    def set_partial_fit_request(self, *, sample_weight: bool | str | None = UNCHANGED) -> Self:
+    def set_partial_fit_request(
+        self, *, sample_weight: bool | str | None = UNCHANGED, **others: bool | str | None
+    ) -> Self:
         """As `set_fit_request`, for `partial_fit`.
 
         Parameters
         ----------
         sample_weight : bool, None or str
+        **others : bool, None or str
 
         Returns
         -------
         self
         """
-        return self._request("partial_fit", sample_weight=sample_weight)
+        return self._request("partial_fit", sample_weight=sample_weight, **others)
 
-    def set_transform_request(self, *, copy: bool | str | None = UNCHANGED) -> Self:
+    def set_transform_request(self, *, copy: bool | str | None = UNCHANGED, **others: bool | str | None) -> Self:
         """As `set_fit_request`, for `transform` and its `copy`.
 
         Parameters
         ----------
         copy : bool, None or str
+        **others : bool, None or str
 
         Returns
         -------
         self
         """
-        return self._request("transform", copy=copy)
+        return self._request("transform", copy=copy, **others)
 
-    def set_inverse_transform_request(self, *, copy: bool | str | None = UNCHANGED) -> Self:
+    def set_inverse_transform_request(
+        self, *, copy: bool | str | None = UNCHANGED, **others: bool | str | None
+    ) -> Self:
         """As `set_fit_request`, for `inverse_transform` and its `copy`.
 
         Parameters
         ----------
         copy : bool, None or str
+        **others : bool, None or str
 
         Returns
         -------
         self
         """
-        return self._request("inverse_transform", copy=copy)
+        return self._request("inverse_transform", copy=copy, **others)
 
     def _request(self, method: str, **aliases: bool | str | None) -> Self:
         from sklearn import get_config
@@ -288,12 +388,27 @@ class Transformer:
                 "This method is only available when metadata routing is enabled. You can enable it using "
                 "sklearn.set_config(enable_metadata_routing=True)."
             )
+        asked = {name: alias for name, alias in aliases.items() if alias != UNCHANGED}
+        if unknown := sorted(asked.keys() - set(self._routed(method))):
+            raise TypeError(
+                f"Unexpected args: {unknown} in set_{method}_request. Accepted arguments are: {self._routed(method)}"
+            )
         request = self.get_metadata_routing()
-        for name, alias in aliases.items():
-            if alias != UNCHANGED:
-                getattr(request, method).add_request(param=name, alias=alias)
+        for name, alias in asked.items():
+            getattr(request, method).add_request(param=name, alias=alias)
         self._metadata_request = request
         return self
+
+
+def wrapping(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A subclass's `transform` or `fit_transform`, whose result comes in the container that is asked for."""
+
+    @functools.wraps(method)
+    def wrapped(self: Transformer, X: object, *args: Any, **kwargs: Any) -> Any:
+        result = method(self, X, *args, **kwargs)
+        return result if kwargs.get("out") is not None else self._wrapped(result, X)
+
+    return wrapped
 
 
 def feature_names(x: object) -> Names | None:

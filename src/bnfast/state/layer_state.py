@@ -4,6 +4,7 @@ All three come down to a `Kept`: options and mode, the dictionary of PyTorch's n
 in use. What comes from outside is checked as a whole, by making a layer of it, before a living one changes.
 """
 
+import math
 import os
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Self
@@ -13,8 +14,10 @@ from numpy.typing import ArrayLike, NDArray
 
 from .. import _core
 from .._checks import channel_array, flag, integer, whole_number
+from ..distributed.gather import KEPT, Carried
 from ..statistics.moments import Moments
 from ..statistics.running import FLOAT64, RunningStatistics, check_finite, check_variance, with_statistics
+from . import conventions
 from .files import FORMAT, StateError, decode, encode, read, replace
 
 __all__ = ["FIXED", "Kept", "LayerState", "described", "kept_from"]
@@ -38,7 +41,10 @@ OPTIONS = {  # of the constructor, and the types that a file's description may g
 FIXED = tuple(name for name in OPTIONS if name not in ("eps", "momentum"))  # once a layer is made
 ADDED = {"activation": None, "negative_slope": 0.01, "nonfinite": "propagate"}  # since format 1: what layers did before
 COUNTS = ("averaged", "skipped")  # of `Running`: None, or an array
-NOT_PICKLED = ("_contents", "_options", "_calibration", "_living", "_gamma", "_beta", "_eps", "_momentum", "_training")
+NOT_PICKLED = (
+    *("_contents", "_options", "_calibration", "_living", "_processes"),
+    *("_gamma", "_beta", "_eps", "_momentum", "_training"),
+)
 
 
 class Kept(NamedTuple):
@@ -50,6 +56,7 @@ class Kept(NamedTuple):
     counts: tuple[Any, Any] = (None, None)  # `averaged` and `skipped` of the statistics in use
     exact: Any = None  # (Moments, batches)
     averages: Any = None  # (mean, var, batches, averaged, skipped), set aside
+    comm: Any = None  # on its way into a copy; True: there was one
 
 
 class LayerState(RunningStatistics):
@@ -104,13 +111,110 @@ class LayerState(RunningStatistics):
         kept = Kept(self._given_options(), self.training, values)
         _core.update_all([self._restoring(kept, strict=True)])
 
+    @classmethod
+    def from_arrays(
+        cls,
+        convention: str,
+        *,
+        gamma: ArrayLike | None = None,
+        beta: ArrayLike | None = None,
+        mean: ArrayLike,
+        var: ArrayLike,
+        **extras: Any,
+    ) -> Self:
+        """A layer of the arrays that another framework keeps of one.
+
+        Parameters
+        ----------
+        convention : str
+            "pytorch", "torchvision" (its frozen layer), "keras" (3), "slim" (TensorFlow 1), "flax", "haiku", "onnx",
+            "caffe", "darknet", "mxnet" or "ncnn".
+        gamma, beta, mean, var : (C,) array_like
+            Whatever they are called there; gamma and beta None where there are none.
+        **extras : any
+            The framework's own options under its names, where they differ from its defaults: eps or epsilon, momentum
+            or decay, which most of them take for the weight of the old average. Of some more: "pytorch"
+            num_batches_tracked; "haiku" counter, and average=False if mean and var are its hidden averages; "caffe"
+            scale_factor, by which both are divided; "mxnet" fix_gamma, with which gamma is 1 whatever is stored. The
+            last two are needed. And of `BatchNorm`: axis (by default the framework's), activation, negative_slope,
+            nonfinite, dtype (by default float64 if gamma or beta are, else float32).
+
+        Returns
+        -------
+        BatchNorm
+            In training mode, as every new layer is; in eval mode from "torchvision", "darknet" and "ncnn", which keep
+            no more than that needs.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If an argument is unknown or missing, or has a wrong type, shape or range.
+        StateError
+            If a value is not finite, or a variance with eps not above 0.
+
+        Notes
+        -----
+        Darknet divides by sqrt(var) + 1e-6: the layer has eps=0 and the square of that as its variance. The table of
+        all conventions is in docs/deploy/conventions.md.
+
+        Examples
+        --------
+        >>> import bnfast
+        >>> bnfast.BatchNorm.from_arrays("keras", gamma=[1, 2], beta=[0, 0], mean=[3, 4], var=[1, 1])
+        BatchNorm(2, axis=-1, eps=0.001, momentum=0.01, unbiased_running_var=False)
+        """
+        options, state, frozen = conventions.read(convention, gamma, beta, mean, var, extras)
+        make: Any = cls  # (this class is only a part of the layer's)
+        layer: Self = make(**options)
+        layer.load_state_dict(state)
+        layer.training = not frozen
+        return layer
+
+    def to_arrays(self, convention: str) -> Values:
+        """The layer's parameters and running statistics as another framework keeps them.
+
+        Parameters
+        ----------
+        convention : str
+            As in `from_arrays`.
+
+        Returns
+        -------
+        dict of str to ndarray
+            Under the framework's names, of the layer's dtype. gamma and beta that the layer has not are left out, or 1
+            and 0 where the framework always has them. Options are not in it: give the framework the layer's eps, and
+            1 - momentum where that is the weight of the old average ("mxnet": fix_gamma=False).
+
+        Raises
+        ------
+        ValueError
+            If there is no such convention, the layer has no running statistics, or they cannot be written so.
+
+        Examples
+        --------
+        >>> import bnfast
+        >>> list(bnfast.BatchNorm(2).to_arrays("flax"))
+        ['scale', 'bias', 'mean', 'var']
+        """
+        kept = self._kept().values
+        if not self.track_running_stats:
+            raise ValueError("to_arrays: expected a layer with running statistics, got track_running_stats=False")
+        gamma, beta = kept.get("weight"), kept.get("bias")
+        mean, var, batches = kept["running_mean"], kept["running_var"], int(kept["num_batches_tracked"])
+        return conventions.written(convention, gamma, beta, mean, var, batches, self.eps, self.dtype)
+
     # --- copies and pickles ---
 
     def __getstate__(self) -> dict[str, Any]:
         found = super().__getstate__()  # with the slots that a subclass may have
         plain, slots = found if isinstance(found, tuple) else (found, {})
         attributes = {name: value for name, value in plain.items() if name not in (*NOT_PICKLED, *OPTIONS)} | slots
-        return {"format": FORMAT, "attributes": attributes, **self._kept()._asdict()}
+        kept = self._kept()._asdict()
+        if kept["comm"] is None:
+            del kept["comm"]
+        elif self.comm is not None:
+            kept["comm"] = Carried(self.comm)
+        return {"format": FORMAT, "attributes": attributes, **kept}
 
     def __setstate__(self, pickled: dict[str, Any]) -> None:
         try:
@@ -214,13 +318,14 @@ class LayerState(RunningStatistics):
         found, gamma, beta = self._contents.snapshot((self._gamma, self._beta))
         values = {name: value for name, value in (("weight", gamma), ("bias", beta)) if value is not None}
         running, averages = found.in_use, found.averages
+        comm = None if self._processes is None else KEPT
         if running is None:
-            return Kept(self._given_options(), self.training, values)
+            return Kept(self._given_options(), self.training, values, comm=comm)
         values["running_mean"], values["running_var"] = running.mean.copy(), running.var.copy()
         values["num_batches_tracked"] = np.array(running.batches, np.int64)
         counts = running.averaged, running.skipped
         aside = averages and (averages.mean, averages.var, averages.batches, averages.averaged, averages.skipped)
-        return Kept(self._given_options(), self.training, values, counts, found.exact, aside)
+        return Kept(self._given_options(), self.training, values, counts, found.exact, aside, comm)
 
     @classmethod
     def _made_of(cls, kept: Kept, strict: bool) -> Self:
@@ -237,6 +342,7 @@ class LayerState(RunningStatistics):
             layer = cls.__new__(cls)
             layer._begin(**options)
             layer.training = flag(kept.training, "training")
+            layer.comm = kept.comm
             update = layer._restoring(kept, strict)
         except (StateError, MemoryError):
             raise
@@ -300,6 +406,8 @@ class LayerState(RunningStatistics):
     _beta: Array | None
     _begin: Callable[..., None]
     _check_parameter: Callable[[Array, str], Array]
+    _processes: _core.Processes | None
+    comm: Any
 
 
 def _check_names(values: Mapping[str, Any], affine: bool | str, tracked: bool) -> None:
@@ -359,6 +467,8 @@ def _unpickled(pickled: dict[str, Any]) -> tuple[dict[str, Any], Kept]:
             "values": pickled.pop("state"),
             "averages": None if averages is None else (*averages, None, None),
         }
+    if not (pickled.get("comm") is None or pickled["comm"] is KEPT or isinstance(pickled["comm"], Carried)):
+        raise StateError(f"comm: expected True, got {pickled['comm']!r:.80}")
     unknown = pickled.keys() - set(Kept._fields)
     if unknown:
         raise StateError(f"expected the keys {list(Kept._fields)}, got {sorted(map(str, unknown))} besides")
@@ -373,7 +483,7 @@ def described(kept: Kept) -> tuple[dict[str, Any], Values]:
     """A description for JSON, and arrays: what `kept_from` takes."""
     arrays = dict(kept.values)
     description: dict[str, Any] = {**kept.options, "dtype": kept.options["dtype"].name, "training": kept.training}
-    description |= {"exact": None, "averages": None}
+    description |= {"exact": None, "averages": None} | ({} if kept.comm is None else {"comm": True})
     if kept.exact is not None:
         moments, batches = kept.exact
         description["exact"] = {"count": moments.count, "batches": batches}
@@ -391,6 +501,7 @@ def described(kept: Kept) -> tuple[dict[str, Any], Values]:
 def kept_from(description: dict[str, Any], arrays: Values) -> Kept:
     """What is kept, of a description and arrays from a file; StateError for whatever is wrong with them."""
     description = {**ADDED, **description}
+    comm = description.pop("comm", None)
     if "averages" not in description and "averaged" in description:  # format 1's name
         description["averages"] = description.pop("averaged")
         arrays = {name.replace("averaged_", "averages_"): array for name, array in arrays.items()}
@@ -414,12 +525,15 @@ def kept_from(description: dict[str, Any], arrays: Values) -> Kept:
         )
         if exact is not None:
             _check_keys(exact, {"count", "batches"})
-            whole_number(exact["count"], "exact count", StateError)
+            if not _is_sum_of_weights(exact["count"]):
+                whole_number(exact["count"], "exact count", StateError)
             exact = Moments(exact["count"], arrays.pop("exact_mean"), arrays.pop("exact_m2")), exact["batches"]
         if averages is not None:
             _check_keys(averages, {"batches"})
             averages = (arrays.pop("averages_mean"), arrays.pop("averages_var"), averages["batches"], *aside)
-        return Kept(description, description.pop("training"), arrays, (averaged, skipped), exact, averages)
+        if comm not in (None, True):
+            raise StateError(f"comm: expected true, got {comm!r:.80}")
+        return Kept(description, description.pop("training"), arrays, (averaged, skipped), exact, averages, comm)
     except (StateError, MemoryError):
         raise
     except KeyError as error:
@@ -431,3 +545,7 @@ def kept_from(description: dict[str, Any], arrays: Values) -> Kept:
 def _check_keys(found: dict[str, Any], expected: set[str]) -> None:
     if found.keys() != expected:
         raise StateError(f"expected the keys {sorted(expected)}, got {sorted(map(str, found))}")
+
+
+def _is_sum_of_weights(count: object) -> bool:
+    return isinstance(count, float) and 0 <= count < math.inf

@@ -52,6 +52,7 @@ class RunningStatistics:
     unbiased_running_var: bool
     _contents: "_core.AtomicReference[_core.Contents]"
     _calibration: "_core.AtomicReference[object]"
+    _processes: "_core.Processes | None"
 
     # --- what they are ---
 
@@ -199,7 +200,8 @@ class RunningStatistics:
         self._need_statistics("use_statistics")
         if isinstance(which, Moments):
             exact = self._checked(which, "which")
-            whole_number(exact.count, "which: count", ValueError)
+            if isinstance(exact.count, int):  # not a sum of weights
+                whole_number(exact.count, "which: count", ValueError)
             check_finite(exact.mean, "which: mean", ValueError)
             check_variance(exact.var(self._ddof), self.eps, ValueError)
             self._contents.update(lambda found: self._using_exact(found, (exact, max(found.in_use.batches, 1))))
@@ -373,10 +375,10 @@ def gather(
     calibration: object,
     nonfinite: str,
     found: _core.Contents,
-    moments: tuple[int, Statistics, Statistics],
+    moments: tuple[int, Statistics, Statistics, Statistics],
 ) -> _core.Contents:
-    """The contents once a batch is gathered: its (count, mean, m2). current: the layer's calibration now."""
-    batch = Moments(*moments)
+    """The contents once a batch is gathered: its (count, mean, m2, rest). current: the layer's calibration now."""
+    batch = Moments.with_rest(*moments)
     finite = np.isfinite(batch.mean) & np.isfinite(batch.m2)
     if nonfinite == "raise" and not finite.all():
         channel = int(np.flatnonzero(~finite)[0])
@@ -397,14 +399,34 @@ def gather(
     return found.replace(gathered=(calibration, gathered + batch, batches + 1))
 
 
-def _finish(layers: list[RunningStatistics], calibration: object) -> None:
-    """Called at the end of the block, by a context manager in C that cannot be interrupted half-way."""
+def _finish(layers: list[RunningStatistics], calibration: object, error: BaseException | None) -> None:
+    """Called at the end of the block, by a context manager in C that cannot be interrupted half-way.
+
+    error: what the block raised. Then there is nothing to do, but to tell other processes that wait.
+    """
+    if error is not None:
+        for layer in [layer for layer in layers if layer._processes is not None][:1]:  # all stop there
+            _gathered(layer, calibration, error)
+        return
+    gathered = [_gathered(layer, calibration, None) for layer in layers]
 
     def calibrated(place: int, layer: RunningStatistics, found: _core.Contents) -> _core.Contents:
-        gathered = found.gathered
-        if gathered is None or gathered[0] is not calibration or gathered[1].count < 2:
+        moments, batches = gathered[place] or (None, 0)
+        if moments is None or moments.count < 2:
             name = "the layer" if len(layers) == 1 else f"layer {place} of {len(layers)}, {layer!r}"
             raise RuntimeError(f"calibrate: expected at least 2 values a channel to pass through {name}")
-        return layer._using_exact(found, gathered[1:]).replace(gathered=None)
+        return layer._using_exact(found, (moments, batches)).replace(gathered=None)
 
     _core.update_all([(layer._contents, partial(calibrated, i, layer), []) for i, layer in enumerate(layers)])
+
+
+def _gathered(layer: RunningStatistics, calibration: object, error: BaseException | None) -> tuple[Moments, int] | None:
+    """What a layer has gathered, on all processes that hold it, and of how many batches."""
+    gathered = layer._contents.value.gathered
+    own = None if gathered is None or gathered[0] is not calibration else gathered[1:]
+    if layer._processes is None:
+        return own
+    zeros = np.zeros(layer.num_features)
+    moments, batches = own or (Moments(0, zeros, zeros), 0)
+    row_and_batches = layer._processes.calibrated(moments.to_row(), batches, error)
+    return None if row_and_batches is None else (Moments.from_row(row_and_batches[0]), row_and_batches[1])

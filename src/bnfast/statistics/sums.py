@@ -2,12 +2,13 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from .._checks import integer
-from .moments import per_channel
+from .moments import count_of_row, per_channel
 
 __all__ = ["Sums"]
 
@@ -72,6 +73,25 @@ class Sums:
             pairs = [found[i] + found[i + 1] for i in range(0, len(found) - 1, 2)]
             found = pairs + found[2 * len(pairs) :]
         return found[0]
+
+    def to_row(self) -> NDArray[np.float64]:
+        """These as numbers that can be sent: (1 + 2 C,) float64, count, dgamma and dbeta."""
+        return np.concatenate([[float(self.count)], self.dgamma, self.dbeta])
+
+    @classmethod
+    def from_row(cls, row: ArrayLike) -> "Sums":
+        """The sums that `to_row` gave as numbers.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If it is no such row.
+        """
+        numbers = per_channel(row, "row")
+        if numbers.size % 2 != 1:
+            raise ValueError(f"row: expected 1 + 2 C numbers, got {numbers.size}")
+        count: Any = count_of_row(numbers[0])  # a fraction is refused as any other count is
+        return cls(count, *numbers[1:].reshape(2, -1))
 
     def __add__(self, other: object) -> "Sums":
         if not isinstance(other, Sums):

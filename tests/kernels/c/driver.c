@@ -60,6 +60,7 @@ static void on_signal(int number)
 }
 
 static ptrdiff_t least(ptrdiff_t a, ptrdiff_t b) { return a < b ? a : b; }
+static ptrdiff_t round_up(ptrdiff_t a, ptrdiff_t step) { return (a + step - 1) / step * step; }
 
 static void *new_buffer(ptrdiff_t n, size_t size)
 {
@@ -120,12 +121,20 @@ static const bnfast_kernels *k; /* the table under test */
 
 static double get(const void *p, ptrdiff_t i)
 {
-    return k->itemsize == 4 ? (double)((const float *)p)[i] : ((const double *)p)[i];
+    if (k->itemsize == 2) {
+        float value;
+        k->widen_values(1, (const uint16_t *)p + i, &value);
+        return (double)value;
+    }
+    return k->narrow ? (double)((const float *)p)[i] : ((const double *)p)[i];
 }
 static void put(void *p, ptrdiff_t i, double value)
 {
-    if (k->itemsize == 4)
-        ((float *)p)[i] = (float)value;
+    const float narrow = (float)value;
+    if (k->itemsize == 2)
+        k->narrow_values(1, &narrow, (uint16_t *)p + i);
+    else if (k->narrow)
+        ((float *)p)[i] = narrow;
     else
         ((double *)p)[i] = value;
 }
@@ -188,12 +197,19 @@ static void note_values(const void *p, ptrdiff_t n, ptrdiff_t itemsize)
     static const char nan[8] = "not one";
     for (ptrdiff_t i = 0; i < n; i++) {
         const char *value = (const char *)p + i * itemsize;
-        const int is_nan = itemsize == 4 ? isnan(*(const float *)value) : isnan(*(const double *)value);
+        const int is_nan = itemsize == 8 ? isnan(*(const double *)value) : isnan(get(value, 0));
         note(is_nan ? nan : value, (size_t)itemsize);
     }
 }
 
-static double epsilon(void) { return k->itemsize == 4 ? (double)FLT_EPSILON : DBL_EPSILON; }
+/* Of the data: what is more exact, statistics of halves say, tests in Python judge. */
+static double epsilon(void)
+{
+    return k->dtype == BNFAST_FLOAT16    ? 0x1p-10
+           : k->dtype == BNFAST_BFLOAT16 ? 0x1p-7
+           : k->narrow                   ? (double)FLT_EPSILON
+                                         : DBL_EPSILON;
+}
 
 /* *sum += value, and what that rounds away into *rest (Knuth): under Valgrind a long double has 53 bits only, and plain
  * sums of thousands of values would be less exact than what they judge. */
@@ -230,7 +246,7 @@ static double taken(const bnfast_rectifier *r, double u, double v)
 /* (x - center) * scale + shift + residual in the dtype: the side of a kink on which it lies has no tolerance. */
 static double y_of(double x, double center, double scale, double shift_, double residual)
 {
-    if (k->itemsize == 8) {
+    if (!k->narrow) {
         const double scaled = (x - center) * scale, y = scaled + shift_;
         return y + residual;
     }
@@ -338,6 +354,10 @@ static void reductions(ptrdiff_t n_rows, ptrdiff_t n, ptrdiff_t gap, kind_of_sum
         note(a, (size_t)n * 8), note(b, (size_t)n * 8);
         if (pack)
             expect_packed("packed x", packed_x, x, n_rows, stride, n);
+        k->exact_moments_interleaved(x, &rows, center, a, b, NULL);
+        for (ptrdiff_t j = 0; j < n; j++)
+            expect_reduced(x, NULL, j, n_rows, stride, 1, get(center, j), a[j], b[j]);
+        note(a, (size_t)n * 8), note(b, (size_t)n * 8);
         k->sums_interleaved(x, u, &rows, center, kind == ALL ? NULL : &t.passing, a, b, pack ? packed_x : NULL,
                             pack ? packed_u : NULL);
         for (ptrdiff_t j = 0; j < n; j++)
@@ -425,7 +445,8 @@ static void map(ptrdiff_t n_rows, ptrdiff_t n_channels, ptrdiff_t length, ptrdif
                                         .out_stride = out_stride,
                                         .next_x = look_ahead ? (const char *)x + n * k->itemsize : NULL,
                                         .next_u = look_ahead ? (const char *)u + n * k->itemsize : NULL};
-        k->map_interleaved(x, reads_u(flags) ? u : x, out, &columns, &c, flags, stream);
+        const bnfast_marked marked = {NULL, 0, NULL};
+        k->map_interleaved(x, reads_u(flags) ? u : x, out, &marked, &columns, &c, flags, stream);
     }
     bnfast_stream_fence();
     for (ptrdiff_t r = 0; r < n_rows; r++)
@@ -455,6 +476,10 @@ static void planar_reductions(ptrdiff_t n_rows, ptrdiff_t n_channels, ptrdiff_t 
     double *a = new_buffer(n_channels, 8), *b = new_buffer(n_channels, 8);
     const taking t = new_taking(kind, x, u, center, n_rows, stride, n_channels, length);
     const bnfast_coefficients c = new_coefficients(n_channels, 0, BNFAST_GRADIENT);
+    k->exact_moments_planar(x, &runs, n, center, a, b, NULL);
+    for (ptrdiff_t i = 0; i < n_channels; i++)
+        expect_reduced(x, NULL, i * length, n_rows, stride, length, get(center, i), a[i], b[i]);
+    note(a, (size_t)n_channels * 8), note(b, (size_t)n_channels * 8);
     for (int gradient = kind == ALL ? 0 : 1; gradient < 2; gradient++) {
         /* the map of a gradient takes of u what the sums do, or finds it stored */
         const int flags = !gradient ? 0 : kind == PASSED ? BNFAST_GRADIENT | BNFAST_RECTIFY : BNFAST_GRADIENT;
@@ -539,7 +564,7 @@ static void coefficients(ptrdiff_t n, bnfast_operation operation, int few)
             expect("shift", i, (double)at_mean, beta, fabsl(beta) + fabsl(slope) * rest);
             continue;
         }
-        const long double lo = (long double)given_mean[i] - (k->itemsize == 4 ? (float)given_mean[i] : given_mean[i]);
+        const long double lo = (long double)given_mean[i] - (k->narrow ? (float)given_mean[i] : given_mean[i]);
         const long double u_sum = given_sums ? dbeta[i] : a[i], u_hat = given_sums ? dgamma[i] : (b[i] - lo * a[i]) * s;
         if (!few && !given_sums) {
             expect("dbeta", i, dbeta[i], a[i], 0);
@@ -569,7 +594,7 @@ static void coefficients(ptrdiff_t n, bnfast_operation operation, int few)
         k->make_y_coefficients(n, &of);
         for (ptrdiff_t i = 0; i < n; i++) {
             const long double slope = parameter_at(&of.gamma, i, 1) * inv_std[i], beta = parameter_at(&of.beta, i, 0);
-            if (get(of.c.center, i) != (k->itemsize == 4 ? (double)(float)mean[i] : mean[i]))
+            if (get(of.c.center, i) != (k->narrow ? (double)(float)mean[i] : mean[i]))
                 fail("center of y", i, get(of.c.center, i), mean[i]);
             expect("y_scale", i, get(of.c.y_scale, i), slope, fabsl(slope));
             expect("y_shift", i, (double)((mean[i] - (long double)get(of.c.center, i)) * slope + get(of.c.y_shift, i)),
@@ -606,7 +631,7 @@ static void small_leaves(ptrdiff_t n)
     void *rounded = new_buffer(n, (size_t)k->itemsize);
     k->round_values(n, m2_b, rounded);
     for (ptrdiff_t i = 0; i < n; i++)
-        if (get(rounded, i) != (k->itemsize == 4 ? (double)(float)m2_b[i] : m2_b[i]))
+        if (get(rounded, i) != (k->narrow ? (double)(float)m2_b[i] : m2_b[i]))
             fail("rounded", i, get(rounded, i), m2_b[i]);
 
     const ptrdiff_t step = 3, offsets[BNFAST_SAMPLES] = {4, 0, 1, 3, 2};
@@ -759,6 +784,7 @@ typedef struct {
     ptrdiff_t outer, channels, inner;
     int n_threads, stream, in_place; /* in_place: out is x, 2: u, 3: the residual */
     int rectifies, residual;         /* y goes through an activation; and has a residual */
+    int marks;                       /* a forward leaves marks of what passes; a backward goes by marks */
     int stored;                 /* what is taken of u: in memory of its own, 2: u's, 3: the residual's; 0: nowhere */
     int few;                    /* leave out what may be left out: gamma, beta, vgamma, vbeta, m2 or var */
     ptrdiff_t poisoned;         /* this channel has a NaN and an Inf; -1: none */
@@ -783,6 +809,23 @@ static void fill(void *p, ptrdiff_t n, const example *e)
 static void expect_job(const example *e, const bnfast_job *job, const void *x, const void *u, const void *residual,
                        double *given_mean, double *given_inv_std);
 
+/* Whether the i-th element is marked for a backward. */
+static int is_marked(ptrdiff_t i) { return (uint32_t)i * 2654435761u >> 13 & 1; }
+
+/* Of a forward: zeros; of a backward: as is_marked says. In whole lines, as vectors' marks are aligned. */
+static void make_marks(bnfast_job *job, ptrdiff_t n)
+{
+    const ptrdiff_t per_byte = k->marks_per_byte;
+    job->marks = new_buffer(round_up(n / per_byte + BNFAST_MARKS_PAD, 64), 1);
+    memset(job->marks, 0, (size_t)round_up(n / per_byte + BNFAST_MARKS_PAD, 64));
+    if (!has_u(job->operation))
+        return;
+    job->first_mark = shift % 8;
+    for (ptrdiff_t i = 0, number = job->first_mark; i < n; i++, number++)
+        if (is_marked(i))
+            job->marks[number / per_byte] |= per_byte == 1 ? 0xFF : (unsigned char)(1u << number % per_byte);
+}
+
 static void *copy_of(const void *values, ptrdiff_t n)
 {
     if (values == NULL)
@@ -801,9 +844,9 @@ static uint64_t run_job(const example *e)
     digest = 14695981039346656037u;
     snprintf(context, sizeof context,
              "job %d (%td, %td, %td) %s itemsize %td place %d shift %td threads %d stream %d in place %d few %d "
-             "rectifies %d residual %d stored %d poisoned %td",
+             "rectifies %d residual %d marks %d stored %d poisoned %td",
              e->operation, e->outer, channels, e->inner, k->isa, k->itemsize, where, shift, e->n_threads, e->stream,
-             e->in_place, e->few, e->rectifies, e->residual, e->stored, e->poisoned);
+             e->in_place, e->few, e->rectifies, e->residual, e->marks, e->stored, e->poisoned);
     random_state = 88172645463325252u;
     void *x = new_values(n, 3),
          *u = has_u(e->operation) || (e->operation == BNFAST_FLOOR && !e->few) ? new_values(n, 0.5) : NULL;
@@ -845,6 +888,8 @@ static uint64_t run_job(const example *e)
         job.passed = e->stored == 2 ? u : e->stored == 3 && residual ? residual : new_values(n, 9);
     if (job.passed == job.out && e->operation != BNFAST_BACKWARD_EVAL)
         job.passed = e->stored ? new_values(n, 9) : NULL;
+    if (e->marks)
+        make_marks(&job, n);
     if (!e->few) {
         job.gamma = new_parameter(channels, 2), job.beta = new_parameter(channels, 0);
         if (e->operation == BNFAST_JVP)
@@ -911,8 +956,10 @@ static double taken_in_job(const bnfast_job *job, const void *x, const void *u, 
 {
     if (!job->rectifies)
         return get(u, at);
+    if (job->marks)
+        return is_marked(at) ? get(u, at) : taken(&job->rectifier, get(u, at), -1);
     const double slope = (double)parameter_at(&job->gamma, c, 1) * inv_std;
-    const double center = k->itemsize == 4 ? (double)(float)mean : mean;
+    const double center = k->narrow ? (double)(float)mean : mean;
     const double shift_ = (double)parameter_at(&job->beta, c, 0) - (mean - center) * slope;
     return taken(&job->rectifier, get(u, at),
                  y_of(get(x, at), center, slope, shift_, residual ? get(residual, at) : 0));
@@ -924,6 +971,8 @@ static void expect_job(const example *e, const bnfast_job *job, const void *x, c
     const ptrdiff_t inner = e->inner, stride = e->channels * inner;
     const bnfast_operation operation = e->operation;
     const long double count = (long double)e->outer * inner;
+    if (k->itemsize == 2) /* here what they touch, and that all give the same bits; tests/test_half.py judges values */
+        return;
     for (ptrdiff_t c = 0; c < e->channels; c++) {
         if (e->poisoned == c || !ordinary(x, c * inner, e->outer, stride, inner) ||
             (has_u(operation) && !ordinary(u, c * inner, e->outer, stride, inner)) ||
@@ -993,6 +1042,10 @@ static void expect_job(const example *e, const bnfast_job *job, const void *x, c
             switch (operation) {
             case BNFAST_FORWARD:
             case BNFAST_EVAL: {
+                const ptrdiff_t number = job->first_mark + at, per_byte = k->marks_per_byte;
+                if (job->marks && (job->marks[number / per_byte] >> number % per_byte & 1) !=
+                                      (got > 0 && !(got >= job->rectifier.top)))
+                    fail("mark", at, !(got > 0), got);
                 const long double added = residual ? get(residual, at) : 0, y = gamma * hat + beta + added;
                 expect("y", at, got, job->rectifies ? rectified(&job->rectifier, y) : y,
                        fabsl(gamma) * spread * (1 + fabsl(hat)) + fabsl(beta) + fabsl(added));
@@ -1038,12 +1091,15 @@ static int next_isa(int i) /* the i-th or a later one that can run here and was 
     return -1;
 }
 
-/* what: 1: an activation, 2: a residual, 3: both. What is taken of u is stored where the extension has it stored: where
+/* what: 1: an activation, 2: a residual, 3: both, 4: both, and marks, by which a backward goes without. What is taken of u is stored where the extension has it stored: where
  * there is a residual, and in eval. */
 static void fuse(example *e, int what, int how)
 {
-    e->rectifies = what & 1, e->residual = what >> 1 & 1;
-    if (has_u(e->operation)) {
+    e->rectifies = what != 2, e->residual = what >= 2, e->marks = what == 4;
+    if (e->marks && has_u(e->operation)) {
+        e->residual = 0;
+        e->stored = e->operation == BNFAST_BACKWARD_SUMS ? 0 : e->operation == BNFAST_BACKWARD_EVAL ? 1 : 1 + how % 2;
+    } else if (has_u(e->operation)) {
         e->residual &= e->rectifies;
         e->stored = e->operation == BNFAST_BACKWARD_SUMS ? 0
                     : e->residual                        ? 1 + how % 3
@@ -1052,14 +1108,14 @@ static void fuse(example *e, int what, int how)
 }
 
 /* The same example for every instruction set, on one thread and on several: same bits. */
-static uint64_t run_everywhere(example e, ptrdiff_t itemsize)
+static uint64_t run_everywhere(example e, bnfast_dtype dtype)
 {
     uint64_t first = 0;
     int known = 0;
     for (int i = next_isa(0); i >= 0; i = next_isa(i + 1)) {
         if (bnfast_select(bnfast_isa_name(i)) != 0)
             abort();
-        k = bnfast_active(itemsize);
+        k = bnfast_active((bnfast_dtype)dtype);
         for (int threads = 1; threads <= max_threads; threads++) {
             e.n_threads = threads;
             const uint64_t bits = run_job(&e);
@@ -1082,8 +1138,8 @@ static const ptrdiff_t shapes[][3] = {
     {7, 19, 23},  {2, 2, 70000}, {66, 1, 1},   {4097, 1, 1}, {257, 64, 1}, {513, 80, 2}, {8, 40, 31},  {1, 2100, 1}};
 enum { N_SHAPES = sizeof shapes / sizeof shapes[0] };
 
-/* The options of a job from here on: an activation, a residual, both. */
-enum { FUSED = 4, N_OPTIONS = 7 };
+/* The options of a job from here on: an activation, a residual, both, both and marks. */
+enum { FUSED = 4, N_OPTIONS = 8 };
 
 static int fuses(bnfast_operation operation)
 {
@@ -1099,7 +1155,7 @@ static void all_jobs(int poison, ptrdiff_t largest)
             continue;
         for (int operation = BNFAST_MOMENTS; operation <= BNFAST_JVP; operation++)
             for (int option = 0; option < (fuses((bnfast_operation)operation) ? N_OPTIONS : FUSED); option++)
-                for (ptrdiff_t itemsize = 4; itemsize <= 8; itemsize += 4) {
+                for (int dtype = 0; dtype < BNFAST_N_DTYPES; dtype++) {
                     where = (place)((s + option) % N_PLACES);
                     shift = (s * 5 + option + operation) % 16;
                     example e = {.operation = (bnfast_operation)operation,
@@ -1117,12 +1173,12 @@ static void all_jobs(int poison, ptrdiff_t largest)
                     if (option >= FUSED)
                         fuse(&e, option - FUSED + 1, s);
                     if (!poison)
-                        all = all * 1099511628211u ^ run_everywhere(e, itemsize);
+                        all = all * 1099511628211u ^ run_everywhere(e, (bnfast_dtype)dtype);
                     for (ptrdiff_t c = 0; poison && c < least(shape[1], 5); c++) {
                         e.poisoned = -1, e.left_out = (c * 31) % shape[1];
-                        const uint64_t without = run_everywhere(e, itemsize);
+                        const uint64_t without = run_everywhere(e, (bnfast_dtype)dtype);
                         e.poisoned = e.left_out;
-                        if (run_everywhere(e, itemsize) != without) {
+                        if (run_everywhere(e, (bnfast_dtype)dtype) != without) {
                             fprintf(stderr, "%s: a NaN moved other channels' bits\n", context);
                             abort();
                         }
@@ -1157,13 +1213,14 @@ int main(int argc, char **argv)
     }
     if (jobs)
         check_shares();
-    for (ptrdiff_t itemsize = 4; leaves && itemsize <= 8; itemsize += 4) {
+    /* the leaves of halves are those of float32, but for the reads and writes: jobs see them */
+    for (int dtype = 0; leaves && dtype < BNFAST_FLOAT16; dtype++) {
         uint64_t first = 0;
         int known = 0;
         for (int i = next_isa(0); i >= 0; i = next_isa(i + 1)) {
             if (bnfast_select(bnfast_isa_name(i)) != 0)
                 return 2;
-            k = bnfast_active(itemsize);
+            k = bnfast_active((bnfast_dtype)dtype);
             digest = 14695981039346656037u;
             random_state = 88172645463325252u;
             for (ptrdiff_t n = 0; n <= sizes; n++) {
@@ -1227,7 +1284,7 @@ int LLVMFuzzerTestOneInput(const unsigned char *data, size_t n)
         e.outer = (e.outer + 1) / 2, e.channels = (e.channels + 1) / 2;
     if (data[10] & 128) /* numbers near 3, for which there is a reference */
         e.n_bytes = 0;
-    run_everywhere(e, data[11] % 2 ? 4 : 8);
+    run_everywhere(e, (bnfast_dtype)(data[11] % BNFAST_N_DTYPES));
     return 0;
 }
 

@@ -32,7 +32,7 @@ def main(argv: list[str]) -> int:
     if args.threads is not None and args.threads < 1:
         parser.error(f"--threads must be at least 1, not {args.threads}")
     alone = args.figure or args.only or args.shapes or args.fresh or args.cold or args.consumer or args.sizes
-    alone = alone or args.block
+    alone = alone or args.block or args.means
     if args.loop and (alone or args.dtype != "float32" or args.explain):
         parser.error("--loop goes with --threads, --quick and --json only")
     if args.explain and (alone or args.json or args.quick):
@@ -41,8 +41,12 @@ def main(argv: list[str]) -> int:
         parser.error("--cold and --consumer do not go together")
     if args.sizes and args.shapes:
         parser.error("--sizes has shapes of its own; leave out --shapes")
+    if args.means and (args.block or args.sizes or args.shapes or args.quick):
+        parser.error("--means is of all shapes: without --block, --sizes, --shapes and --quick")
     if args.block and (args.fresh or args.cold or args.consumer or args.sizes):
         parser.error("--block goes with --dtype, --threads, --only, --shapes, --quick, --json and --figure only")
+    if args.block and args.dtype in ("float16", "bfloat16"):
+        parser.error("--block takes --dtype float32 and float64 only")
     work = run_explain if args.explain else run_loop if args.loop else run_comparison
     return ended("bench", lambda: work(args, argv, parser), (*ERRORS, RuntimeError))
 
@@ -55,10 +59,12 @@ def make_parser() -> argparse.ArgumentParser:
     add("--threads", type=int, metavar="N", help="threads of each contender (default: 2; --loop: each one's default)")
     add("--only", metavar="NAME,...", help="these contenders; bnfast always runs")
     add("--shapes", metavar="NAME,...", help="these shapes, named as in the table, for instance 32x64x56x56-cl")
-    add("--dtype", choices=("float32", "float64"), default="float32", help="of the data (default: %(default)s)")
+    dtypes = ("float32", "float64", "float16", "bfloat16")
+    add("--dtype", choices=dtypes, default="float32", help="of the data (default: %(default)s)")
     add("--fresh", action="store_true", help="results go to fresh memory instead of out=")
     add("--json", type=Path, metavar="FILE", help="write all figures")
     add("--figure", type=Path, metavar="FILE", help="draw them: PNG")
+    add("--means", type=Path, metavar="FILE", help="draw the geometric means, of small arrays and large: PNG")
     add("--sizes", action="store_true", help="a sweep instead: five kinds of arrays from 16 KB to 256 MB each")
     add("--cold", action="store_true", help="other work of 300 µs before each call; beside bnfast on one thread")
     add("--consumer", action="store_true", help="the result is read after each call, and that is timed, too")
@@ -72,6 +78,7 @@ def run_comparison(args: argparse.Namespace, argv: list[str], parser: argparse.A
     """Compare the contenders and report."""
     from .compare import Plan, compare, known_contenders
     from .figure import draw, draw_sizes
+    from .means import draw_means
     from .tables import table
 
     try:
@@ -82,8 +89,10 @@ def run_comparison(args: argparse.Namespace, argv: list[str], parser: argparse.A
         shapes = chosen_shapes(args)
     except ValueError as error:
         parser.error(f"--shapes: {error}")
-    require(["tqdm", "matplotlib"] if args.figure else ["tqdm"], "bench")
-    for path in filter(None, (args.json, args.figure)):
+    require(["tqdm", "matplotlib"] if args.figure or args.means else ["tqdm"])
+    if args.dtype == "bfloat16":
+        require(["ml_dtypes"])
+    for path in filter(None, (args.json, args.figure, args.means)):
         check_writable(path)
     from tqdm import tqdm
 
@@ -107,6 +116,9 @@ def run_comparison(args: argparse.Namespace, argv: list[str], parser: argparse.A
     if args.figure:
         args.figure.write_bytes(draw_sizes(report) if args.sizes else draw(report))
         print(f"\nFigure: {args.figure}")
+    if args.means:
+        args.means.write_bytes(draw_means(report))
+        print(f"\nFigure: {args.means}")
 
 
 def usual_contenders(args: argparse.Namespace) -> tuple[str, ...] | None:
@@ -131,8 +143,10 @@ def chosen_shapes(args: argparse.Namespace) -> list[str]:
 def run_explain(args: argparse.Namespace, argv: list[str], parser: argparse.ArgumentParser) -> None:
     """Print what the kernels would do with a shape."""
     from ... import _core
-    from .shapes import OPERATIONS, named
+    from .shapes import OPERATIONS, dtype_named, named
 
+    if args.dtype == "bfloat16":
+        require(["ml_dtypes"])
     try:
         shape = named(args.explain)
     except ValueError as error:
@@ -142,7 +156,7 @@ def run_explain(args: argparse.Namespace, argv: list[str], parser: argparse.Argu
         raise RuntimeError("this build of bnfast does not explain what its kernels do")
     for operation in OPERATIONS:
         print(f"{shape.name} {args.dtype}, {operation}, {args.threads or 2} threads")
-        found = explain(shape.memory_dims, shape.axis, args.dtype, operation, args.threads or 2)
+        found = explain(shape.memory_dims, shape.axis, dtype_named(args.dtype), operation, args.threads or 2)
         for line in found["words"].splitlines():
             print(f"    {line}")
 
@@ -151,7 +165,7 @@ def run_loop(args: argparse.Namespace, argv: list[str], parser: argparse.Argumen
     """Measure the training loops and report."""
     from .loop import measure_loops, table
 
-    require(["tqdm"], "bench")
+    require(["tqdm"])
     if args.json:
         check_writable(args.json)
     from tqdm import tqdm

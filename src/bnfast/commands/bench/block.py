@@ -13,8 +13,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ... import functional as F
 from ... import reference
+from ...layer import BatchNorm
 from .contenders import (
     ALONE,
     EPS,
@@ -31,7 +31,7 @@ from .contenders import (
     Unavailable,
     aligned_empty,
     as_arrays,
-    without_float64,
+    without_dtype,
 )
 from .shapes import Shape
 
@@ -93,25 +93,25 @@ class BlockContender(Protocol):
 
 
 class BlockBnfast:
-    """This package: one call, which keeps nothing for the backward but the statistics."""
+    """This package's layer: one call, which keeps a bit an element for the backward."""
 
     def __init__(self, threads: int) -> None:
         self.about = Bnfast(threads).about
 
     def operations(self, case: BlockCase) -> dict[str, Operation]:
-        fused: dict[str, Any] = {"axis": case.axis, "residual": case.residual, "activation": "relu"}
-        forward: Callable[[], Any] = partial(
-            F.batch_norm, case.x, case.gamma, case.beta, eps=EPS, out=case.out, **fused
-        )
-        _, mean, inv_std = forward()
-        backward: Callable[[], Any] = partial(
-            F.batch_norm_backward, case.dy, case.x, mean, inv_std, case.gamma, beta=case.beta,
-            out=case.dx, out_residual=case.dresidual, **fused,
-        )  # fmt: skip
-        names = ("dx", "dgamma", "dbeta", "dresidual")
+        layer = BatchNorm(len(case.gamma), axis=case.axis, eps=EPS, dtype=case.dtype, activation="relu")
+        layer.gamma, layer.beta = case.gamma, case.beta
+        forward: Callable[[], Any] = partial(layer, case.x, case.out, residual=case.residual)
+        _, pullback = layer.vjp(case.x, case.out, residual=case.residual)
+        backward: Callable[[], Any] = partial(pullback, case.dy, case.dx, out_residual=case.dresidual)
+
+        def gradients() -> dict[str, Any]:
+            dx, dresidual = backward()
+            return {"dx": dx, "dgamma": layer.grad_gamma, "dbeta": layer.grad_beta, "dresidual": dresidual}
+
         return {
-            "block": Operation({"": forward}, lambda _: {"y": forward()[0]}),
-            "block backward": Operation({"": backward}, lambda _: dict(zip(names, backward(), strict=True))),
+            "block": Operation({"": forward}, lambda _: {"y": forward()}),
+            "block backward": Operation({"": backward}, lambda _: gradients()),
         }
 
 
@@ -346,5 +346,5 @@ BLOCK_CONTENDERS: dict[str, Callable[[int], BlockContender]] = {
 
 def create(name: str, threads: int, dtype: str = "float32") -> BlockContender:
     """A contender by its name; raises `Unavailable`."""
-    without_float64(name, dtype)
+    without_dtype(name, dtype)
     return BLOCK_CONTENDERS[name](threads)

@@ -16,7 +16,7 @@ from ... import _core
 from ...runtime.config import __version__
 from .block import BLOCK_CONTENDERS
 from .contenders import ALONE, CONTENDERS
-from .shapes import BLOCK, OPERATIONS, Shape, family, group, named
+from .shapes import BLOCK, OPERATIONS, Shape, dtype_named, family, group, named
 from .worker import Worker, WorkerError
 
 __all__ = ["BASE", "Plan", "compare", "geometric_means", "machine", "summary"]
@@ -249,7 +249,7 @@ def turns(
             "samples": len(seconds[name]),
             "calls_per_sample": chosen[name]["calls"],
             "variant": chosen[name]["variant"],
-            "bytes": shape.bytes_moved(operation, np.dtype(plan.dtype).itemsize),
+            "bytes": shape.bytes_moved(operation, dtype_named(plan.dtype).itemsize),
         }
         for name in workers
     ]

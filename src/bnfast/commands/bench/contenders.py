@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from ... import __version__, _core, config, reference
 from ... import functional as F
-from .shapes import OPERATIONS, Shape
+from .shapes import OPERATIONS, Shape, dtype_named
 
 __all__ = [
     "ALONE",
@@ -35,6 +35,7 @@ __all__ = [
 Array = NDArray[Any]
 
 EPS = 1e-5
+HALF_ULP = {"float16": 2.0**-11, "bfloat16": 2.0**-8}  # relative, of what is written
 TOLERANCE = 1e-3  # of the largest expected value, at least of 1: this finds wrong results, not rounding
 CHECKED_CHANNELS = 8
 MEAN, STD = 0.5, 1.5
@@ -79,23 +80,24 @@ class Case:
     x, dy, out : ndarray of `shape.memory_dims`
         Contiguous.
     gamma, beta, mean, var, inv_std : (C,) ndarray
-        All of the data's dtype. The statistics are those of the distribution x is drawn from.
+        All of the data's dtype, or of float32 for halves. The statistics are those of the distribution x is drawn from.
     fresh : bool
         Whether results go to fresh memory instead of `out`.
     """
 
     def __init__(self, shape: Shape, dtype: str, fresh: bool = False) -> None:
         self.shape, self.fresh, self.axis = shape, fresh, shape.axis
-        self.dtype: np.dtype[Any] = np.dtype(dtype)
+        self.dtype = dtype_named(dtype)
+        self.is_half = self.dtype.itemsize == 2
+        parameters: np.dtype[Any] = np.dtype(np.float32) if self.is_half else self.dtype
         rng = np.random.default_rng(shape.dims)
         self.x, self.dy, self.out = (aligned_empty(shape.memory_dims, self.dtype) for _ in range(3))
         for array in self.x, self.dy:
-            rng.standard_normal(dtype=self.dtype.type, out=array)
-        self.x *= STD
-        self.x += MEAN
-        self.out.fill(0)
+            array[...] = rng.standard_normal(shape.memory_dims, dtype=parameters.type)
+        self.x[...] = self.x.astype(parameters, copy=False) * parameters.type(STD) + parameters.type(MEAN)
+        self.out[...] = 0
         self.gamma, self.beta, self.mean, self.var, self.inv_std = (
-            aligned_empty((shape.channels,), self.dtype) for _ in range(5)
+            aligned_empty((shape.channels,), parameters) for _ in range(5)
         )
         self.gamma[:] = rng.uniform(0.5, 1.5, shape.channels)
         self.beta[:] = rng.uniform(-1, 1, shape.channels)
@@ -136,14 +138,15 @@ def check(case: Case, operation: str, result: dict[str, Array]) -> None:
     Raises
     ------
     ArithmeticError
-        If they differ by more than `TOLERANCE`.
+        If they differ by more than `TOLERANCE`, and half an ulp of halves.
     """
     n = case.shape.channels
+    tolerance = TOLERANCE + HALF_ULP.get(case.dtype.name, 0.0)
     channels = np.unique(np.linspace(0, n - 1, min(n, CHECKED_CHANNELS)).astype(np.intp))
     for name, value in case.expected(operation, channels).items():
-        found = result[name].take(channels, case.axis if result[name].ndim > 1 else 0)
+        found = result[name].take(channels, case.axis if result[name].ndim > 1 else 0).astype(np.float64)
         error = float(np.abs(found - value).max())
-        if not error <= TOLERANCE * max(1.0, float(np.abs(value).max())):
+        if not error <= tolerance * max(1.0, float(np.abs(value).max())):
             raise ArithmeticError(f"{operation} of {case.shape.name}: {name} is wrong by {error:.3g}")
 
 
@@ -262,9 +265,15 @@ class Torch:
         self.torch.set_grad_enabled(False)
         self.about = f"PyTorch {self.torch.__version__}"
 
+    def tensor(self, array: Array) -> Any:
+        """A tensor over an array; bfloat16 is no dtype that PyTorch takes from NumPy."""
+        if array.dtype.name != "bfloat16":
+            return self.torch.from_numpy(array)
+        return self.torch.from_numpy(array.view(np.int16)).view(self.torch.bfloat16)
+
     def tensors(self, case: Case, *more: str) -> dict[str, Any]:
         """Tensors over the arrays of the case; x, dy, out and `more` are (N, C, ...)."""
-        found = {name: self.torch.from_numpy(case.logical(getattr(case, name))) for name in ("x", "dy", "out", *more)}
+        found = {name: self.tensor(case.logical(getattr(case, name))) for name in ("x", "dy", "out", *more)}
         for name in ("gamma", "beta", "mean", "var", "inv_std"):
             found[name] = self.torch.from_numpy(getattr(case, name))
         return found
@@ -298,7 +307,9 @@ def as_arrays(case: Case, name: str, variants: dict[str, Callable[[], Any]]) -> 
 
     def result(variant: str) -> dict[str, Array]:
         names = RESULTS.get(name, ("y",))
-        found = {key: value.detach().numpy() for key, value in zip(names, variants[variant](), strict=False)}
+        values = (value.detach() for value in variants[variant]())
+        values = (value.float() if case.is_half else value for value in values)  # bfloat16 is not for NumPy
+        found = {key: value.numpy() for key, value in zip(names, values, strict=False)}
         return {key: np.moveaxis(value, 1, case.axis) if value.ndim > 1 else value for key, value in found.items()}
 
     return Operation(dict(variants), result)
@@ -395,7 +406,7 @@ class OneDnn:
             raise Unavailable(f"oneDNN has nothing for {case.shape.name}")
 
         def run(calls: dict[str, Callable[[], object]], variant: str) -> Array:
-            case.out.fill(np.nan)
+            case.out[...] = np.nan
             given = calls[variant]()
             return case.out if given is None else np.asarray(given)
 
@@ -414,7 +425,8 @@ class OneDnn:
         from .onednn import Primitive
 
         engine, (dgamma, dbeta, batch_mean, batch_var) = self.engine, small
-        data, vector = engine.descriptor(dims, strides), engine.descriptor((case.shape.channels,), (1,))
+        data = engine.descriptor(dims, strides, case.dtype.name)
+        vector = engine.descriptor((case.shape.channels,), (1,))
         training = engine.forward(data, EPS, training=True)
         inputs = {"src": (data, case.x), "scale": (vector, case.gamma)}
         given = {"mean": (vector, case.mean), "variance": (vector, case.var)}
@@ -462,13 +474,15 @@ CONTENDERS: dict[str, type[Contender]] = {
 }
 
 
-def without_float64(name: str, dtype: str) -> None:
+def without_dtype(name: str, dtype: str) -> None:
     """Raise `Unavailable` if the contender does not take the dtype."""
-    if name == "onednn" and dtype != "float32":
+    if name == "onednn" and dtype == "float64":
         raise Unavailable(f"oneDNN normalises no {dtype}")
+    if name == "numpy" and dtype in HALF_ULP:
+        raise Unavailable(f"NumPy's own sums of {dtype} overflow, or there are none")
 
 
 def create(name: str, threads: int, dtype: str = "float32") -> Contender:
     """A contender by its name; raises `Unavailable`."""
-    without_float64(name, dtype)
+    without_dtype(name, dtype)
     return CONTENDERS[name](threads)

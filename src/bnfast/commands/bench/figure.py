@@ -6,7 +6,7 @@ from .contenders import ALONE
 from .shapes import OPERATIONS, SIZES, family, named
 from .tables import OP_TITLES, Report, contenders_of, operations_of
 
-__all__ = ["draw", "draw_sizes"]
+__all__ = ["NAMES", "STYLES", "draw", "draw_sizes"]
 
 STYLES = {  # colour (Okabe and Ito's), marker
     "floor": ("#999999", "|"),
@@ -17,6 +17,16 @@ STYLES = {  # colour (Okabe and Ito's), marker
     "torch": ("#D55E00", "s"),
     "torch.compile": ("#E69F00", "D"),
     "numpy": ("#CC79A7", "v"),
+}
+NAMES = {  # as people know them
+    "floor": "memory alone",
+    "bnfast": "bnfast",
+    ALONE: "bnfast, 1 thread",
+    "bnfast+numpy": "bnfast + NumPy",
+    "onednn": "oneDNN",
+    "torch": "PyTorch",
+    "torch.compile": "torch.compile",
+    "numpy": "NumPy",
 }
 
 
@@ -54,7 +64,7 @@ def draw(report: Report) -> bytes:
                 continue
             x = [r["median"] / of["median"] for r, of, _ in points]
             largest = max(largest, *x)
-            y = [row for *_, row in points]
+            y = [row + 0.14 * (names.index(name) - len(names) / 2) for *_, row in points]  # none hides another
             main = name == "bnfast"
             axes.plot(
                 *(x, y, marker),
@@ -63,7 +73,7 @@ def draw(report: Report) -> bytes:
                 markeredgecolor="white",
                 markeredgewidth=0.8,
                 zorder=4 if main else 3,
-                label=name,
+                label=NAMES[name],
             )
         axes.axvline(1, color="0.35", linewidth=1.6, zorder=1)
         for row in rows:
@@ -79,7 +89,9 @@ def draw(report: Report) -> bytes:
         axes.grid(axis="x", color="0.88")
         axes.set_axisbelow(True)
         axes.set_title(OP_TITLES[operation], fontsize=17)
-        axes.set_xlabel(f"time / {'memory floor' if unit == 'floor' else 'time of bnfast'}", fontsize=16)
+        axes.set_xlabel(
+            f"time / {'memory alone' if unit == 'floor' else 'time of bnfast'}\n(left is faster)", fontsize=16
+        )
         axes.tick_params(labelsize=15)
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].set_yticks(
@@ -87,7 +99,7 @@ def draw(report: Report) -> bytes:
     )
     panels[0].set_ylim(len(shapes) - 0.4, -0.6)
     handles, labels = panels[0].get_legend_handles_labels()
-    order = [labels.index(name) for name in names if name in labels]
+    order = [labels.index(NAMES[name]) for name in names if NAMES[name] in labels]
     figure.legend(
         [handles[i] for i in order],
         [labels[i] for i in order],
@@ -117,13 +129,13 @@ def draw_sizes(report: Report) -> bytes:
 
     names = [name for name in contenders_of(report) if name != "bnfast"]
     kinds = [kind for kind in SIZES if any(family(named(r["shape"])) == kind for r in report["results"])]
-    figure = Figure(figsize=(3.5 * len(kinds) + 1, 10), dpi=110, layout="constrained")
-    panels = figure.subplots(len(OPERATIONS), len(kinds), sharex=True, sharey=True, squeeze=False)
+    figure = Figure(figsize=(13, 1.6 + 2.7 * len(kinds)), dpi=100, layout="constrained")
+    panels = figure.subplots(len(kinds), len(OPERATIONS), sharex=True, sharey=True, squeeze=False)
     m = report["machine"]
     caches = {"L2": m["l2_bytes"] * min(report["threads"], m["cpus"]), "last level": m["last_level_bytes"]}
     ratios = [1.0]
-    for row, operation in zip(panels, OPERATIONS, strict=True):
-        for axes, kind in zip(row, kinds, strict=True):
+    for row, kind in zip(panels, kinds, strict=True):
+        for axes, operation in zip(row, OPERATIONS, strict=True):
             for name in names:
                 points = sorted(
                     (r["bytes"], r["ratio"])
@@ -133,23 +145,25 @@ def draw_sizes(report: Report) -> bytes:
                     and family(named(r["shape"])) == kind
                 )
                 colour, marker = STYLES[name]
-                axes.plot(*zip(*points, strict=True), marker, color=colour, linestyle="-", markersize=6, label=name)
+                style = {"color": colour, "linestyle": "-", "markersize": 6, "label": NAMES[name]}
+                axes.plot(*zip(*points, strict=True), marker, **style)
                 ratios += [ratio for _, ratio in points]
             axes.axhline(1, color="0.35", linewidth=1.6, zorder=1)
             for name, size in caches.items():
                 axes.axvline(size, color="0.6", linewidth=1, linestyle=(0, (4, 3)), zorder=0)
-                if operation == OPERATIONS[0]:
+                if kind == kinds[0]:
                     axes.text(
-                        size, 1.02, name, transform=axes.get_xaxis_transform(), ha="center", fontsize=9, color="0.4"
+                        size, 1.02, name, transform=axes.get_xaxis_transform(), ha="center", fontsize=12, color="0.4"
                     )
             axes.set_xscale("log", base=2)
             axes.set_yscale("log")
             axes.grid(axis="y", color="0.9")
             axes.set_axisbelow(True)
+            axes.tick_params(labelsize=12)
             axes.spines[["top", "right"]].set_visible(False)
-        row[0].set_ylabel(f"{OP_TITLES[operation]}\ntime / time of bnfast", fontsize=12)
-    for axes, kind in zip(panels[0], kinds, strict=True):
-        axes.set_title(kind, fontsize=14, pad=20)
+        row[0].set_ylabel(kind, fontsize=15)
+    for axes, operation in zip(panels[0], OPERATIONS, strict=True):
+        axes.set_title(OP_TITLES[operation], fontsize=16, pad=24)
     first = panels[0][0]
     first.set_ylim(min(ratios) / 1.15, max(ratios) * 1.15)
     wide = max(ratios) / min(ratios) > 30
@@ -160,11 +174,13 @@ def draw_sizes(report: Report) -> bytes:
     first.xaxis.set_minor_locator(NullLocator())
     first.xaxis.set_major_formatter(FuncFormatter(lambda value, _: binary_size(value)))
     handles, labels = first.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper right", ncols=len(labels), fontsize=13, frameon=False)
+    title = "time of a call / time of bnfast: above 1, bnfast is faster"
+    style = {"fontsize": 14, "title": title, "title_fontsize": 17, "frameon": False}
+    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), **style)
     figure.supxlabel(
         f"bytes of the arrays of a call together\n{report['date'][:10]}, {m['cpu']}, {report['threads']} threads, "
-        f"{report['dtype']}; above 1 bnfast is faster",
-        fontsize=12,
+        f"{report['dtype']}",
+        fontsize=13,
         color="0.35",
     )
     buffer = io.BytesIO()

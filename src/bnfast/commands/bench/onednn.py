@@ -19,6 +19,7 @@ Array = NDArray[Any]
 
 PACKAGE = "onednn-cpu-gomp"
 F32 = 3
+DTYPES = {"float16": 1, "bfloat16": 2, "float32": F32}
 ENGINE_CPU = 1
 STREAM_IN_ORDER = 1
 FORWARD_TRAINING, FORWARD_INFERENCE, BACKWARD = 64, 96, 128
@@ -94,8 +95,8 @@ class Engine:
         if status != 0:
             raise Status(f"{name}: status {status}")
 
-    def descriptor(self, dims: tuple[int, ...], strides: tuple[int, ...]) -> c_void_p:
-        """A float32 memory descriptor; strides count elements."""
+    def descriptor(self, dims: tuple[int, ...], strides: tuple[int, ...], dtype: str = "float32") -> c_void_p:
+        """A memory descriptor; strides count elements."""
         handle, n = c_void_p(), len(dims)
         numbers = c_int64 * 12
         self.call(
@@ -103,7 +104,7 @@ class Engine:
             byref(handle),
             c_int(n),
             numbers(*dims),
-            c_int(F32),
+            c_int(DTYPES[dtype]),
             numbers(*strides),
         )
         return handle

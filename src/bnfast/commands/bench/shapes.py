@@ -1,12 +1,20 @@
 """The one table of shapes that all benchmarks share."""
 
-from typing import NamedTuple
+import importlib
+from typing import Any, NamedTuple
 
-__all__ = ["BLOCK", "OPERATIONS", "QUICK", "SHAPES", "SIZES", "Shape", "family", "group", "named"]
+import numpy as np
+
+__all__ = ["BLOCK", "OPERATIONS", "QUICK", "SHAPES", "SIZES", "Shape", "dtype_named", "family", "group", "named"]
 
 OPERATIONS = ("forward", "backward", "eval")
 BLOCK = ("block", "block backward")  # y = relu(batch norm(x) + residual), in training, and its gradients
 ARRAYS = {"forward": 2, "backward": 3, "eval": 2, "block": 3, "block backward": 5}
+
+
+def dtype_named(name: str) -> np.dtype[Any]:
+    """A dtype by its name; bfloat16 is that of ml_dtypes."""
+    return np.dtype(importlib.import_module("ml_dtypes").bfloat16 if name == "bfloat16" else name)
 
 
 class Shape(NamedTuple):

@@ -23,6 +23,12 @@ BETWEEN = {
 
 BUSY = 0.7  # load average at the start above which the report warns
 
+INSTALL = {  # what to give to pip
+    "torch": "torch",
+    "torch.compile": "torch",
+    "onednn": "onednn-cpu-gomp onednn-devel-cpu-gomp",
+}
+
 Report = Mapping[str, Any]
 
 
@@ -69,8 +75,13 @@ def headline(report: Report) -> str:
     ]
     lines += [BETWEEN[report["between"]]] if report["between"] else []
     lines += busy(m)
-    lines += [f"left out: {name}: {why}" for name, why in report["missing"].items()]
+    lines += [f"left out: {name}: {why}{advice(name, why)}" for name, why in report["missing"].items()]
     return "\n".join(lines)
+
+
+def advice(name: str, why: str) -> str:
+    """How to install a contender that is not there."""
+    return f" (python -m pip install {INSTALL[name]})" if name in INSTALL and why.endswith("not installed") else ""
 
 
 def busy(machine: Mapping[str, Any]) -> list[str]:
@@ -80,11 +91,15 @@ def busy(machine: Mapping[str, Any]) -> list[str]:
 
 
 def table(report: Report) -> str:
-    """Times with their spread, ratios to bnfast, and geometric means of those, as plain text."""
+    """Geometric means of the ratios to bnfast, then the times with their spread and the ratios, as plain text."""
     names = contenders_of(report)
     found = {(r["operation"], r["shape"], r["contender"]): r for r in report["results"]}
     shapes = list(dict.fromkeys(r["shape"] for r in report["results"]))
-    lines = [headline(report)]
+    lines = [headline(report), ""]
+    lines += ["times as long as bnfast, geometric means (above 1: bnfast is faster)"]
+    means = report["geometric_means"]
+    rows = [[group, *(f"{row[n]:.2f}" if n in row else "-" for n in names)] for group, row in means.items()]
+    lines += grid([["group", *names], *rows])
     for operation in operations_of(report):
         times, ratios = [], []
         for shape in shapes:
@@ -95,10 +110,7 @@ def table(report: Report) -> str:
         lines += grid([["shape", *names], *times])
         lines += ["", f"{OP_TITLES[operation]}: times as long as bnfast"]
         lines += grid([["shape", *names], *ratios])
-    means = report["geometric_means"]
-    lines += ["", "times as long as bnfast, geometric means"]
-    rows = [[name, *(f"{row[n]:.2f}" if n in row else "-" for n in names)] for name, row in means.items()]
-    return "\n".join(lines + grid([["group", *names], *rows]))
+    return "\n".join(lines)
 
 
 def spread(result: Mapping[str, Any]) -> float:

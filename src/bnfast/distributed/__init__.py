@@ -1,0 +1,1 @@
+"""One layer on several processes: engines' communicators."""

@@ -1,0 +1,69 @@
+/* Elements of the data, as they lie in memory (S) and as they are computed with (T): read, and written, a vector, the
+ * first n of one, or one by one. Included once per dtype by leaves.inc.h, after vec.h.
+ *
+ * float32 and float64 are computed with as they are. float16 and bfloat16 (HALF) are widened to float32 when read and
+ * rounded when written, and that is all they differ in. */
+
+/* Elements of a line of memory. */
+#define LINE ((ptrdiff_t)(64 / sizeof(S)))
+
+#ifdef HALF
+
+static inline T FN(value)(S element) { return PASTE(widen_, HALF, _one)(element); }
+static ALWAYS_INLINE FN(vec) FN(read)(const S *p) { return PASTE(widen_, HALF, )(load_halves(p)); }
+static ALWAYS_INLINE FN(vec) FN(read_part)(const S *p, ptrdiff_t n, FN(vec) fill)
+{
+    if (n >= VN)
+        return FN(read)(p);
+    return FN(select)(n, PASTE(widen_, HALF, )(load_part_halves(p, n < 0 ? 0 : n)), fill);
+}
+static ALWAYS_INLINE void FN(write)(S *p, FN(vec) v) { store_halves(p, PASTE(round_, HALF, )(v)); }
+static ALWAYS_INLINE void FN(write_stream)(S *p, FN(vec) v) { stream_halves(p, PASTE(round_, HALF, )(v)); }
+static ALWAYS_INLINE void FN(write_part)(S *p, ptrdiff_t n, FN(vec) v)
+{
+    if (n >= VN)
+        FN(write)(p, v);
+    else if (n > 0)
+        store_part_halves(p, n, PASTE(round_, HALF, )(v));
+}
+
+#else
+
+static inline T FN(value)(S element) { return element; }
+static ALWAYS_INLINE FN(vec) FN(read)(const S *p) { return FN(load)(p); }
+static ALWAYS_INLINE FN(vec) FN(read_part)(const S *p, ptrdiff_t n, FN(vec) fill) { return FN(load_part)(p, n, fill); }
+static ALWAYS_INLINE void FN(write)(S *p, FN(vec) v) { FN(store)(p, v); }
+static ALWAYS_INLINE void FN(write_part)(S *p, ptrdiff_t n, FN(vec) v) { FN(store_part)(p, n, v); }
+static ALWAYS_INLINE void FN(write_stream)(S *p, FN(vec) v) { FN(store_stream)(p, v); }
+
+#endif
+
+/* The first n of VN elements; where the compiler sees n = VN without a part. */
+static ALWAYS_INLINE FN(vec) FN(read_up_to)(const S *p, ptrdiff_t n, FN(vec) fill)
+{
+    if (n == VN)
+        return FN(read)(p);
+    return FN(read_part)(p, n, fill);
+}
+
+static ALWAYS_INLINE void FN(write_up_to)(S *p, ptrdiff_t n, FN(vec) v)
+{
+    if (n == VN)
+        FN(write)(p, v);
+    else
+        FN(write_part)(p, n, v);
+}
+
+/* Elements from p to the next address a streaming store may take, at most n. */
+static inline ptrdiff_t FN(to_aligned)(const S *p, ptrdiff_t n)
+{
+    const ptrdiff_t head = (ptrdiff_t)((-(uintptr_t)p & (VN * sizeof(S) - 1)) / sizeof(S));
+    return head < n ? head : n;
+}
+
+/* Elements from p to the next line of memory, at most n. */
+static inline ptrdiff_t FN(to_line)(const S *p, ptrdiff_t n)
+{
+    const ptrdiff_t head = (ptrdiff_t)((-(uintptr_t)p & 63) / sizeof(S));
+    return head < n ? head : n;
+}

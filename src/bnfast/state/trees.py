@@ -1,0 +1,102 @@
+"""The batch norms of a whole model's weights: layers of what a dictionary of PyTorch's names holds."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any, SupportsIndex
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from ..layer import BatchNorm
+from .conventions import plain
+from .files import StateError
+
+__all__ = ["from_state"]
+
+PARAMETERS = ("weight", "bias")
+STATISTICS = ("running_mean", "running_var")
+
+
+def from_state(
+    state: Mapping[str, ArrayLike],
+    prefixes: Iterable[str] | None = None,
+    *,
+    eps: float = 1e-5,
+    axis: SupportsIndex = 1,
+    **options: Any,
+) -> dict[str, BatchNorm]:
+    """Layers of all batch norms in a model's weights, such as PyTorch's `state_dict` or a safetensors file.
+
+    Parameters
+    ----------
+    state : mapping of str to array_like
+        NumPy arrays or tensors; half types become float32. A batch norm is what has a running_mean and a running_var,
+        with weight, bias and num_batches_tracked where they are there. (So has an instance norm that tracks its
+        statistics: a state does not tell them apart.)
+    prefixes : iterable of str, optional
+        Which layers to take, like "layer1.0.bn1"; None: all.
+    eps : float
+        Of all of them: it is not in a state.
+    axis : int
+        The channel axis of all of them.
+    **options : any
+        Other arguments of `BatchNorm`, for all of them: momentum, activation, ...
+
+    Returns
+    -------
+    dict of str to BatchNorm
+        Under their prefixes, in the order of `state`; "" for a state of one layer alone. In training mode, as every
+        new layer is: call `eval()` to use the statistics.
+
+    Raises
+    ------
+    TypeError
+        If `state` or an option has a wrong type.
+    StateError
+        If there is no batch norm, not the one asked for, or one whose arrays do not fit each other.
+
+    Examples
+    --------
+    >>> import numpy as np, bnfast
+    >>> ones = np.ones(4, np.float32)
+    >>> bnfast.from_state({"stem.bn.running_mean": ones, "stem.bn.running_var": ones, "fc.weight": np.eye(4)})
+    {'stem.bn': BatchNorm(4, axis=1, eps=1e-05, momentum=0.1, affine=False)}
+    """
+    if not isinstance(state, Mapping):
+        raise TypeError(f"state: expected a mapping, got {type(state).__name__}")
+    if isinstance(prefixes, str):
+        raise TypeError(f"prefixes: expected several str, got one; write [{prefixes!r}]")
+    endings = [name for name in state if isinstance(name, str) and f".{name}".endswith(".running_mean")]
+    found = [name.removesuffix("running_mean").removesuffix(".") for name in endings]
+    found = [prefix for prefix in found if _key(prefix, "running_var") in state]
+    if not found:
+        raise StateError(
+            "state: expected the keys of a batch norm, as 'bn1.running_mean' and 'bn1.running_var', got none"
+        )
+    if prefixes is not None:
+        wanted = [prefix.removesuffix(".") for prefix in prefixes]
+        if missing := [prefix for prefix in wanted if prefix not in found]:
+            few = ", ".join(map(repr, found[:8])) + (", ..." if len(found) > 8 else "")
+            raise StateError(f"prefixes: no batch norm {missing[0]!r}; there are {few}")
+        found = wanted
+    return {prefix: _layer(state, prefix, {"eps": eps, "axis": axis, **options}) for prefix in found}
+
+
+def _key(prefix: str, name: str) -> str:
+    return f"{prefix}.{name}" if prefix else name
+
+
+def _layer(state: Mapping[str, ArrayLike], prefix: str, options: dict[str, Any]) -> BatchNorm:
+    names = [name for name in (*PARAMETERS, *STATISTICS, "num_batches_tracked") if _key(prefix, name) in state]
+    try:
+        values = {name: plain(state[_key(prefix, name)], name) for name in names}
+    except TypeError as error:
+        raise StateError(f"{prefix}: {error}") from error
+    kinds = {("weight", "bias"): True, ("weight",): "gamma", ("bias",): "beta", (): False}
+    options = {"affine": kinds[tuple(name for name in PARAMETERS if name in values)], **options}
+    wide = any(values[name].dtype == np.float64 for name in PARAMETERS if name in values)
+    layer = BatchNorm(values["running_mean"].size, **{"dtype": np.float64 if wide else np.float32, **options})
+    try:
+        layer.load_state_dict(values)
+    except StateError as error:
+        raise StateError(f"{prefix}: {error}") from error
+    return layer
