@@ -25,7 +25,8 @@ from setuptools.command.build_ext import build_ext
 
 KERNELS = (
     *("baseline", "avx2", "avx512", "dispatch"),
-    *("plan", "planar", "interleaved", "block", "merge", "floor", "infinite", "positions", "rows", "careful"),
+    *("plan", "planar", "interleaved", "block", "merge", "positions", "rows"),
+    *("careful", "infinite", "subnormal", "lift", "floor"),
 )
 
 PROBE = "int main(void) { return 0; }\n"

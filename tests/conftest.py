@@ -1,11 +1,15 @@
 """Fixtures for all tests: every instruction set of this CPU, both dtypes, the memory layouts, data."""
 
+import ctypes
+import platform
+import sys
 from typing import NamedTuple
 
 import numpy as np
 import pytest
 from hypothesis import settings
 from layouts import LAYOUTS
+from scripts import c_library
 
 from bnfast import _core
 
@@ -38,6 +42,32 @@ def force_plan():
 @pytest.fixture(params=[np.float32, np.float64], ids=["float32", "float64"])
 def dtype(request):
     return request.param
+
+
+MXCSR = """
+#include <xmmintrin.h>
+unsigned get(void) { return _mm_getcsr() & ~0x3fu; }
+void set(unsigned control) { _mm_setcsr(control); }
+"""
+
+
+@pytest.fixture
+def flushed(tmp_path):
+    """Calls a function while results are flushed to zero and denormals are zero, on this thread."""
+    if platform.machine() not in ("x86_64", "AMD64") or not sys.platform.startswith("linux"):
+        pytest.skip("sets MXCSR through a C library made for Linux on x86-64")
+    library = ctypes.CDLL(c_library(tmp_path, MXCSR, "-O1"))
+    library.get.restype, library.set.argtypes = ctypes.c_uint, [ctypes.c_uint]
+    default = library.get()
+
+    def call(function, *arguments, **named):
+        library.set(default | 0x8040)
+        try:
+            return function(*arguments, **named)
+        finally:
+            library.set(default)
+
+    return call
 
 
 @pytest.fixture

@@ -1,13 +1,8 @@
 """float16 and bfloat16 to float32 and back: every value, on every instruction set, to the bit."""
 
-import ctypes
-import platform
-import sys
-
 import numpy as np
 import pytest
 from halves import DTYPES, FIRST_QUIET, every, half
-from scripts import c_library
 
 from bnfast import _core
 
@@ -95,32 +90,6 @@ def test_parts_of_vectors(isa, name, begin):
             np.testing.assert_array_equal(bits(_core.widened(halves)), bits(numbers))
             expected = bits(halves) | quiet(halves, name)
             np.testing.assert_array_equal(bits(_core.narrowed(numbers.copy(), halves)), expected)
-
-
-MXCSR = """
-#include <xmmintrin.h>
-unsigned get(void) { return _mm_getcsr() & ~0x3fu; }
-void set(unsigned control) { _mm_setcsr(control); }
-"""
-
-
-@pytest.fixture
-def flushed(tmp_path):
-    """Calls a function while results are flushed to zero and denormals are zero, on this thread."""
-    if platform.machine() not in ("x86_64", "AMD64") or not sys.platform.startswith("linux"):
-        pytest.skip("sets MXCSR through a C library made for Linux on x86-64")
-    library = ctypes.CDLL(c_library(tmp_path, MXCSR, "-O1"))
-    library.get.restype, library.set.argtypes = ctypes.c_uint, [ctypes.c_uint]
-    default = library.get()
-
-    def call(function, *arguments):
-        library.set(default | 0x8040)
-        try:
-            return function(*arguments)
-        finally:
-            library.set(default)
-
-    return call
 
 
 @NAMES

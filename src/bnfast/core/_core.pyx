@@ -33,9 +33,9 @@ from cpython.mem cimport PyMem_RawFree, PyMem_RawMalloc
 from cython.parallel cimport prange
 from libc.float cimport DBL_MAX
 from libc.limits cimport LLONG_MAX
-from libc.math cimport sqrt
+from libc.math cimport ldexp, sqrt
 from libc.stdint cimport uintptr_t
-from libc.string cimport memcmp, memcpy, memset
+from libc.string cimport memchr, memcmp, memcpy, memset
 
 include "externs.pxi"
 
@@ -48,6 +48,7 @@ bnfast_read_caches()
 include "arguments.pxi"
 include "layout.pxi"
 include "run.pxi"
+include "subnormal.pxi"
 include "positions.pxi"
 include "operations.pxi"
 include "rows.pxi"

@@ -17,6 +17,7 @@ cdef extern from "kernels/job.h" nogil:
         void (*narrow_values)(Py_ssize_t n, const void *values, void *out) noexcept nogil
         void (*round_values)(Py_ssize_t n, const double *values, void *out) noexcept nogil
         Py_ssize_t (*usable_variances)(Py_ssize_t n, const double *var, double eps) noexcept nogil
+        int lift_exponent
 
     const bnfast_kernels *bnfast_active(bnfast_dtype dtype) noexcept
     const bnfast_kernels *bnfast_of_same_isa(const bnfast_kernels *kernels, bnfast_dtype dtype) noexcept
@@ -42,6 +43,8 @@ cdef extern from "kernels/job.h" nogil:
         BNFAST_BACKWARD_APPLY
         BNFAST_FLOOR
         BNFAST_JVP
+        BNFAST_LIFT
+        BNFAST_LOWER
 
     ctypedef struct bnfast_job
 
@@ -89,6 +92,7 @@ cdef extern from "kernels/job.h" nogil:
         double *dgamma
         double count
         int *infinite
+        unsigned char *lifted
         int n_threads
         bnfast_plan_kind kind
         Py_ssize_t n_segments, segment_rows, segment_length, fold, block_channels, task_channels
@@ -100,6 +104,7 @@ cdef extern from "kernels/job.h" nogil:
 
     Py_ssize_t bnfast_threads_worth(const bnfast_job *job) noexcept
     void bnfast_plan(bnfast_job *job) noexcept
+    int bnfast_is_subnormal(const bnfast_job *job) noexcept
     int bnfast_is_planar(const bnfast_job *job) noexcept
 
     ctypedef struct bnfast_choices:

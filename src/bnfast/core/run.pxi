@@ -144,6 +144,12 @@ cdef char *kept(bnfast_parameter *parameter, Py_ssize_t channels, char *at) noex
 
 cdef int compute(bnfast_job *job, cnp.ndarray x) except -1:
     """Plans and runs a job whose arrays are set; job.u, if any, lies as x does."""
+    if job.kernels == NULL:
+        job.kernels = bnfast_active(dtype_of(x))
+    return compute_lifted(job, x) if bnfast_is_subnormal(job) else plan_and_run(job)
+
+
+cdef int plan_and_run(bnfast_job *job) except -1:
     cdef Py_ssize_t elements = job.outer * job.channels * job.inner
     cdef Py_ssize_t more
     cdef bnfast_parameter *parameters[4]
@@ -151,13 +157,11 @@ cdef int compute(bnfast_job *job, cnp.ndarray x) except -1:
     cdef char on_stack[WORKSPACE_ON_STACK]  # an allocation costs small calls a twentieth of their time
     cdef char *memory = on_stack
     cdef char *at
-    cdef char *shared
+    cdef char *shared = NULL
     cdef Py_ssize_t worth
     cdef bint small  # done at once by the calling thread, which keeps the GIL
     cdef int budget = 1
     parameters[0], parameters[1], parameters[2], parameters[3] = &job.gamma, &job.beta, &job.vgamma, &job.vbeta
-    if job.kernels == NULL:
-        job.kernels = bnfast_active(dtype_of(x))
     job.n_threads = 1
     worth = bnfast_threads_worth(job)
     small = worth == 1
@@ -172,6 +176,8 @@ cdef int compute(bnfast_job *job, cnp.ndarray x) except -1:
         more = job.n_phases * <Py_ssize_t>phase_bytes(job.n_threads)
         for p in range(4):
             more += parameter_bytes(parameters[p], job.channels)
+    if may_lift(job):
+        more += job.channels
     if more + job.workspace_bytes + 64 > WORKSPACE_ON_STACK:
         memory = <char *>PyMem_RawMalloc(more + job.workspace_bytes + 64)
     if memory == NULL:
@@ -179,15 +185,20 @@ cdef int compute(bnfast_job *job, cnp.ndarray x) except -1:
             bnfast_openmp_leave(budget, job.n_threads)
         raise MemoryError(f"no memory for {job.workspace_bytes} bytes of workspace")
     job.workspace = memory + (-<uintptr_t>memory & 63)
-    if small:
-        run_alone(job)
-    else:
+    if not small:
         shared = job.workspace
         job.workspace += job.n_phases * phase_bytes(job.n_threads)
-        at = job.workspace + job.workspace_bytes
-        for p in range(4):
-            at = kept(parameters[p], job.channels, at)
+    at = job.workspace + job.workspace_bytes
+    for p in range(0 if small else 4):
+        at = kept(parameters[p], job.channels, at)
+    if may_lift(job):
+        job.lifted = <unsigned char *>memset(at, 0, job.channels)
+    if small:
+        run_alone(job)
+        lower_what_is_lifted(job, NULL)
+    else:
         run(job, shared)
+        lower_what_is_lifted(job, shared)
         bnfast_openmp_leave(budget, job.n_threads)
     if memory != on_stack:
         PyMem_RawFree(memory)

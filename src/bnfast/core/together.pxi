@@ -27,44 +27,25 @@ cdef int reduce_part(Forward forward, cnp.ndarray row) except -1:
     return 0
 
 
-cdef int take_statistics(Forward forward, cnp.ndarray rows, double *var) except -1:
-    """Those of the whole batch, from the rows of all; -> var: the population's."""
-    cdef Py_ssize_t channels = forward.channels, width = cnp.PyArray_DIM(rows, 1), i
+cdef int take_statistics(Forward forward, cnp.ndarray rows, bnfast_job *job) except -1:
+    """Those of the whole batch, from the rows of all, for a job that maps with them."""
+    cdef Py_ssize_t channels = forward.channels, width = cnp.PyArray_DIM(rows, 1)
     cdef double *merged = values(rows) + 1
+    cdef const double *m2 = merged + 1 + channels
     bnfast_merge_moments_rows(merged, cnp.PyArray_DIM(rows, 0), width, channels, True)
     cdef double count = merged[0]
     if count < 2:
         raise ValueError("Expected more than 1 value per channel when training, "
                          f"got {count:.0f} on all processes together")
-    cdef double eps = forward.eps
-    cdef const double *m2 = merged + 1 + channels
-    cdef double *inv_std = forward.row(INV_STD)
     memcpy(forward.row(MEAN), merged + 1, channels * sizeof(double))
     memcpy(forward.row(M2), m2, channels * sizeof(double))
+    memset(forward.row(INV_STD), 0, channels * sizeof(double))  # of an empty part it stays that
     if forward.mean_rest() != NULL:
         memcpy(forward.mean_rest(), m2 + channels, channels * sizeof(double))
-    for i in range(channels):  # a loop of pointers alone, which the compiler makes vectors of
-        var[i] = m2[i] / count
-        inv_std[i] = 1.0 / sqrt(var[i] + eps)
-    check_range(var, forward.row(MEAN), channels)
+    check_range(m2, forward.row(MEAN), channels)
+    job.count, job.mean, job.mean_rest = count, forward.row(MEAN), forward.mean_rest()
+    job.m2, job.inv_std = forward.row(M2), forward.row(INV_STD)
     return 0
-
-
-cdef cnp.ndarray take_rests(Forward forward, bnfast_job *job):
-    """-> beta less what the means were rounded by, which the job takes as its beta; None: they are not known."""
-    cdef Py_ssize_t i
-    cdef cnp.ndarray beta
-    cdef const double *gamma = job.gamma.wide
-    cdef const double *given = job.beta.wide
-    cdef double slope
-    if forward.mean_rest() == NULL:
-        return None
-    beta = new_statistics(forward.channels)
-    for i in range(forward.channels):
-        slope = (1.0 if gamma == NULL else gamma[i]) * forward.row(INV_STD)[i]
-        values(beta)[i] = (0.0 if given == NULL else given[i]) - forward.mean_rest()[i] * slope
-    job.beta.wide = values(beta)
-    return beta
 
 
 cdef tuple forward_together(AtomicReference contents, Options options, Processes processes, x, gamma, beta, double eps,
@@ -72,7 +53,7 @@ cdef tuple forward_together(AtomicReference contents, Options options, Processes
     """-> (y, Forward) of this process's part x of a training batch, whose contents are exchanged for those after it."""
     cdef Forward forward
     cdef bnfast_job job = new_job(BNFAST_EVAL)
-    cdef cnp.ndarray y, given_out, var, row, rows, beta_of_rests  # which the job reads
+    cdef cnp.ndarray y, given_out, row, rows
     processes.begin()
     row = new_row(processes.code(FOR_FORWARD), 3 * options.channels)
     try:
@@ -84,12 +65,9 @@ cdef tuple forward_together(AtomicReference contents, Options options, Processes
         processes.refuse(FOR_FORWARD, cnp.PyArray_DIM(row, 0), error)
         raise
     rows = processes.sent(row, processes.code(FOR_FORWARD))
-    var = new_statistics(options.channels)
-    take_statistics(forward, rows, values(var))
+    take_statistics(forward, rows, &job)
     job.eps = eps
     forward.set_parameters(&job)
-    job.mean, job.var = forward.row(MEAN), values(var)
-    beta_of_rests = take_rests(forward, &job)
     y = mapped_there(forward, &job, given_out, keep)
     forward.count, forward.processes = <Py_ssize_t>values(rows)[1], processes
     seal(forward, out, living)

@@ -103,7 +103,7 @@ bnfast_channels bnfast_channels_of(const bnfast_job *job, const bnfast_block *bl
     const ptrdiff_t at = block->first + i;
     const bnfast_channels channels = {
         .operation = job->operation,
-        .count = job->operation == BNFAST_BACKWARD_APPLY ? job->count : (double)job->outer * (double)job->inner,
+        .count = job->count > 0.0 ? job->count : (double)job->outer * (double)job->inner,
         .eps = job->eps,
         .gamma = parameter_from(&job->gamma, at),
         .beta = parameter_from(&job->beta, at),
@@ -150,5 +150,7 @@ ptrdiff_t bnfast_make_coefficients(const bnfast_job *job, const bnfast_block *bl
         job->kernels->make_y_coefficients(n, &channels);
     job->kernels->make_coefficients(n, &channels);
     memset(block->careful + i, 0, (size_t)n);
-    return job->kernels->edges(n, &channels);
+    ptrdiff_t small;
+    const ptrdiff_t edges = job->kernels->edges(n, &channels, &small);
+    return edges + (job->lifted ? small : 0);
 }

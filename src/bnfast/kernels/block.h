@@ -5,6 +5,16 @@
 
 #include "geometry.h"
 
+/* Threads may do so at the same time. */
+static inline void set_flag(int *flag)
+{
+#if defined(__GNUC__)
+    __atomic_store_n(flag, 1, __ATOMIC_RELAXED);
+#else
+    *(volatile int *)flag = 1;
+#endif
+}
+
 /* BACKWARDS: best from the last task to the first, as what the phase before ended with is still in cache. */
 enum { FORWARDS, BACKWARDS };
 
@@ -53,7 +63,8 @@ void bnfast_merge_pair(const bnfast_job *job, ptrdiff_t n, double count, double 
 void bnfast_choose_centers(const bnfast_job *job, const bnfast_block *block);
 
 /* From the merged reductions a[i], b[i] of the block's channels to the results a channel (mean, variance, inv_std;
- * dgamma, dbeta), and to its coefficients. Returns how many lie at the edges of the dtype's range: none is careful yet. */
+ * dgamma, dbeta), and to its coefficients. Returns how many lie at the edges of the dtype's range, or may be lifted: none is
+ * careful yet. */
 ptrdiff_t bnfast_make_coefficients(const bnfast_job *job, const bnfast_block *block, ptrdiff_t i, ptrdiff_t n);
 
 /* Of the block's channels from the i-th on, as the leaves take them. */
@@ -68,6 +79,10 @@ int bnfast_some_careful(const bnfast_block *block, ptrdiff_t i, ptrdiff_t n); /*
 void bnfast_map_carefully(const bnfast_job *job, const bnfast_block *block, ptrdiff_t i, int flags, const void *x,
                           const void *u, void *out, const bnfast_marked *marked, ptrdiff_t n);
 
+/* subnormal.c: where channels of n from the block's i-th on have a gamma so small that results would be subnormal, has their
+ * map make those times a power of two, as job->lifted then says. Their coefficients are made. */
+void bnfast_lift_channels(const bnfast_job *job, const bnfast_block *block, ptrdiff_t i, ptrdiff_t n);
+
 /* Sets job->infinite if a value of the rows is infinite; nothing to do where it is NULL. For the apply step to call
  * just before its map, so that both find the rows in cache. x: (n_rows, length), rows `stride` apart IN */
 void bnfast_note_infinity(const bnfast_job *job, const void *x, ptrdiff_t n_rows, ptrdiff_t stride, ptrdiff_t length);
@@ -76,5 +91,6 @@ void bnfast_note_infinity(const bnfast_job *job, const void *x, ptrdiff_t n_rows
 void bnfast_planar_phases(bnfast_job *job);
 void bnfast_interleaved_phases(bnfast_job *job);
 void bnfast_floor_phases(bnfast_job *job);
+void bnfast_lift_phases(bnfast_job *job);
 
 #endif

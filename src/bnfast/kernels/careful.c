@@ -64,10 +64,10 @@ static channel channel_of(const bnfast_job *job, const bnfast_channels *of)
         .vbeta = one_of(&of->vbeta, maps_u_only(job) ? -0.0 : 0.0),
     };
     c.inv_std = of->inv_std ? *of->inv_std : of->var ? 1.0 / sqrt(*of->var + of->eps) : 1.0;
-    if (sums_products(job) && of->mean_rest)
-        c.rest = *of->mean_rest;
-    else if (job->operation == BNFAST_FORWARD)
+    if (job->operation == BNFAST_FORWARD)
         c.rest = *of->a; /* where `again` has left it */
+    else if (of->mean_rest)
+        c.rest = *of->mean_rest;
     if (maps_gradient(job)) {
         c.u_mean = (of->dbeta ? *of->dbeta : *of->a) / of->count;
         c.hat_mean = (of->dgamma ? *of->dgamma : *of->b) / of->count;
@@ -270,6 +270,12 @@ static int is_only_gamma(const bnfast_job *job, const channel *c, double m2)
                                              : job->operation != BNFAST_EVAL || is_at_most(c->mean, most));
 }
 
+static int is_at_edge(const bnfast_job *job, const bnfast_channels *of)
+{
+    ptrdiff_t small;
+    return job->kernels->edges(1, of, &small) > 0;
+}
+
 /* What is to be made again of a channel at an edge; whether its map has to be careful, too. */
 static unsigned char again(const bnfast_job *job, const bnfast_block *block, ptrdiff_t i, bnfast_channels of)
 {
@@ -296,7 +302,7 @@ static unsigned char again(const bnfast_job *job, const bnfast_block *block, ptr
     int sums_too = 0;
     if (reduces(job) && job->operation != BNFAST_BACKWARD_APPLY) { /* whose sums are given */
         of.operation = BNFAST_BACKWARD_SUMS;
-        sums_too = job->kernels->edges(1, &of) > 0;
+        sums_too = is_at_edge(job, &of);
         if (of.dbeta == NULL) { /* a place for them */
             const double hi = job->kernels->narrow ? (double)(float)*of.mean : *of.mean;
             *b = (*b - (*of.mean - hi) * *a) * *of.inv_std;
@@ -319,19 +325,26 @@ static unsigned char again(const bnfast_job *job, const bnfast_block *block, ptr
         of.operation = BNFAST_BACKWARD_APPLY;
         job->kernels->make_coefficients(1, &of);
     }
-    return job->kernels->edges(1, &of) > 0;
+    return is_at_edge(job, &of);
 }
 
 void bnfast_find_careful(const bnfast_job *job, const bnfast_block *block, ptrdiff_t i, ptrdiff_t n)
 {
+    const bnfast_channels all = bnfast_channels_of(job, block, i);
+    ptrdiff_t small;
+    bnfast_lift_channels(job, block, i, n);
+    if (job->kernels->edges(n, &all, &small) == 0) /* what there was is lifted */
+        return;
     for (ptrdiff_t c = i; c < i + n; c++) {
+        if (job->lifted && job->lifted[block->first + c])
+            continue;
         const bnfast_channels one = bnfast_channels_of(job, block, c);
         if (job->operation == BNFAST_EVAL) { /* soon told, in calls where it matters most */
             const channel given = channel_of(job, &one);
             if (is_only_gamma(job, &given, 0.0))
                 continue;
         }
-        if (job->kernels->edges(1, &one) > 0)
+        if (is_at_edge(job, &one))
             block->careful[c] = again(job, block, c, one);
     }
 }

@@ -135,23 +135,18 @@ static void FN(make_group)(const bnfast_channels *of, ptrdiff_t first, ptrdiff_t
         return;
     }
     FN(read_parameter)(&of->gamma, 1.0, first, n, gamma);
+    const double *restrict const mean_rest = of->mean_rest ? of->mean_rest + first : NULL;
     if (of->operation == BNFAST_FORWARD || of->operation == BNFAST_EVAL) {
-        if (of->operation == BNFAST_FORWARD) {
+        const double *restrict const m2 = of->operation == BNFAST_FORWARD ? b : of->m2 ? of->m2 + first : NULL;
+        if (m2 != NULL) {
             double *restrict const inv_std = of->inv_std + first;
             const double inverse = FN(exact_inverse)(count);
             for (ptrdiff_t i = 0; i < n; i++) {
                 /* of the batch as it is, the population's; never negative */
-                const double variance = FN(quotient)(b[i], count, inverse);
+                const double variance = FN(quotient)(m2[i], count, inverse);
                 inv_std[i] = 1.0 / sqrt(variance + eps);
                 slope[i] = gamma[i] * inv_std[i];
             }
-            FN(means_of_centers)(n, center, a, mean);
-            if (of->m2 != NULL)
-                FN(copy_values)(n, b, of->m2 + first);
-            if (of->mean_rest != NULL || !NARROW)
-                FN(rests_of_means)(n, center, a, mean, rest);
-            if (of->mean_rest != NULL)
-                FN(copy_values)(n, rest, of->mean_rest + first);
         } else if (of->var != NULL) {
             const double *restrict const variance = of->var + first;
             for (ptrdiff_t i = 0; i < n; i++)
@@ -159,15 +154,23 @@ static void FN(make_group)(const bnfast_channels *of, ptrdiff_t first, ptrdiff_t
         } else
             FN(copy_values)(n, gamma, slope);
         FN(read_parameter)(&of->beta, 0.0, first, n, shift);
-        if (of->operation == BNFAST_FORWARD)
+        if (of->operation == BNFAST_FORWARD) {
+            FN(means_of_centers)(n, center, a, mean);
+            if (of->m2 != NULL)
+                FN(copy_values)(n, b, of->m2 + first);
+            if (of->mean_rest != NULL || !NARROW)
+                FN(rests_of_means)(n, center, a, mean, rest);
+            if (of->mean_rest != NULL)
+                FN(copy_values)(n, rest, of->mean_rest + first);
             FN(take_rest)(n, rest, slope, shift);
+        } else
+            FN(take_rest)(n, mean_rest, slope, shift);
         FN(round_map)(n, mean, slope, shift, center, (T *)of->c.scale + first, (T *)of->c.shift + first);
         return;
     }
 
     /* backward, its parts, jvp */
     const int constant = of->operation == BNFAST_BACKWARD_EVAL;
-    const double *restrict const mean_rest = of->mean_rest ? of->mean_rest + first : NULL;
     const double *restrict const inv_std = of->inv_std + first;
     double u_sum[GROUP], u_hat[GROUP], u_center[GROUP], hat_scale[GROUP]; /* sum(u), sum(u * x_hat), ... */
     if (of->operation == BNFAST_BACKWARD_APPLY) {
@@ -245,6 +248,7 @@ static void FN(make_coefficients)(ptrdiff_t n, const bnfast_channels *of)
 
 /* The ends of what is normal in T; a size that takes no part in the rounding of the largest numbers; and of a forward the m2
  * up to which no x - mean leaves the range. */
+#define SMALL_SCALE (NARROW ? (T)0x1p-100f : (T)0x1p-804) /* results may be subnormal */
 #define LEAST_NORMAL (NARROW ? (T)FLT_MIN : (T)DBL_MIN)
 #define MOST_SCALE (NARROW ? (T)(FLT_MAX / 2) : (T)(DBL_MAX / 2))
 #define NO_PART (NARROW ? (T)1e30f : (T)1e290)
@@ -257,6 +261,7 @@ static void FN(make_coefficients)(ptrdiff_t n, const bnfast_channels *of)
 #define SIZE(v) _Generic((v), float: fabsf, double: fabs)(v)
 #define WITHIN(v, least, most) ((SIZE(v) >= (least)) & (SIZE(v) <= (most)))
 #define UP_TO(v, most) (SIZE(v) <= (most))
+#define IS_SMALL(v) ((SIZE(v) < SMALL_SCALE) & ((v) != 0))
 
 /* Values that differ, but by so little that their squares are zero, are themselves below this. */
 #define MOST_VANISHING 1e-138
@@ -277,15 +282,16 @@ static ptrdiff_t FN(edges_of_m2)(ptrdiff_t n, const bnfast_channels *of)
     return (ptrdiff_t)found;
 }
 
-static ptrdiff_t FN(edges)(ptrdiff_t n, const bnfast_channels *of)
+static ptrdiff_t FN(edges)(ptrdiff_t n, const bnfast_channels *of, ptrdiff_t *small)
 {
     const T *restrict const center = of->c.center, *restrict const scale = of->c.scale,
                             *restrict const shift = of->c.shift, *restrict const u_center = of->c.u_center,
                             *restrict const u_scale = of->c.u_scale, *restrict const hat_scale = of->c.hat_scale;
     const double *restrict const b = of->b;
     const double lost = of->count * LEAST_M2;
-    TI maps = 0;
+    TI maps = 0, scales = 0;
     int64_t sums = 0;
+    *small = 0;
     switch (of->operation) {
     case BNFAST_MOMENTS:
         for (ptrdiff_t i = 0; i < n; i++)
@@ -306,17 +312,24 @@ static ptrdiff_t FN(edges)(ptrdiff_t n, const bnfast_channels *of)
     if (of->operation == BNFAST_BACKWARD_SUMS)
         return (ptrdiff_t)sums;
     if (of->operation == BNFAST_FORWARD || of->operation == BNFAST_BACKWARD_EVAL)
-        for (ptrdiff_t i = 0; i < n; i++)
+        for (ptrdiff_t i = 0; i < n; i++) {
             maps += !(WITHIN(scale[i], LEAST_NORMAL, MOST_SCALE) & UP_TO(shift[i], NO_PART));
+            scales += IS_SMALL(scale[i]);
+        }
     else if (of->operation == BNFAST_EVAL)
-        for (ptrdiff_t i = 0; i < n; i++)
+        for (ptrdiff_t i = 0; i < n; i++) {
             maps +=
                 !(WITHIN(scale[i], LEAST_NORMAL, MOST_SCALE) & UP_TO(shift[i], NO_PART) & UP_TO(center[i], NO_PART));
+            scales += IS_SMALL(scale[i]);
+        }
     else
-        for (ptrdiff_t i = 0; i < n; i++)
+        for (ptrdiff_t i = 0; i < n; i++) {
             maps += !(WITHIN(scale[i], (T)(NARROW ? 1e-30 : 1e-290), MOST_SCALE) & UP_TO(shift[i], NO_PART) &
                       WITHIN(u_scale[i], LEAST_NORMAL, MOST_SCALE) & UP_TO(hat_scale[i], MOST_SCALE) &
                       UP_TO(u_center[i], NO_PART));
+            scales += IS_SMALL(u_scale[i]);
+        }
+    *small = (ptrdiff_t)scales;
     return (ptrdiff_t)maps + (ptrdiff_t)sums;
 }
 

@@ -7,13 +7,6 @@
 #include <stdint.h>
 #include <string.h>
 
-/* Threads may find one at the same time. */
-#if defined(__GNUC__)
-#define SET(flag) __atomic_store_n(flag, 1, __ATOMIC_RELAXED)
-#else
-#define SET(flag) (*(volatile int *)(flag) = 1)
-#endif
-
 /* x - x is 0, of which all bits are 0, unless x is infinite or NaN; which of them it is we ask only then. bits: an
  * integer as wide as type */
 #define HAS_INFINITY(name, type, bits, largest) \
@@ -70,5 +63,5 @@ void bnfast_note_infinity(const bnfast_job *job, const void *x, ptrdiff_t n_rows
     for (ptrdiff_t r = 0; r < n_rows; r++)
         found |= has_infinity[job->kernels->dtype]((const char *)x + r * stride * job->kernels->itemsize, length);
     if (found)
-        SET(job->infinite);
+        set_flag(job->infinite);
 }

@@ -61,17 +61,20 @@ struct bnfast_job {
     bnfast_rectifier rectifier;
     bnfast_parameter gamma, beta;   /* left out: ones, zeros */
     bnfast_parameter vgamma, vbeta; /* left out: zeros; jvp */
-    const double *var;              /* (channels,) IN; eval, NULL: inv_std is 1, so out = (x - mean) * gamma + beta */
-    double eps;                     /* forward and eval */
-    double *mean, *inv_std, *m2;    /* (channels,) OUT of forward (m2 may be NULL) and moments, IN elsewhere */
-    int exact;                      /* moments and forward: sums in float64 whatever the dtype */
-    double *mean_rest;              /* (channels,) OUT of moments and forward: mean + mean_rest is the mean; IN of
-                                       backward and jvp; or NULL */
-    double *dbeta, *dgamma;         /* (channels,) OUT of backward: sums of u and of u * x_hat; jvp: may be NULL;
+    const double *var; /* (channels,) IN; eval, NULL and no m2: inv_std is 1, so out = (x - mean) * gamma + beta */
+    double eps;        /* forward and eval */
+    double *mean, *inv_std, *m2; /* (channels,) OUT of forward (m2 may be NULL) and moments, IN elsewhere; eval: m2 IN
+                                     * of the batch that `count` values a channel belong to, inv_std OUT, or both NULL */
+    int exact;                   /* moments and forward: sums in float64 whatever the dtype */
+    double *mean_rest;           /* (channels,) OUT of moments and forward: mean + mean_rest is the mean; IN of
+                                       eval, backward and jvp; or NULL */
+    double *dbeta, *dgamma;      /* (channels,) OUT of backward: sums of u and of u * x_hat; jvp: may be NULL;
                                        * IN of BNFAST_BACKWARD_APPLY */
-    double count;                   /* of BNFAST_BACKWARD_APPLY: values a channel that dbeta and dgamma are of */
-    int *infinite;                  /* OUT of eval, NULL: not asked for; set to 1 if x has an infinity */
-    int n_threads;                  /* threads that will run the tasks, >= 1 */
+    double count;                /* values a channel that given sums or m2 are of; 0: those of x */
+    int *infinite;               /* OUT of eval, NULL: not asked for; set to 1 if x has an infinity */
+    unsigned char *lifted;       /* (channels,) OUT, 0 before: whose results are left times a power of two, for
+                                     * BNFAST_LOWER (subnormal.c); NULL: none may be */
+    int n_threads;               /* threads that will run the tasks, >= 1 */
 
     /* set by bnfast_plan */
     bnfast_plan_kind kind;
@@ -103,7 +106,8 @@ struct bnfast_job {
 
 ptrdiff_t bnfast_threads_worth(const bnfast_job *job); /* before the plan: how many threads the work is worth */
 void bnfast_plan(bnfast_job *job);
-int bnfast_is_planar(const bnfast_job *job); /* the layout that a plan is made for */
+int bnfast_is_subnormal(const bnfast_job *job); /* whether a backward's u is in places, by some elements of it */
+int bnfast_is_planar(const bnfast_job *job);    /* the layout that a plan is made for */
 
 /* For tests: what plans choose from now on, -1: by themselves. A choice that a job cannot be run with is passed over.
  * No bit of a result depends on any. */

@@ -47,7 +47,9 @@ typedef enum {
     BNFAST_BACKWARD_SUMS,  /* dbeta, dgamma of BNFAST_BACKWARD alone */
     BNFAST_BACKWARD_APPLY, /* out of BNFAST_BACKWARD alone, with dbeta, dgamma and their count as given */
     BNFAST_FLOOR,          /* out = x, or x + u: not an operation, a measure for them */
-    BNFAST_JVP             /* u: direction of x; out: derivative of y along it, vgamma and vbeta */
+    BNFAST_JVP,            /* u: direction of x; out: derivative of y along it, vgamma and vbeta */
+    BNFAST_LIFT,           /* out = x times a power of two; what that cannot hold sets `infinite` (lift.c) */
+    BNFAST_LOWER           /* out less it again: all channels, or those that are `lifted` */
 } bnfast_operation;
 
 typedef struct { /* (channels,) IN, of either dtype; both NULL: left out */
@@ -200,8 +202,9 @@ typedef struct {
     /* The results of n channels, and their coefficients. */
     void (*make_coefficients)(ptrdiff_t n, const bnfast_channels *of);
     /* How many of n channels, whose coefficients are made, lie at the edges of a dtype's range: what they are made of, or
-     * what the map makes with them, may not be what it should (careful.c). */
-    ptrdiff_t (*edges)(ptrdiff_t n, const bnfast_channels *of);
+     * what the map makes with them, may not be what it should (careful.c). small: how many have so small a scale that
+     * results may be subnormal OUT */
+    ptrdiff_t (*edges)(ptrdiff_t n, const bnfast_channels *of, ptrdiff_t *small);
     ptrdiff_t (*edges_of_m2)(ptrdiff_t n, const bnfast_channels *of); /* the same of a forward's or moments' m2 alone */
     /* How many of n variances are finite and, with eps, above 0. */
     ptrdiff_t (*usable_variances)(ptrdiff_t n, const double *var, double eps);
@@ -215,6 +218,14 @@ typedef struct {
     /* From the dtype to what is computed with, exactly, and back, rounded to nearest even. */
     void (*widen_values)(ptrdiff_t n, const void *x, void *out);
     void (*narrow_values)(ptrdiff_t n, const void *values, void *out);
+
+    /* Numbers by their bits, where subnormal ones would be slow (subnormal.inc.h); lift_exponent 0: not of this dtype.
+     * lift: out = x * 2**lift_exponent, n of them; returns whether some cannot be. lower: the other way round, rounded
+     * to nearest even, n_rows rows, `stride` apart, of n_columns, of which only those where `which`, of the
+     * coefficients' dtype, has all its bits; NULL: all */
+    int lift_exponent;
+    int (*lift)(ptrdiff_t n, const void *x, void *out);
+    void (*lower)(void *data, ptrdiff_t n_rows, ptrdiff_t stride, ptrdiff_t n_columns, const void *which);
 } bnfast_kernels;
 
 /* One table per dtype for each instruction set that was compiled. */

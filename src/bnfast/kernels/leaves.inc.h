@@ -46,6 +46,8 @@
 #include "coefficients.inc.h"
 #endif
 
+#include "subnormal.inc.h"
+
 static void FN(floor)(const void *data, const void *data_u, void *result, ptrdiff_t n)
 {
     const S *x = data, *u = data_u;
@@ -107,6 +109,11 @@ const bnfast_kernels FN(bnfast_table) = {
     .widen_values = FN(widen_values),
     .narrow_values = FN(narrow_values),
     .round_values = OF_T(round_values),
+    .lift_exponent = LIFT,
+#ifndef HALF
+    .lift = FN(lift),
+    .lower = FN(lower),
+#endif
 };
 
 #undef LINE
@@ -138,6 +145,8 @@ const bnfast_kernels FN(bnfast_table) = {
 #undef MANY_COLUMNS
 #undef GROUP
 #undef LEAST_NORMAL
+#undef SMALL_SCALE
+#undef IS_SMALL
 #undef MOST_SCALE
 #undef NO_PART
 #undef MOST_M2
@@ -158,3 +167,4 @@ const bnfast_kernels FN(bnfast_table) = {
 #undef DO_TILE
 #undef TURN
 #undef MARKS_PER_BYTE
+#undef LIFT

@@ -284,6 +284,8 @@ static ptrdiff_t nanoseconds(const bnfast_job *job)
         [BNFAST_BACKWARD] = {250, 3000},
         [BNFAST_JVP] = {250, 3000},
         [BNFAST_FLOOR] = {125, 0},
+        [BNFAST_LIFT] = {125, 0},
+        [BNFAST_LOWER] = {125, 0},
         [BNFAST_BACKWARD_EVAL] = {180, 2000},
         [BNFAST_BACKWARD_SUMS] = {125, 1000},
         [BNFAST_BACKWARD_APPLY] = {125, 2000},
@@ -313,6 +315,10 @@ void bnfast_plan(bnfast_job *job)
     job->kind = BNFAST_PHASES;
     if (job->operation == BNFAST_FLOOR) {
         bnfast_floor_phases(job);
+        return;
+    }
+    if (job->operation == BNFAST_LIFT || job->operation == BNFAST_LOWER) {
+        bnfast_lift_phases(job);
         return;
     }
     job->stream = is_streamed(job);

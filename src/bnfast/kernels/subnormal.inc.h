@@ -1,0 +1,133 @@
+/* Numbers times a power of two and back, by their bits: an instruction with a subnormal takes some CPUs as long as a
+ * hundred others, so the maps get numbers that are not, and what they give is made smaller here.
+ *
+ * Times 2**LIFT a subnormal is an ordinary number, and what is small enough to be lifted stays within the range. */
+
+#ifdef HALF
+
+#define LIFT 0 /* what has been rounded to a half cannot be rounded again */
+
+#else
+
+#define LIFT (NARROW ? 96 : 800)
+#define MANTISSA (NARROW ? 23 : 52)
+#define EXPONENTS (NARROW ? (TI)255 : (TI)2047)
+/* In a lifted number's bits: of the least normal one. */
+#define LEAST_LIFTED ((TI)(LIFT + 1) << MANTISSA)
+
+#if defined(__GNUC__) && VBYTES > 8
+typedef TI FN(bits) __attribute__((vector_size(VBYTES)));
+static ALWAYS_INLINE FN(bits) FN(bits_of)(FN(vec) v) { return (FN(bits))v; }
+static ALWAYS_INLINE FN(vec) FN(of_bits)(FN(bits) bits) { return (FN(vec))bits; }
+static ALWAYS_INLINE FN(bits) FN(all_bits)(TI value) { return value - (FN(bits)){0}; }
+#else
+typedef TI FN(bits);
+static ALWAYS_INLINE FN(bits) FN(bits_of)(FN(vec) v)
+{
+    FN(bits) bits;
+    memcpy(&bits, &v, sizeof bits);
+    return bits;
+}
+static ALWAYS_INLINE FN(vec) FN(of_bits)(FN(bits) bits)
+{
+    FN(vec) v;
+    memcpy(&v, &bits, sizeof v);
+    return v;
+}
+static ALWAYS_INLINE FN(bits) FN(all_bits)(TI value) { return value; }
+#endif
+
+static ALWAYS_INLINE FN(bits) FN(chosen)(FN(bits) which, FN(bits) yes, FN(bits) no)
+{
+    return (which & yes) | (~which & no);
+}
+
+/* All ones where a < b; both are above 0. */
+static ALWAYS_INLINE FN(bits) FN(is_less)(FN(bits) a, FN(bits) b)
+{
+    const FN(bits) difference = a - b;
+    return difference >> (int)(8 * sizeof(T) - 1); /* its sign */
+}
+
+/* Without the sign. */
+static ALWAYS_INLINE FN(bits) FN(size_of)(FN(bits) bits)
+{
+    return bits & FN(all_bits)((TI)((EXPONENTS << MANTISSA) | (((TI)1 << MANTISSA) - 1)));
+}
+
+/* v * 2**-LIFT, rounded to nearest even. Added to the least number that stays normal, a smaller one is rounded to multiples of
+ * the least subnormal, which the sum's bits count; what is larger, added to itself, keeps all its digits, and its exponent
+ * comes out the same way. NaN and infinity stay. */
+static ALWAYS_INLINE FN(vec) FN(lowered)(FN(vec) v)
+{
+    const FN(vec) least = FN(of_bits)(FN(all_bits)(LEAST_LIFTED));
+    const FN(bits) bits = FN(bits_of)(v), size = FN(size_of)(bits);
+    const FN(vec) a = FN(of_bits)(size);
+    const FN(bits) small = FN(is_less)(size, FN(all_bits)(LEAST_LIFTED));
+    const FN(vec) sum = a + FN(of_bits)(FN(chosen)(small, FN(bits_of)(least), size));
+    const FN(bits) lower = FN(bits_of)(sum) - FN(all_bits)(LEAST_LIFTED);
+    const FN(bits) finite = FN(is_less)(size, FN(all_bits)((TI)((EXPONENTS - 1) << MANTISSA)));
+    return FN(of_bits)(FN(chosen)(finite, lower | (bits ^ size), bits));
+}
+
+/* n_rows rows, `stride` apart, of n_columns elements, where `which`, (n_columns,), is not NULL only of those columns where
+ * all its bits are ones. */
+static void FN(lower)(void *data, ptrdiff_t n_rows, ptrdiff_t stride, ptrdiff_t n_columns, const void *which)
+{
+    const FN(vec) zero = FN(set1)(0);
+    for (ptrdiff_t r = 0; r < n_rows; r++) {
+        T *const row = (T *)data + r * stride;
+        for (ptrdiff_t j = 0, n; j < n_columns; j += n) {
+            n = n_columns - j < VN ? n_columns - j : VN;
+            const FN(vec) v = FN(load_up_to)(row + j, n, zero);
+            FN(vec) result = FN(lowered)(v);
+            if (which) {
+                const FN(bits) these = FN(bits_of)(FN(load_up_to)((const T *)which + j, n, zero));
+                result = FN(of_bits)(FN(chosen)(these, FN(bits_of)(result), FN(bits_of)(v)));
+            }
+            if (n == VN)
+                FN(store)(row + j, result);
+            else
+                FN(store_part)(row + j, n, result);
+        }
+    }
+}
+
+/* out = x * 2**LIFT. Returns whether something is too large for that, or not finite; out is of no use then. */
+static int FN(lift)(ptrdiff_t n, const void *data, void *result)
+{
+    const T *x = data;
+    T *out = result;
+    const FN(vec) zero = FN(set1)(0), unit = FN(of_bits)(FN(all_bits)(LEAST_LIFTED));
+    FN(bits) beyond = FN(all_bits)(0);
+    for (ptrdiff_t i = 0, step; i < n; i += step) {
+        step = n - i < VN ? n - i : VN;
+        const FN(bits) bits = FN(bits_of)(FN(load_up_to)(x + i, step, zero));
+        const FN(bits) size = FN(size_of)(bits);
+        const FN(bits) subnormal = FN(is_less)(size, FN(all_bits)((TI)1 << MANTISSA));
+        const FN(vec) counted =
+            FN(of_bits)(size + FN(all_bits)(LEAST_LIFTED)) - unit; /* of a subnormal: its count of the least */
+        const FN(bits) lifted = FN(chosen)(subnormal, FN(bits_of)(counted), size + FN(all_bits)((TI)LIFT << MANTISSA));
+        beyond |= ~FN(is_less)(size, FN(all_bits)((TI)(EXPONENTS - LIFT - 2) << MANTISSA));
+        const FN(vec) value = FN(of_bits)(lifted | (bits ^ size));
+        if (step == VN)
+            FN(store)(out + i, value);
+        else
+            FN(store_part)(out + i, step, value);
+    }
+    T lanes[VN];
+    TI any = 0;
+    FN(store)(lanes, FN(of_bits)(beyond));
+    for (ptrdiff_t i = 0; i < VN; i++) {
+        TI lane;
+        memcpy(&lane, &lanes[i], sizeof lane);
+        any |= lane;
+    }
+    return any != 0;
+}
+
+#undef MANTISSA
+#undef EXPONENTS
+#undef LEAST_LIFTED
+
+#endif
