@@ -253,6 +253,7 @@ def called(
     mask: ArrayLike | None = None,
     update: bool = True,
 ) -> Array: ...
+def living_forwards(contents: AtomicReference[Contents], of_pullbacks: set[Any]) -> tuple[Forward, ...]: ...
 def forward_of(
     contents: AtomicReference[Contents],
     options: Options,

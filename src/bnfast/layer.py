@@ -377,9 +377,7 @@ class BatchNorm(LayerState):
         )  # fmt: skip
 
     def _living_forwards(self) -> tuple[_core.Forward, ...]:
-        """Those that may still have a backward."""
-        found = [self._contents.value.forward, *(reference() for reference in self._living.copy())]
-        return tuple(forward for forward in found if forward is not None)
+        return _core.living_forwards(self._contents, self._living)
 
     # --- backward -----------------------------------------------------------------------------------------------
 

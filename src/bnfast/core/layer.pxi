@@ -533,6 +533,15 @@ def forward_of(AtomicReference contents, Options options, x, gamma, beta, double
     return committed(contents, options, forward, momentum, keep, update, out, living), forward
 
 
+cpdef tuple living_forwards(AtomicReference contents, set of_pullbacks):
+    """Those that may still have a backward: the last one, and those that weak references belong to."""
+    cdef Forward last = (<Contents>contents.current()).forward
+    if not of_pullbacks:
+        return () if last is None else (last,)
+    found = [reference() for reference in of_pullbacks.copy()]
+    return tuple([forward for forward in (last, *found) if forward is not None])
+
+
 cdef object plain_forward = None  # `BatchNorm.forward`
 cdef object grad_depth = None     # the ContextVar of `no_grad`: how many of them the calling context is in
 
@@ -553,21 +562,23 @@ def called(self, x, out=None, *, residual=None, mask=None, update=True):
     cdef Options options
     cdef Processes processes
     cdef Forward forward
-    if out is None and update is True and type(self).forward is plain_forward:
+    cdef tuple living
+    cdef int keep
+    if update is True and type(self).forward is plain_forward:
         attributes = self.__dict__
         if type(attributes) is dict and "_calibration" in attributes and "forward" not in attributes:
             its = attributes
             calibration = its["_calibration"]
             if calibration.current() is None:
                 contents, options, processes = its["_contents"], its["_options"], its["_processes"]
+                living = () if out is None else living_forwards(contents, its["_living"])
+                keep = NOBODY if get_value(grad_depth) else LAYER
                 if processes is not None and its["_training"]:
                     return forward_together(contents, options, processes, x, its["_gamma"], its["_beta"], its["_eps"],
-                                            its["_momentum"], NOBODY if get_value(grad_depth) else LAYER, True, None,
-                                            (), residual, mask)[0]
+                                            its["_momentum"], keep, True, out, living, residual, mask)[0]
                 forward = new_forward(contents, options, x, its["_gamma"], its["_beta"], its["_eps"], its["_training"],
                                       residual, mask)
-                return committed(contents, options, forward, its["_momentum"],
-                                 NOBODY if get_value(grad_depth) else LAYER, True, None, ())
+                return committed(contents, options, forward, its["_momentum"], keep, True, out, living)
     given = {"out": out, "residual": residual, "mask": mask, "update": None if update is True else update}
     return self.forward(x, **{name: value for name, value in given.items() if value is not None})
 

@@ -115,7 +115,7 @@ cdef void extent(cnp.ndarray array, uintptr_t *begin, uintptr_t *end) noexcept:
 
 cpdef bint shares_memory(a, x) except -1:
     """Whether `a` has an element in the memory of `x` (if that is too hard to say: yes); False if `a` is no ndarray."""
-    if not isinstance(a, np.ndarray) or not may_overlap(a, x):
+    if not cnp.PyArray_Check(a) or not may_overlap(a, x):
         return False
     try:
         return np.shares_memory(a, x, max_work=100_000)

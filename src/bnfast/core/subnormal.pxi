@@ -9,9 +9,10 @@ cdef inline bint may_lift(const bnfast_job *job) noexcept:
 
 cdef void lower_what_is_lifted(const bnfast_job *job, char *shared) noexcept:
     """The end of a job that may have done so. shared: the memory of its phases; NULL: it ran on this thread alone."""
-    cdef bnfast_job lower = job[0]
+    cdef bnfast_job lower
     if job.lifted == NULL or memchr(job.lifted, 1, job.channels) == NULL:
         return
+    lower = job[0]
     lower.operation = BNFAST_LOWER
     bnfast_plan(&lower)
     if shared == NULL:
