@@ -751,8 +751,10 @@ def test_the_values_of_bnfasts_own_layer():
 def test_little_data_goes_to_pytorchs_code(monkeypatch, kernels):
     monkeypatch.undo()
     kernels = torch_layers.counted(monkeypatch)
-    plain, fused = bnfast.torch.BatchNorm2d(6), bnfast.torch.BatchNorm2d(6, activation="relu")
-    for least, layer, channels_last in ((500_000, plain, False), (400_000, fused, False), (500_000, fused, True)):
+    plain, *fused = (bnfast.torch.BatchNorm2d(6, activation=each) for each in (None, "relu", "relu6"))
+    for least, layer, channels_last in (
+        (400_000, plain, False), (300_000, fused[0], False), (3_000_000, fused[0], True), (900_000, fused[1], True),
+    ):  # fmt: skip
         for elements, expected in ((least - 600, 0), (least + 600, 1)):
             x = torch.randn(1, 6, elements // 600, 100)
             x = x.contiguous(memory_format=torch.channels_last) if channels_last else x

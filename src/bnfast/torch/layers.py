@@ -20,19 +20,16 @@ from . import calls, operator, processes
 __all__ = ["OURS", "BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "SyncBatchNorm"]
 
 WIDE = (torch.float32, torch.float64)
-# Elements from which on `pays`: (gradients wanted, channels last, fused). Measured in whole steps of training
-# (benchmarks/torch_steps.py), in which Python costs three times what it does in a loop of its own.
+# Elements from which on `pays`: (gradients wanted, channels last): (alone, with a ReLU or a residual, with what PyTorch
+# is slow with). Measured in whole steps of training (benchmarks/torch_steps.py): there Python costs three times what it
+# does in a loop of its own, and large results lie in memory that the system has to hand out anew.
 LEAST = {
-    (True, False, False): 500_000,
-    (True, False, True): 400_000,
-    (True, True, False): 800_000,
-    (True, True, True): 500_000,
-    (False, False, False): 1_000_000,
-    (False, False, True): 400_000,
-    (False, True, False): 600_000,
-    (False, True, True): 400_000,
+    (True, False): (400_000, 300_000, 300_000),
+    (True, True): (3_000_000, 3_000_000, 900_000),
+    (False, False): (1_000_000, 400_000, 400_000),
+    (False, True): (600_000, 400_000, 400_000),
 }
-SMALL = min(LEAST.values())  # what cannot pay, whatever it is
+SMALL = min(min(each) for each in LEAST.values())  # what cannot pay, whatever it is
 PLAIN = (Tensor, Parameter)  # not their subclasses: these do something of their own
 
 
@@ -128,7 +125,7 @@ class _Layer(nn.modules.batchnorm._BatchNorm):
             return operator.forward(self, input, residual)
         if torch._C._get_tracing_state() is not None or input.numel() < SMALL:  # (a traced size is a tensor)
             return self._by_pytorch(input, residual)
-        if _is_transformed() or not pays(input, residual is not None or self.activation is not None):
+        if _is_transformed() or not pays(input, self.activation, residual is not None):
             return self._by_pytorch(input, residual)
         state = self._state()
         if not (self._suits(input, state) and self._suits_residual(input, residual)):
@@ -297,15 +294,16 @@ def _outside_of_graphs(layer: _Layer, input: Tensor, residual: Tensor | None) ->
     return layer._on_processes(input, residual)
 
 
-def pays(input: Tensor, fused: bool) -> bool:
+def pays(input: Tensor, activation: str | None, has_residual: bool) -> bool:
     """Whether the kernels are faster than PyTorch's own code, or as fast: what they save is more than a call costs.
 
-    A forward and backward through Python costs 60 to 200 us, PyTorch's half of it. fused: with an activation or a
-    residual, which PyTorch's code does in further passes.
+    A forward and backward through Python costs 60 to 200 us, PyTorch's half of it. An activation and a residual are
+    further passes of PyTorch's code.
     """
     if input.layout is not torch.strided or input.ndim < 2:
         return False
-    return bool(input.numel() >= LEAST[torch.is_grad_enabled(), input.stride(1) == 1, fused])
+    fused = 2 if activation in ("relu6", "leaky_relu") else 1 if activation or has_residual else 0
+    return bool(input.numel() >= LEAST[torch.is_grad_enabled(), input.stride(1) == 1][fused])
 
 
 class _State(NamedTuple):
