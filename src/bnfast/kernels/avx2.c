@@ -85,6 +85,7 @@ static inline __m256d if_bits_f64_avx2(unsigned bits, __m256d yes, __m256d no)
 /* Halves (see halves.h). */
 #define ISA_HAS_HALVES 1
 #define ISA_HAS_F16 1
+#define ISA_ROUNDS_BF16 1
 
 typedef __m128i H;
 static inline H load_halves(const uint16_t *p) { return _mm_loadu_si128((const __m128i *)(const void *)p); }
@@ -118,6 +119,16 @@ static inline H halves_of(words_avx2 w)
 }
 static inline __m256 widen_f16(H halves) { return _mm256_cvtph_ps(halves); }
 static inline H round_f16(__m256 v) { return _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT); }
+static inline H round_bf16(__m256 v)
+{
+    const __m256i bits = _mm256_castps_si256(v),
+                  odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const __m256i number = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
+    const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(1 << 22));
+    const __m256 any =
+        _mm256_blendv_ps(_mm256_castsi256_ps(number), _mm256_castsi256_ps(quiet), _mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+    return halves_of((words_avx2)_mm256_srli_epi32(_mm256_castps_si256(any), 16));
+}
 
 #include "isa.inc.h"
 

@@ -90,6 +90,7 @@ static inline __m512d if_bits_f64_avx512(unsigned bits, __m512d yes, __m512d no)
 /* Halves (see halves.h). */
 #define ISA_HAS_HALVES 1
 #define ISA_HAS_F16 1
+#define ISA_ROUNDS_BF16 1
 
 typedef __m256i H;
 static inline H load_halves(const uint16_t *p) { return _mm256_loadu_si256((const __m256i *)(const void *)p); }
@@ -109,6 +110,17 @@ static inline words_avx512 words_of(H halves) { return (words_avx512)_mm512_cvte
 static inline H halves_of(words_avx512 w) { return _mm512_cvtepi32_epi16((__m512i)w); }
 static inline __m512 widen_f16(H halves) { return _mm512_cvtph_ps(halves); }
 static inline H round_f16(__m512 v) { return _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT); }
+static inline H round_bf16(__m512 v)
+{
+    static const uint16_t upper[32] = {1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31};
+    const __m512i bits = _mm512_castps_si512(v);
+    const __mmask16 odd = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(1 << 16)),
+                    nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+    const __m512i even = _mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff));
+    const __m512i number = _mm512_mask_add_epi32(even, odd, bits, _mm512_set1_epi32(0x8000));
+    const __m512i rounded = _mm512_mask_or_epi32(number, nan, bits, _mm512_set1_epi32(1 << 22));
+    return _mm512_castsi512_si256(_mm512_permutexvar_epi16(_mm512_loadu_si512(upper), rounded));
+}
 
 #include "isa.inc.h"
 

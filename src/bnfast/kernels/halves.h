@@ -1,6 +1,7 @@
 /* Vectors of float16 and bfloat16 in memory: H, VN of them, as the vectors of float32 that they stand for. Included once by
  * isa.inc.h, after float32's own vectors. An instruction set's file may bring what plain C cannot say: with ISA_HAS_HALVES
- * loads and stores of H and words of H, with ISA_HAS_F16 the conversions of float16 as well. */
+ * loads and stores of H and words of H, with ISA_HAS_F16 the conversions of float16 as well, with ISA_ROUNDS_BF16 the
+ * rounding to bfloat16. */
 
 #define F32(name) PASTE(name, _f32_, ISA_SUFFIX)
 
@@ -100,4 +101,6 @@ static ALWAYS_INLINE F32(vec) widen_f16(H halves) { return widen_f16_words(words
 static ALWAYS_INLINE H round_f16(F32(vec) v) { return halves_of(round_f16_words(v)); }
 #endif
 static ALWAYS_INLINE F32(vec) widen_bf16(H halves) { return widen_bf16_words(words_of(halves)); }
+#if !ISA_ROUNDS_BF16
 static ALWAYS_INLINE H round_bf16(F32(vec) v) { return halves_of(round_bf16_words(v)); }
+#endif
