@@ -1021,3 +1021,22 @@ def test_a_variance_slightly_below_zero_may_be_used_with_eps():
 def test_a_choice_that_is_none_is_refused(option, value, error):
     with pytest.raises(error, match=f"{option}: expected .*got"):
         BatchNorm(3, **{option: value})
+
+
+# --- out= ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_short_way_with_out(rng, monkeypatch):
+    """`layer(x, out=y)` has no frame of Python's, and what is overwritten is told so."""
+    x, other = rng.normal(size=(2, 20, 3)).astype(np.float32)
+    bn = BatchNorm(3)
+    _, pullback = bn.vjp(x)
+    monkeypatch.setattr(BatchNorm, "_forward", None)  # the long way
+    y = np.empty_like(x)
+    assert bn(x, out=y) is y
+    bn(other, out=x)
+    with pytest.raises(RuntimeError, match="x is gone"):
+        pullback(y)
+    bn(other, out=other)
+    with pytest.raises(RuntimeError, match="x is gone"):
+        bn.backward(y)

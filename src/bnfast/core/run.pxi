@@ -146,10 +146,18 @@ cdef int compute(bnfast_job *job, cnp.ndarray x) except -1:
     """Plans and runs a job whose arrays are set; job.u, if any, lies as x does."""
     if job.kernels == NULL:
         job.kernels = bnfast_active(dtype_of(x))
-    return compute_lifted(job, x) if bnfast_is_subnormal(job) else plan_and_run(job)
+    if bnfast_is_subnormal(job):
+        compute_lifted(job, x)
+    else:
+        plan_and_run(job)
+    if bnfast_openmp_take_shortage():
+        warnings.warn("bnfast: the system refused to start threads; calls go on with fewer", RuntimeWarning,
+                      stacklevel=2)
+    return 0
 
 
 cdef int plan_and_run(bnfast_job *job) except -1:
+    """One job, whose kernels are chosen."""
     cdef Py_ssize_t elements = job.outer * job.channels * job.inner
     cdef Py_ssize_t more
     cdef bnfast_parameter *parameters[4]
@@ -202,7 +210,4 @@ cdef int plan_and_run(bnfast_job *job) except -1:
         bnfast_openmp_leave(budget, job.n_threads)
     if memory != on_stack:
         PyMem_RawFree(memory)
-    if bnfast_openmp_take_shortage():
-        warnings.warn("bnfast: the system refused to start threads; calls go on with fewer", RuntimeWarning,
-                      stacklevel=2)
     return 0

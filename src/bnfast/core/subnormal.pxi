@@ -21,42 +21,65 @@ cdef void lower_what_is_lifted(const bnfast_job *job, char *shared) noexcept:
         run(&lower, shared)
 
 
-cdef int lower_all(const bnfast_job *job, void *out) except -1:
+cdef bint lower_all(const bnfast_job *job, void *out) except -1:
+    """Whether something was too large, and has been left."""
     cdef bnfast_job lower = new_job(BNFAST_LOWER)
+    cdef int beyond = 0
     lower.kernels, lower.outer, lower.channels, lower.inner = job.kernels, job.outer, job.channels, job.inner
-    lower.out = out
-    return plan_and_run(&lower)
+    lower.out, lower.infinite = out, &beyond
+    plan_and_run(&lower)
+    return beyond
 
 
-cdef int compute_lifted(bnfast_job *job, cnp.ndarray x) except -1:
+cdef bint scale_sums(double *sums, Py_ssize_t channels, int exponent) noexcept:
+    """Whether all are finite."""
+    cdef Py_ssize_t i
+    cdef bint finite = True
+    for i in range(channels):
+        finite = finite and sums[i] - sums[i] == 0.0
+        sums[i] = ldexp(sums[i], exponent)
+    return finite
+
+
+cdef int compute_lifted(bnfast_job *given, cnp.ndarray x) except -1:
     """A backward whose u is subnormal in places: all of it is taken times a power of two, and so are its results, until
-    they are there. If some of u is too large for that, as it is."""
-    cdef bnfast_job lift = new_job(BNFAST_LIFT)
-    cdef cnp.ndarray buffer, sums = None
+    they are there. If some of u, or of them, is too large for that, as it is."""
+    cdef bnfast_job job = given[0], lift = new_job(BNFAST_LIFT)
+    cdef Py_ssize_t channels = job.channels
+    cdef bint gives_sums = job.operation != BNFAST_BACKWARD_APPLY
+    cdef bint written_over = job.u == job.out or job.u == job.passed  # u, in the end
     cdef int beyond = 0, exponent = job.kernels.lift_exponent
-    cdef Py_ssize_t channels = job.channels, i
+    cdef cnp.ndarray buffer, sums = new_block(2, channels, False)
     lift.kernels, lift.outer, lift.channels, lift.inner = job.kernels, job.outer, channels, job.inner
     lift.x, lift.infinite = job.u, &beyond
-    if job.out != NULL and job.out != job.x and job.out != job.u and job.out != job.residual:
+    if job.out != NULL and not written_over and job.out != job.x and job.out != job.residual:
         lift.out = job.out  # where it can lie until dx is written over it
     else:
         buffer = PyArray_NewLikeArray(x, cnp.NPY_KEEPORDER, NULL, False)
         lift.out = cnp.PyArray_DATA(buffer)
     plan_and_run(&lift)
     if beyond:
-        return plan_and_run(job)
+        return plan_and_run(given)
     job.u = lift.out
-    if job.operation == BNFAST_BACKWARD_APPLY:  # whose sums are given
-        sums = new_block(2, channels, False)
-        for i in range(channels):
-            values(sums)[i] = ldexp(job.dbeta[i], exponent)
-            values(sums)[channels + i] = ldexp(job.dgamma[i], exponent)
+    if job.dbeta != NULL:
+        if not gives_sums:
+            memcpy(values(sums), job.dbeta, channels * sizeof(double))
+            memcpy(values(sums) + channels, job.dgamma, channels * sizeof(double))
+            scale_sums(values(sums), 2 * channels, exponent)
         job.dbeta, job.dgamma = values(sums), values(sums) + channels
-    plan_and_run(job)
+    plan_and_run(&job)
+    if job.dbeta != NULL:
+        beyond = not scale_sums(values(sums), 2 * channels, -exponent)
     if job.out != NULL:
-        lower_all(job, job.out)
+        beyond = lower_all(&job, job.out) or beyond
     if job.passed != NULL and job.passed != job.out:
-        lower_all(job, job.passed)
-    for i in range(channels if sums is None and job.dbeta != NULL else 0):
-        job.dbeta[i], job.dgamma[i] = ldexp(job.dbeta[i], -exponent), ldexp(job.dgamma[i], -exponent)
+        beyond = lower_all(&job, job.passed) or beyond
+    if beyond:  # from the beginning
+        if written_over:
+            lower_all(&job, lift.out)
+            given.u = lift.out
+        return plan_and_run(given)
+    if gives_sums and job.dbeta != NULL:
+        memcpy(given.dbeta, job.dbeta, channels * sizeof(double))
+        memcpy(given.dgamma, job.dgamma, channels * sizeof(double))
     return 0

@@ -2,11 +2,16 @@
 # own.
 
 cdef cnp.ndarray new_row(double code, Py_ssize_t n_numbers):
-    """(code, count, numbers of the channels), zeros but for the first."""
+    """(code, 0, numbers of the channels), which are not set yet."""
     cdef cnp.npy_intp width = 2 + n_numbers
-    cdef cnp.ndarray row = cnp.PyArray_ZEROS(1, &width, cnp.NPY_FLOAT64, 0)
-    values(row)[0] = code
+    cdef cnp.ndarray row = cnp.PyArray_EMPTY(1, &width, cnp.NPY_FLOAT64, 0)
+    values(row)[0], values(row)[1] = code, 0.0
     return row
+
+
+cdef void set_nothing(cnp.ndarray row) noexcept:
+    """The numbers of an empty part."""
+    memset(values(row) + 2, 0, (cnp.PyArray_DIM(row, 0) - 2) * sizeof(double))
 
 
 cdef int reduce_part(Forward forward, cnp.ndarray row) except -1:
@@ -18,7 +23,9 @@ cdef int reduce_part(Forward forward, cnp.ndarray row) except -1:
     if there is not None:
         data, axis = there.gather(data, "x"), 1
     values(row)[1] = forward.count
-    if cnp.PyArray_SIZE(data) > 0:
+    if cnp.PyArray_SIZE(data) == 0:
+        set_nothing(row)
+    else:
         data = packed(data, axis, &job)
         job.x = cnp.PyArray_DATA(data)
         job.mean, job.m2 = values(row) + 2, values(row) + 2 + forward.channels
@@ -39,7 +46,8 @@ cdef int take_statistics(Forward forward, cnp.ndarray rows, bnfast_job *job) exc
                          f"got {count:.0f} on all processes together")
     memcpy(forward.row(MEAN), merged + 1, channels * sizeof(double))
     memcpy(forward.row(M2), m2, channels * sizeof(double))
-    memset(forward.row(INV_STD), 0, channels * sizeof(double))  # of an empty part it stays that
+    if forward.count == 0:
+        memset(forward.row(INV_STD), 0, channels * sizeof(double))  # which a map of nothing does not make
     if forward.mean_rest() != NULL:
         memcpy(forward.mean_rest(), m2 + channels, channels * sizeof(double))
     check_range(m2, forward.row(MEAN), channels)
@@ -80,11 +88,14 @@ cdef tuple forward_together(AtomicReference contents, Options options, Processes
     return y, forward
 
 
-cdef int sum_part(Forward forward, bnfast_job *job, cnp.ndarray x, cnp.ndarray u, int axis) except -1:
+cdef int sum_part(bnfast_job *job, cnp.ndarray x, cnp.ndarray u, int axis, cnp.ndarray row) except -1:
     """dgamma and dbeta of this process's part."""
     cdef cnp.ndarray data
+    cdef Py_ssize_t channels = (cnp.PyArray_DIM(row, 0) - 2) // 2
     if cnp.PyArray_SIZE(x) == 0:
+        set_nothing(row)
         return 0
+    job.dgamma, job.dbeta = values(row) + 2, values(row) + 2 + channels
     data = packed(x, axis, job)
     u = packed_like(u, data)
     job.x, job.u = cnp.PyArray_DATA(data), cnp.PyArray_DATA(u)
@@ -116,8 +127,7 @@ cdef tuple backward_together(Forward forward, dy, out, tuple living, dtype, out_
             forward.set_parameters(of)
             of.mean, of.inv_std, of.mean_rest = forward.row(MEAN), forward.row(INV_STD), forward.mean_rest()
         forward.set_marks(&job)
-        job.dgamma, job.dbeta = sums, sums + channels
-        sum_part(forward, &job, x, u, axis)
+        sum_part(&job, x, u, axis, row)
     except BaseException as error:
         processes.refuse(FOR_BACKWARD, cnp.PyArray_DIM(row, 0), error)
         raise

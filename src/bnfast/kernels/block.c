@@ -103,7 +103,9 @@ bnfast_channels bnfast_channels_of(const bnfast_job *job, const bnfast_block *bl
     const ptrdiff_t at = block->first + i;
     const bnfast_channels channels = {
         .operation = job->operation,
-        .count = job->count > 0.0 ? job->count : (double)job->outer * (double)job->inner,
+        .count = job->operation == BNFAST_BACKWARD_APPLY || job->operation == BNFAST_EVAL
+                     ? job->count
+                     : (double)job->outer * (double)job->inner,
         .eps = job->eps,
         .gamma = parameter_from(&job->gamma, at),
         .beta = parameter_from(&job->beta, at),

@@ -257,15 +257,15 @@ static void sums_again(const bnfast_job *job, const bnfast_channels *of, ptrdiff
 
 static int is_at_most(double value, double most) { return fabs(value) <= most; }
 
-/* Whether all that is out of the ordinary is a gamma that is zero, or so small that what its product with inv_std loses is
- * less than a few of the least number that the result can be. */
+/* Whether all that is out of the ordinary is a gamma that is zero, or, of y, so small that what its product with inv_std
+ * loses is less than a few of the least number that the result can be. */
 static int is_only_gamma(const bnfast_job *job, const channel *c, double m2)
 {
     const int narrow = job->kernels->narrow;
     const double most = narrow ? 1e30 : 1e290, least_inv_std = c->gamma == 0.0 ? 1 / most : 0.0625;
-    return is_at_most(c->gamma, 1 / most) && c->inv_std >= least_inv_std && is_at_most(c->inv_std, most) &&
-           is_at_most(c->beta, most) && is_at_most(c->vgamma, most) && is_at_most(c->vbeta, most) &&
-           is_at_most(c->u_mean, most) && is_at_most(c->hat_mean, most) &&
+    return is_at_most(c->gamma, sums_products(job) ? 0.0 : 1 / most) && c->inv_std >= least_inv_std &&
+           is_at_most(c->inv_std, most) && is_at_most(c->beta, most) && is_at_most(c->vgamma, most) &&
+           is_at_most(c->vbeta, most) && is_at_most(c->u_mean, most) && is_at_most(c->hat_mean, most) &&
            (job->operation == BNFAST_FORWARD ? m2 <= (narrow ? 1e75 : 1e299)
                                              : job->operation != BNFAST_EVAL || is_at_most(c->mean, most));
 }

@@ -49,7 +49,7 @@ typedef enum {
     BNFAST_FLOOR,          /* out = x, or x + u: not an operation, a measure for them */
     BNFAST_JVP,            /* u: direction of x; out: derivative of y along it, vgamma and vbeta */
     BNFAST_LIFT,           /* out = x times a power of two; what that cannot hold sets `infinite` (lift.c) */
-    BNFAST_LOWER           /* out less it again: all channels, or those that are `lifted` */
+    BNFAST_LOWER           /* out less it again: all channels, or those that are `lifted`; `infinite` likewise */
 } bnfast_operation;
 
 typedef struct { /* (channels,) IN, of either dtype; both NULL: left out */
@@ -221,11 +221,11 @@ typedef struct {
 
     /* Numbers by their bits, where subnormal ones would be slow (subnormal.inc.h); lift_exponent 0: not of this dtype.
      * lift: out = x * 2**lift_exponent, n of them; returns whether some cannot be. lower: the other way round, rounded
-     * to nearest even, n_rows rows, `stride` apart, of n_columns, of which only those where `which`, of the
-     * coefficients' dtype, has all its bits; NULL: all */
+     * to nearest even, n_rows rows, `stride` apart, of n_columns, of which only those where `which`, numbers of the
+     * data's size, has all its bits; NULL: all; returns whether some are too large and have been left */
     int lift_exponent;
     int (*lift)(ptrdiff_t n, const void *x, void *out);
-    void (*lower)(void *data, ptrdiff_t n_rows, ptrdiff_t stride, ptrdiff_t n_columns, const void *which);
+    int (*lower)(void *data, ptrdiff_t n_rows, ptrdiff_t stride, ptrdiff_t n_columns, const void *which);
 } bnfast_kernels;
 
 /* One table per dtype for each instruction set that was compiled. */

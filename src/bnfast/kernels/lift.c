@@ -19,7 +19,8 @@ static void lower_task(const bnfast_job *job, ptrdiff_t index, int thread)
 {
     (void)thread;
     const ptrdiff_t begin = index * TASK_BYTES, n = least(bytes_of_array(job) - begin, TASK_BYTES);
-    job->kernels->lower((char *)job->out + begin, 1, 0, n / job->kernels->itemsize, NULL);
+    if (job->kernels->lower((char *)job->out + begin, 1, 0, n / job->kernels->itemsize, NULL) && job->infinite)
+        set_flag(job->infinite);
 }
 
 static ptrdiff_t rows_of_task(const bnfast_job *job)

@@ -13,7 +13,7 @@
 enum { GROUP = 128 }; /* channels at once */
 
 /* Whether results may be lifted: they are gamma times something, plus beta. */
-static int may_lift(const bnfast_job *job)
+static int lifts_channels(const bnfast_job *job)
 {
     const int flags = map_flags(job), forward = !sums_products(job);
     const int has_top = job->rectifies && job->rectifier.top == job->rectifier.top;
@@ -73,6 +73,15 @@ static void lift_group(const bnfast_job *job, const bnfast_block *block, ptrdiff
         any |= small[k] = (unsigned char)is_small(job, &of, k, gamma[k], beta[k], inv_std[k], limit);
     if (!any)
         return;
+    if (job->operation == BNFAST_FORWARD && !job->kernels->narrow) { /* whose shift has what the mean was rounded by */
+        for (ptrdiff_t k = 0; k < n; k++)
+            if (small[k]) {
+                ((double *)there.scale)[k] *= up;
+                ((double *)there.shift)[k] *= up;
+            }
+        memcpy(job->lifted + block->first + i, small, (size_t)n);
+        return;
+    }
     for (ptrdiff_t k = 0; k < n; k++) {
         gamma[k] *= up * (sums_products(job) ? 1.0 : inv_std[k]);
         beta[k] *= up;
@@ -89,13 +98,12 @@ static void lift_group(const bnfast_job *job, const bnfast_block *block, ptrdiff
     void *const to[6] = {there.center, there.scale, there.shift, there.u_center, there.u_scale, there.hat_scale};
     for (int each = 0; each < (maps_gradient(job) ? 6 : 3); each++)
         take_values(small, n, job->kernels->coefficient_size, made[each], to[each]);
-    for (ptrdiff_t k = 0; k < n; k++)
-        job->lifted[block->first + i + k] = small[k];
+    memcpy(job->lifted + block->first + i, small, (size_t)n);
 }
 
 void bnfast_lift_channels(const bnfast_job *job, const bnfast_block *block, ptrdiff_t i, ptrdiff_t n)
 {
-    for (ptrdiff_t first = i; may_lift(job) && first < i + n; first += GROUP)
+    for (ptrdiff_t first = i; lifts_channels(job) && first < i + n; first += GROUP)
         lift_group(job, block, first, least(i + n - first, GROUP));
 }
 
@@ -109,7 +117,8 @@ int bnfast_is_subnormal(const bnfast_job *job)
     if (!job->kernels->lift_exponent || !sums_products(job) || job->operation == BNFAST_JVP)
         return 0;
     for (int i = 0; i < SAMPLES; i++) {
-        const char *const element = (const char *)job->u + (n - 1) * i / (SAMPLES - 1) * size;
+        const ptrdiff_t at = (n - 1) / (SAMPLES - 1) * i + (n - 1) % (SAMPLES - 1) * i / (SAMPLES - 1);
+        const char *const element = (const char *)job->u + at * size;
         uint64_t wide;
         uint32_t narrow;
         if (size == 8) {

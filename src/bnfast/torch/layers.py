@@ -20,14 +20,16 @@ from . import calls, operator, processes
 __all__ = ["OURS", "BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "SyncBatchNorm"]
 
 WIDE = (torch.float32, torch.float64)
-# Elements from which on `pays`: (gradients wanted, channels last): (alone, with a ReLU or a residual, with what PyTorch
-# is slow with). Measured in whole steps of training (benchmarks/torch_steps.py): there Python costs three times what it
-# does in a loop of its own, and large results lie in memory that the system has to hand out anew.
+# Elements from which on `pays`: (gradients wanted, layout): (alone, with a ReLU or a residual, with what PyTorch is
+# slow with). Measured in whole steps of training (benchmarks/torch_steps.py): there Python costs three times what it
+# does in a loop of its own, and large results lie in memory that the system hands out anew. Rows, (N, C): by calls.
 LEAST = {
-    (True, False): (400_000, 300_000, 300_000),
-    (True, True): (3_000_000, 3_000_000, 900_000),
-    (False, False): (1_000_000, 400_000, 400_000),
-    (False, True): (600_000, 400_000, 400_000),
+    (True, "planar"): (400_000, 300_000, 300_000),
+    (True, "channels last"): (3_000_000, 3_000_000, 900_000),
+    (True, "rows"): (800_000, 500_000, 500_000),
+    (False, "planar"): (1_000_000, 400_000, 400_000),
+    (False, "channels last"): (600_000, 400_000, 400_000),
+    (False, "rows"): (600_000, 400_000, 400_000),
 }
 SMALL = min(min(each) for each in LEAST.values())  # what cannot pay, whatever it is
 PLAIN = (Tensor, Parameter)  # not their subclasses: these do something of their own
@@ -302,8 +304,13 @@ def pays(input: Tensor, activation: str | None, has_residual: bool) -> bool:
     """
     if input.layout is not torch.strided or input.ndim < 2:
         return False
-    fused = 2 if activation in ("relu6", "leaky_relu") else 1 if activation or has_residual else 0
-    return bool(input.numel() >= LEAST[torch.is_grad_enabled(), input.stride(1) == 1][fused])
+    alone, fused, slow = LEAST[torch.is_grad_enabled(), _layout_of(input)]
+    least = slow if activation in ("relu6", "leaky_relu") else fused if activation or has_residual else alone
+    return bool(input.numel() >= least)
+
+
+def _layout_of(input: Tensor) -> str:
+    return "planar" if input.stride(1) != 1 else "rows" if input.ndim == 2 else "channels last"
 
 
 class _State(NamedTuple):

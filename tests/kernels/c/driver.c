@@ -526,7 +526,7 @@ static void coefficients(ptrdiff_t n, bnfast_operation operation, int few)
         *array[i] = new_values(n, 0);
     memcpy(of.c.center, center, (size_t)(n * k->itemsize));
     of.a = a, of.b = b, of.mean = mean, of.inv_std = inv_std;
-    of.m2 = few && operation != BNFAST_MOMENTS ? NULL : m2;
+    of.m2 = operation == BNFAST_EVAL || (few && operation != BNFAST_MOMENTS) ? NULL : m2; /* eval: of a batch, or var */
     if (!few) {
         of.gamma = new_parameter(n, 2), of.beta = new_parameter(n, 0), of.var = new_doubles(n, 2);
         if (operation == BNFAST_JVP)
@@ -897,7 +897,7 @@ static uint64_t run_job(const example *e)
         job.infinite = e->operation == BNFAST_EVAL ? &infinite : NULL; /* others do not say */
     }
     if (!e->few || e->operation == BNFAST_MOMENTS)
-        job.m2 = new_doubles(channels, 0);
+        job.m2 = e->operation == BNFAST_EVAL ? NULL : new_doubles(channels, 0);
     if (e->operation == BNFAST_EVAL && !e->few)
         job.var = new_doubles(channels, 2);
     if (has_u(e->operation) && !(e->few && e->operation == BNFAST_JVP))
