@@ -325,7 +325,7 @@ static unsigned char again(const bnfast_job *job, const bnfast_block *block, ptr
         of.operation = BNFAST_BACKWARD_APPLY;
         job->kernels->make_coefficients(1, &of);
     }
-    return is_at_edge(job, &of);
+    return (unsigned char)is_at_edge(job, &of);
 }
 
 void bnfast_find_careful(const bnfast_job *job, const bnfast_block *block, ptrdiff_t i, ptrdiff_t n)
