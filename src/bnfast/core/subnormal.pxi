@@ -49,10 +49,17 @@ cdef int compute_lifted(bnfast_job *given, cnp.ndarray x) except -1:
     cdef bint gives_sums = job.operation != BNFAST_BACKWARD_APPLY
     cdef bint written_over = job.u == job.out or job.u == job.passed  # u, in the end
     cdef int beyond = 0, exponent = job.kernels.lift_exponent
-    cdef cnp.ndarray buffer, sums = new_block(2, channels, False)
+    cdef cnp.ndarray buffer, apart = None, sums = new_block(2, channels, False)
+    if job.passed != NULL and job.passed == job.residual:
+        return plan_and_run(given)  # what is read for it could not be read again
+    if job.out != NULL and (job.out == job.x or job.out == job.residual):  # nor that
+        apart = PyArray_NewLikeArray(x, cnp.NPY_KEEPORDER, NULL, False)
+        job.out = cnp.PyArray_DATA(apart)
+        if job.passed == given.out:
+            job.passed = job.out
     lift.kernels, lift.outer, lift.channels, lift.inner = job.kernels, job.outer, channels, job.inner
     lift.x, lift.infinite = job.u, &beyond
-    if job.out != NULL and not written_over and job.out != job.x and job.out != job.residual:
+    if job.out != NULL and not written_over:
         lift.out = job.out  # where it can lie until dx is written over it
     else:
         buffer = PyArray_NewLikeArray(x, cnp.NPY_KEEPORDER, NULL, False)
@@ -79,6 +86,8 @@ cdef int compute_lifted(bnfast_job *given, cnp.ndarray x) except -1:
             lower_all(&job, lift.out)
             given.u = lift.out
         return plan_and_run(given)
+    if apart is not None:
+        memcpy(given.out, job.out, cnp.PyArray_NBYTES(apart))
     if gives_sums and job.dbeta != NULL:
         memcpy(given.dbeta, job.dbeta, channels * sizeof(double))
         memcpy(given.dgamma, job.dgamma, channels * sizeof(double))
