@@ -84,13 +84,13 @@ def test_plans_are_explained_and_can_be_forced():
         assert not plan((4, 8, 5, 5))["stream"]
         assert plan(large, "backward")["written_later"]
         assert not plan((4, 8, 40, 40), "backward")["written_later"]
-        assert plan((16, 65536))["packed"]  # rows a power of two apart
-        assert not plan((16, 65536 + 48))["packed"]
         assert plan((2, 500_000))["workspace_bytes"] < 2**20
         assert plan((2, 500_000), "eval")["workspace_bytes"] < 2**20
         # what is believed of a last level has its limits
         _core.set_cache_bytes(2**21, 480 * 2**20)
         assert plan((32, 64, 112, 112))["stream"]
+        assert plan((16, 65536))["packed"]  # rows a power of two apart
+        assert not plan((16, 65536 + 48))["packed"]
         for kind in ("phases", "blocks"):
             _core.force_plan(kind=kind)
             assert plan((1000, 320))["plan"] == kind
@@ -162,6 +162,24 @@ def test_threads_take_columns_of_their_own_where_rows_are_few(caches):
     for n_threads in (1, 2, 8):  # and what is made of many channels stays in L2
         assert _core.explain((8, 2**20), 1, np.float32, "eval", n_threads)["workspace_bytes"] <= n_threads * 2**20
     assert _core.explain((64, 2048), 1, np.float32, "eval", 2)["plan"] == "phases"
+
+
+def test_rows_that_fall_on_the_same_lines_of_l1_are_taken_a_few_at_a_time(caches):
+    """Of 32 rows at once, and what was asked for ahead of them, hardly any line was still there when it was needed."""
+
+    def few(shape, dtype=np.float32):
+        found = [_core.explain(shape, 1, dtype, operation, 2) for operation in ("forward", "backward")]
+        assert not any(plan["packed"] for plan in found)
+        return [plan["near"] for plan in found]
+
+    caches(2**19, 2**25)
+    for shape in ((1024, 1024), (64, 65536), (8192, 2048)):
+        assert few(shape) == [True] * 2
+        assert few((shape[0], shape[1] - 16)) == [False] * 2
+    assert few((8192, 512)) == [False] * 2
+    assert few((8192, 512), np.float64) == [True] * 2
+    caches(2**21, 480 * 2**20)  # what is far has to be asked for
+    assert few((8192, 2048)) == [False] * 2
 
 
 @pytest.mark.parametrize("offset", [0, 1, 4, 15])

@@ -142,12 +142,13 @@ static void FN(sums_interleaved)(const void *data, const void *data_u, const bnf
     const double least = (double)n_rows * 1e-30;
     for (ptrdiff_t first = 0; first < n_columns; first += COLUMNS) {
         const ptrdiff_t n = n_columns - first < COLUMNS ? n_columns - first : COLUMNS;
+        const ptrdiff_t next = FN(next_of)(rows, first, n);
         double *restrict const sum = sum_u + first, *restrict const product = sum_ud + first;
         const struct FN(tile) some = FN(tile_at)(&all, first);
         if (passing)
-            FN(sums_of_columns)(&some, n, PASSED, rows->near);
+            FN(sums_of_columns)(&some, n, next, PASSED, rows->near);
         else
-            FN(sums_of_columns)(&some, n, ALL, rows->near);
+            FN(sums_of_columns)(&some, n, next, ALL, rows->near);
         int n_outside = 0;
         for (ptrdiff_t c = 0; c < n; c++)
             n_outside += !IN_RANGE(least, sum[c], product[c]);

@@ -270,7 +270,7 @@ static void FN(exact_moments_interleaved)(const void *data, const bnfast_rows *r
         const S *const x = (const S *)data + first;
         const T *const center = (const T *)center_in + first;
         FN(column_pivots_wide)(x, n_rows, stride, some, columns.pivots);
-        FN(exact_sums_of_columns)(x, n_rows, stride, some, n_rows * stride, rows->near, &columns);
+        FN(exact_sums_of_columns)(x, n_rows, stride, some, FN(next_of)(rows, first, some), rows->near, &columns);
         int untrusted[COLUMNS], n_untrusted = 0;
         for (ptrdiff_t c = 0; c < some; c++) {
             const double shift = columns.sum[c] / n;

@@ -59,9 +59,9 @@ static void choose_centers(const bnfast_job *job, const bnfast_block *block)
 }
 
 /* n_rows folded or plain rows, `stride` apart, from folded row `row` on, n columns from the block's j-th on, into
- * row s of a and b */
+ * row s of a and b; next: elements from the first of them to what is needed after them */
 static void reduce_rows(const bnfast_job *job, const bnfast_block *block, ptrdiff_t s, ptrdiff_t row, ptrdiff_t n_rows,
-                        ptrdiff_t stride, ptrdiff_t j, ptrdiff_t n)
+                        ptrdiff_t stride, ptrdiff_t j, ptrdiff_t n, ptrdiff_t next)
 {
     const ptrdiff_t offset = (row * folded_stride(job) + block->first * job->inner + j) * job->kernels->itemsize;
     double *a = block->a + s * block->width + j, *b = block->b + s * block->width + j;
@@ -71,7 +71,7 @@ static void reduce_rows(const bnfast_job *job, const bnfast_block *block, ptrdif
         packed_x += row * block->width * job->kernels->itemsize;
     if (packed_u)
         packed_u += row * block->width * job->kernels->itemsize;
-    const bnfast_rows rows = {n_rows, stride, n, job->near};
+    const bnfast_rows rows = {n_rows, stride, n, next, job->near};
     const bnfast_passing passing = bnfast_passing_at(job, &block->column, j, offset);
     if (job->u)
         job->kernels->sums_interleaved((const char *)job->x + offset, (const char *)job->u + offset, &rows, center,
@@ -81,15 +81,18 @@ static void reduce_rows(const bnfast_job *job, const bnfast_block *block, ptrdif
                     : job->kernels->moments_interleaved)((const char *)job->x + offset, &rows, center, a, b, packed_x);
 }
 
-static void reduce(const bnfast_job *job, const bnfast_block *block, ptrdiff_t s, ptrdiff_t j, ptrdiff_t n)
+/* next: elements from the first row of the array to what is needed after the last segment */
+static void reduce(const bnfast_job *job, const bnfast_block *block, ptrdiff_t s, ptrdiff_t j, ptrdiff_t n,
+                   ptrdiff_t next)
 {
-    const ptrdiff_t row = s * job->segment_rows;
-    reduce_rows(job, block, s, row, least(job->segment_rows, folded_rows(job) - row), folded_stride(job), j, n);
+    const ptrdiff_t row = s * job->segment_rows, stride = folded_stride(job);
+    reduce_rows(job, block, s, row, least(job->segment_rows, folded_rows(job) - row), stride, j, n,
+                s + 1 < job->n_segments ? job->segment_rows * stride : next - row * stride);
 }
 
 static void reduce_left(const bnfast_job *job, const bnfast_block *block)
 {
-    reduce_rows(job, block, job->n_segments, folded_rows(job), rows_left(job), period(job), 0, period(job));
+    reduce_rows(job, block, job->n_segments, folded_rows(job), rows_left(job), period(job), 0, period(job), 0);
 }
 
 /* Merges all that was reduced for channels i .. i+n-1 and finishes them. With fold or inner over 1: all channels. */
@@ -221,7 +224,7 @@ static void do_block(const bnfast_job *job, ptrdiff_t first, ptrdiff_t n, int ne
     if (reduces(job)) {
         choose_centers(job, &block);
         for (ptrdiff_t s = 0; s < job->n_segments; s++)
-            reduce(job, &block, s, 0, block.width);
+            reduce(job, &block, s, 0, block.width, next ? block.width : 0);
         if (rows_left(job) > 0)
             reduce_left(job, &block);
     }
@@ -277,7 +280,7 @@ static void reduce_task(const bnfast_job *job, ptrdiff_t index, int thread)
         return;
     }
     for (ptrdiff_t s = begin; s < least(begin + n, job->n_segments); s++)
-        reduce(job, &block, s, j, least(job->task_columns, block.width - j));
+        reduce(job, &block, s, j, least(job->task_columns, block.width - j), 0);
 }
 
 static void coefficients_task(const bnfast_job *job, ptrdiff_t index, int thread)

@@ -125,9 +125,10 @@ typedef struct {
     ptrdiff_t row, channel, at, end;
 } bnfast_writer;
 
-/* n_rows rows, `stride` apart, of n_columns; near: they lie in L2, or soon will */
+/* n_rows rows, `stride` apart, of n_columns; next: elements from the first to what is needed after these; near: few
+ * of them are taken at a time, and nothing is asked for ahead */
 typedef struct {
-    ptrdiff_t n_rows, stride, n_columns;
+    ptrdiff_t n_rows, stride, n_columns, next;
     int near;
 } bnfast_rows;
 

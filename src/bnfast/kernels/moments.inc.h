@@ -192,7 +192,8 @@ COLUMN_PIVOTS(column_pivots_wide, double)
 #undef COLUMN_PIVOTS
 
 static void FN(moments_interleaved_block)(const S *x, const bnfast_rows *rows, S *packed, ptrdiff_t n_columns,
-                                          const T *restrict center, double *restrict mean, double *restrict m2)
+                                          ptrdiff_t next, const T *restrict center, double *restrict mean,
+                                          double *restrict m2)
 {
     const ptrdiff_t n_rows = rows->n_rows, stride = rows->stride;
     const double n = (double)n_rows;
@@ -215,7 +216,7 @@ static void FN(moments_interleaved_block)(const S *x, const bnfast_rows *rows, S
                                  .passing = NULL,
                                  .sum_v = sum,
                                  .sum_vd = square};
-    FN(sums_of_columns)(&all, n_columns, NO_U, rows->near);
+    FN(sums_of_columns)(&all, n_columns, next, NO_U, rows->near);
     if (n_rows < FEW_ROWS) {
         FN(moments_interleaved_wide)(x, n_rows, stride, n_columns, NULL, center, mean, m2);
         return;
@@ -244,10 +245,11 @@ static void FN(moments_interleaved)(const void *data, const bnfast_rows *rows, c
 {
     const S *x = data;
     const ptrdiff_t n_columns = rows->n_columns;
-    for (ptrdiff_t c = 0; c < n_columns; c += COLUMNS)
-        FN(moments_interleaved_block)(x + c, rows, packed ? (S *)packed + c : NULL,
-                                      n_columns - c < COLUMNS ? n_columns - c : COLUMNS, (const T *)center + c,
-                                      mean + c, m2 + c);
+    for (ptrdiff_t c = 0; c < n_columns; c += COLUMNS) {
+        const ptrdiff_t some = n_columns - c < COLUMNS ? n_columns - c : COLUMNS;
+        FN(moments_interleaved_block)(x + c, rows, packed ? (S *)packed + c : NULL, some, FN(next_of)(rows, c, some),
+                                      (const T *)center + c, mean + c, m2 + c);
+    }
 }
 
 static ALWAYS_INLINE T FN(lesser)(T a, T b) { return a < b ? a : b; }

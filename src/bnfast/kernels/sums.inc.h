@@ -528,9 +528,7 @@ static ALWAYS_INLINE void FN(sums_of_far_columns)(const struct FN(tile) * all, p
     for (ptrdiff_t r = 0; r < n_rows; r += tile_rows) {
         ptrdiff_t c = 0;
         tile.n_rows = n_rows - r < tile_rows ? n_rows - r : tile_rows;
-        tile.ahead = tile_rows * stride;
-        if (r + tile_rows >= n_rows)
-            tile.ahead = next + (n_rows < tile_rows ? 0 : tile_rows - n_rows) * stride;
+        tile.ahead = r + tile_rows < n_rows ? tile_rows * stride : next - r * stride;
         for (; c + COLUMN_VECTORS * VN <= n_columns; c += COLUMN_VECTORS * VN)
             DO_TILE(far_some, c, VN);
         for (; c + VN <= n_columns; c += VN)
@@ -547,15 +545,23 @@ static ALWAYS_INLINE void FN(sums_of_far_columns)(const struct FN(tile) * all, p
     }
 }
 
-/* all: n_rows rows, n_columns <= COLUMNS, sum_v, sum_vd: (n_columns,) OUT; near: they lie in L2 */
-static ALWAYS_INLINE void FN(sums_of_columns)(const struct FN(tile) * all, ptrdiff_t n_columns, int with_u, int near)
+/* Elements from the first row to what is needed after some <= COLUMNS of its columns, from the first-th on. */
+static ALWAYS_INLINE ptrdiff_t FN(next_of)(const bnfast_rows *rows, ptrdiff_t first, ptrdiff_t some)
+{
+    return first + some < rows->n_columns ? some : rows->next - first;
+}
+
+/* all: n_rows rows, n_columns <= COLUMNS, sum_v, sum_vd: (n_columns,) OUT; next: as for sums_of_far_columns; near: as in
+ * bnfast_rows */
+static ALWAYS_INLINE void FN(sums_of_columns)(const struct FN(tile) * all, ptrdiff_t n_columns, ptrdiff_t next,
+                                              int with_u, int near)
 {
     memset(all->sum_v, 0, (size_t)n_columns * sizeof *all->sum_v);
     memset(all->sum_vd, 0, (size_t)n_columns * sizeof *all->sum_vd);
     if (near && all->packed_x == NULL)
         FN(sums_of_near_columns)(all, n_columns, with_u);
     else
-        FN(sums_of_far_columns)(all, n_columns, all->n_rows * all->stride, with_u);
+        FN(sums_of_far_columns)(all, n_columns, next, with_u);
 }
 
 /* Where rows are short and many, their elements are summed as columns, and the columns of a channel added at the end:

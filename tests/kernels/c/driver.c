@@ -346,7 +346,7 @@ static void reductions(ptrdiff_t n_rows, ptrdiff_t n, ptrdiff_t gap, kind_of_sum
          *packed_u = new_buffer(n_rows * n, (size_t)k->itemsize);
     const taking t = new_taking(kind, x, u, center, n_rows, stride, n, 1);
     for (int option = 0; option < 3; option++) {
-        const bnfast_rows rows = {n_rows, stride, n, option == 2};
+        const bnfast_rows rows = {n_rows, stride, n, 0, option == 2};
         const int pack = option == 1;
         k->moments_interleaved(x, &rows, center, a, b, pack ? packed_x : NULL);
         for (ptrdiff_t j = 0; j < n; j++)
