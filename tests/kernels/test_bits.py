@@ -175,9 +175,10 @@ def test_rows_that_fall_on_the_same_lines_of_l1_are_taken_a_few_at_a_time(caches
     caches(2**19, 2**25)
     for shape in ((1024, 1024), (64, 65536), (8192, 2048)):
         assert few(shape) == [True] * 2
-        assert few((shape[0], shape[1] - 16)) == [False] * 2
+        assert few((shape[0] * 2, shape[1] - 16)) == [False] * 2
     assert few((8192, 512)) == [False] * 2
     assert few((8192, 512), np.float64) == [True] * 2
+    assert few((1000, 1000)) == [True, False]  # and so is what lies in a near part of the last level
     caches(2**21, 480 * 2**20)  # what is far has to be asked for
     assert few((8192, 2048)) == [False] * 2
 

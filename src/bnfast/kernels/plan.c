@@ -145,12 +145,17 @@ static void cut_interleaved_segments(bnfast_job *job)
     job->merges = job->n_segments > 1 || columns_of_channel(job) > 1 || job->exact;
 }
 
-/* Whether all rows of a tile fall on the same few lines of L1, being a multiple of its ways apart: what is asked for ahead
- * then displaces what is being read. From a last level that is far it has to be asked for all the same. (Measured with
- * 32 KiB and 8 ways: 0.5 to 0.9 of the time, down from 4,096 bytes apart.) */
-static int displaces_what_is_ahead(const bnfast_job *job)
+/* Whether columns are summed in registers, a few rows at a time, and nothing is asked for ahead: in L2; and from a last
+ * level that is near, up to an eighth of it (0.75 to 1 of the time), or where all rows of a tile fall on the same few
+ * lines of L1, being a multiple of its ways apart, so that what is asked for displaces what is being read (0.5 to 0.9;
+ * measured with 32 KiB and 8 ways, and 32 MiB of L3). */
+static int is_near(const bnfast_job *job)
 {
-    return !last_level_is_far() && folded_stride(job) * job->kernels->itemsize % L1_WAY_BYTES == 0;
+    const ptrdiff_t bytes = bytes_of_array(job) * arrays_read(job),
+                    row_bytes = folded_stride(job) * job->kernels->itemsize;
+    if (bytes <= bnfast_l2_bytes() / 2 * job->n_threads)
+        return 1;
+    return !last_level_is_far() && (bytes <= bnfast_last_level_bytes() / 8 || row_bytes % L1_WAY_BYTES == 0);
 }
 
 /* Whether rows of `bytes` bytes each displace each other from L2 before they are mapped, being a power of two apart. */
@@ -224,7 +229,7 @@ static void choose_interleaved(bnfast_job *job)
 {
     const ptrdiff_t bytes = bytes_of_array(job) * arrays_read(job);
     job->block_channels = job->channels;
-    job->near = choice(forced.near, bytes <= bnfast_l2_bytes() / 2 * job->n_threads || displaces_what_is_ahead(job));
+    job->near = choice(forced.near, is_near(job));
     if (forced.kind != BNFAST_PHASES && job->n_threads == 1 && bytes <= bnfast_l2_bytes() / 2) {
         job->kind = BNFAST_BLOCKS;
         job->task_channels = job->channels;
