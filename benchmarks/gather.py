@@ -2,7 +2,8 @@
 
 An Allgather of 2 C + 2 float64 numbers, for several C: its latency, and its bandwidth; the merge of the rows of many
 processes, in C, with a callable in the place of an engine; and steps of a layer with and without the communicator. The
-least and the median of ROUNDS means of CALLS calls, of the slowest process; they begin each round together.
+least and the median of ROUNDS means of CALLS calls, of the slowest process; they begin each round together. Last, a
+forward beside the local one followed by two gathers, in alternating pairs.
 """
 
 import platform
@@ -80,8 +81,38 @@ def steps(channels=256, shape=(32, 7, 7)):
     return found
 
 
+def beside_two_gathers(pairs=25, n_calls=100):
+    """{C: quartiles, us} of a forward of (64, C) on each process, less the local one and two Allgathers of its row."""
+    found = {}
+    for channels in CHANNELS[2:5]:
+        x = np.random.default_rng(COMM.rank).normal(size=(64, channels)).astype(np.float32)
+        y, row = np.empty_like(x), np.ones(3 * channels + 2)
+        rows = np.empty((COMM.size, row.size))
+        alone, together = bnfast.BatchNorm(channels), bnfast.BatchNorm(channels, comm=COMM)
+
+        def local(alone=alone, x=x, y=y, row=row, rows=rows):
+            alone(x, out=y)
+            COMM.Allgather(row, rows)
+            COMM.Allgather(row, rows)
+
+        def synchronised(together=together, x=x, y=y):
+            together(x, out=y)
+
+        def mean(call, n_calls=n_calls):
+            COMM.Barrier()
+            start = time.perf_counter()
+            for _ in range(n_calls):
+                call()
+            return COMM.allreduce((time.perf_counter() - start) / n_calls * 1e6, MPI.MAX)
+
+        mean(local), mean(synchronised)
+        more = [-mean(local) + mean(synchronised) for _ in range(pairs)]
+        found[channels] = statistics.quantiles(more, n=4)
+    return found
+
+
 def main():
-    sent, merged, stepped = gathers(), merges(), steps()
+    sent, merged, stepped, beside = gathers(), merges(), steps(), beside_two_gathers()
     if COMM.rank:
         return
     print(f"{MPI.Get_library_version().split(',')[0]}, {COMM.size} processes, {platform.machine()}")
@@ -95,6 +126,11 @@ def main():
         print(f"merge of {processes:,} rows, ns a row and channel: forward {forward:.1f}, backward {backward:.1f}")
     for name, (least, median) in stepped.items():
         print(f"step of 32x256x7x7 {name} comm: {least:.0f} us least, {median:.0f} median")
+    for channels, (low, median, high) in beside.items():
+        print(
+            f"forward of (64, {channels}) with comm, over the local one and two Allgathers: {median:+.1f} us "
+            f"({low:+.1f} to {high:+.1f})"
+        )
 
 
 if __name__ == "__main__":

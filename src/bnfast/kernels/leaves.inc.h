@@ -99,6 +99,7 @@ const bnfast_kernels FN(bnfast_table) = {
     .map_interleaved = FN(map_interleaved),
     .merge_moments = OF_T(merge_moments),
     .merge_sums = OF_T(merge_sums),
+    .merge_moments_row = OF_T(merge_moments_row),
     .make_y_coefficients = OF_T(make_y_coefficients),
     .make_coefficients = OF_T(make_coefficients),
     .edges = OF_T(edges),
