@@ -118,10 +118,8 @@ def batch_norm(
     if at is None:
         return _core.batch_norm(x, gamma, beta, axis, eps, out, residual, activation, negative_slope, return_var)
     _core.check_out(out, at.model)
-    y, *statistics = _core.batch_norm(
-        at.gather(x, "x"), gamma, beta, 1, eps, None, _there(at, residual, "residual"), activation, negative_slope,
-        return_var,
-    )  # fmt: skip
+    part, residual = at.gather(x, "x"), _there(at, residual, "residual")
+    y, *statistics = _core.batch_norm(part, gamma, beta, 1, eps, part, residual, activation, negative_slope, return_var)
     return (at.scatter(y, out), *statistics)
 
 
@@ -186,10 +184,8 @@ def batch_norm_eval(
     if at is None:
         return _core.batch_norm_eval(x, mean, var, gamma, beta, axis, eps, out, residual, activation, negative_slope)
     _core.check_out(out, at.model)
-    y = _core.batch_norm_eval(
-        at.gather(x, "x"), mean, var, gamma, beta, 1, eps, None, _there(at, residual, "residual"), activation,
-        negative_slope,
-    )  # fmt: skip
+    part, residual = at.gather(x, "x"), _there(at, residual, "residual")
+    y = _core.batch_norm_eval(part, mean, var, gamma, beta, 1, eps, part, residual, activation, negative_slope)
     return at.scatter(y, out)
 
 

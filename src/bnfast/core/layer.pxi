@@ -450,7 +450,7 @@ cdef cnp.ndarray mapped_there(Forward forward, bnfast_job *job, cnp.ndarray out,
     """-> y of a job whose statistics are set, at the positions that take part; 0 elsewhere."""
     cdef Positions there
     cdef cnp.ndarray residual = None
-    cdef cnp.ndarray y
+    cdef cnp.ndarray y, home, part
     if forward.residual is not None and forward.rectifies and keep != NOBODY:
         forward.begin_marks(job)
     if forward.mask is None:
@@ -459,7 +459,9 @@ cdef cnp.ndarray mapped_there(Forward forward, bnfast_job *job, cnp.ndarray out,
         there = forward.positions()
         if forward.residual is not None:
             residual = there.gather(forward.residual, "residual")
-        y = there.scatter(mapped(job, there.gather(forward.x, "x"), residual, 1, forward.channels, None), out)
+        home = there.home(out, forward.x)
+        part = there.gather(forward.x, "x", home)
+        y = there.scatter(mapped(job, part, residual, 1, forward.channels, part), out, home)
     forward.first_mark = job.first_mark
     return y
 
@@ -608,12 +610,16 @@ def forward_in_calibration(AtomicReference contents, Options options, x, gamma, 
 
 
 cdef tuple mapped_back_there(Forward forward, bnfast_job *job, Positions there, cnp.ndarray x, cnp.ndarray u, int axis,
-                             cnp.ndarray out, cnp.ndarray out_residual):
-    """-> (dx, dresidual) of a backward job of x and u, which `there` has gathered unless it is None; 0 elsewhere."""
+                             cnp.ndarray out, cnp.ndarray out_residual, cnp.ndarray home_of_x=None,
+                             cnp.ndarray home_of_u=None):
+    """-> (dx, dresidual) of a backward job of x and u, which `there` has gathered, to where they are at home, unless it is
+    None; 0 elsewhere."""
     if there is None:
         return mapped_back(job, x, u, None, axis, forward.channels, out, out_residual, forward.has_residual)
-    dx, dresidual = mapped_back(job, x, u, None, axis, forward.channels, None, None, forward.has_residual)
-    return there.scatter(dx, out), None if dresidual is None else there.scatter(dresidual, out_residual)
+    if not forward.has_residual:
+        return there.scatter(mapped_back(job, x, u, None, axis, forward.channels, u, None, False)[0], out, home_of_u), None
+    dx, dresidual = mapped_back(job, x, u, None, axis, forward.channels, x, u, True)
+    return there.scatter(dx, out, home_of_x), there.scatter(dresidual, out_residual, home_of_u)
 
 
 cdef int note_gradients(Forward forward, out, out_residual, tuple living) except -1:
@@ -636,6 +642,7 @@ def backward_of(Forward forward, dy, out, tuple living, dtype, out_residual=None
     cdef int type_number = cnp.NPY_FLOAT32 if dtype.itemsize == 4 else cnp.NPY_FLOAT64, axis = forward.axis
     cdef Py_ssize_t i
     cdef Positions there
+    cdef cnp.ndarray home_of_x = None, home_of_u = None
     forward.check()
     u = as_companion(dy, "dy", x)
     given_out = as_out(out, x)
@@ -649,10 +656,15 @@ def backward_of(Forward forward, dy, out, tuple living, dtype, out_residual=None
         for i in range(forward.channels):
             job.inv_std[i] = 1.0 / sqrt(forward.running.row(1)[i] + forward.eps)
     there = forward.positions()
-    if there is not None:
-        x, u, axis = there.gather(x, "x"), there.gather(u, "dy"), 1
+    if there is not None:  # x first, while dy is still there
+        if forward.has_residual and (given_out is None or not may_overlap(given_out, u)):
+            home_of_x = there.home(given_out, x)
+        x, axis = there.gather(x, "x", home_of_x), 1
+        home_of_u = there.home(given_out_residual if forward.has_residual else given_out, u)
+        u = there.gather(u, "dy", home_of_u)
     forward.set_marks(&job)
-    dx, dresidual = mapped_back_there(forward, &job, there, x, u, axis, given_out, given_out_residual)
+    dx, dresidual = mapped_back_there(forward, &job, there, x, u, axis, given_out, given_out_residual, home_of_x,
+                                      home_of_u)
     note_gradients(forward, out, out_residual, living)
     return (dx, dresidual, rounded(job.dgamma, forward.channels, type_number),
             rounded(job.dbeta, forward.channels, type_number))

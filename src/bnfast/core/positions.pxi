@@ -8,6 +8,8 @@ cdef extern from "kernels/positions.h" nogil:
                                 bnfast_run *runs) noexcept
     void bnfast_gather(const bnfast_run *runs, Py_ssize_t n_runs, Py_ssize_t channels, Py_ssize_t inner,
                        Py_ssize_t positions, Py_ssize_t size, const void *whole, void *part) noexcept
+    void bnfast_spread(const bnfast_run *runs, Py_ssize_t n_runs, Py_ssize_t outer, Py_ssize_t channels,
+                       Py_ssize_t positions, Py_ssize_t size, void *whole) noexcept
     void bnfast_scatter(const bnfast_run *runs, Py_ssize_t n_runs, Py_ssize_t outer, Py_ssize_t channels,
                         Py_ssize_t inner, Py_ssize_t positions, Py_ssize_t size, const void *part,
                         void *whole) noexcept
@@ -48,7 +50,8 @@ cdef class Positions:
     """Those of an array x that take part.
 
     `gather` brings what lies at them together, as (M, C) or (1, C, M), whose channel axis is 1; `scatter` is the way
-    back.
+    back. Memory is new, and the system's work to hand it out, only where neither `home` can be had nor a part be
+    written over: an (M, C) may lie in the array that it will be scattered over.
     """
 
     cdef readonly cnp.ndarray model  # x, dense
@@ -62,8 +65,18 @@ cdef class Positions:
         """Whether every position takes part."""
         return self.count == self.layout.outer * self.layout.inner
 
-    def gather(self, array, str name):
-        """What lies at them in an array of x's shape and dtype, checked under its name."""
+    def home(self, out, cnp.ndarray array not None):
+        """`out`, checked, or a new array like x, in which a part of `array` may lie before it is scattered over it; None
+        where it may not."""
+        cdef cnp.ndarray given_out = as_out(out, self.model)
+        if self.layout.inner != 1:
+            return None
+        if given_out is not None and same_layout(given_out, self.model) and disjoint_or_same(given_out, array):
+            return given_out
+        return empty_like(self.model)
+
+    def gather(self, array, str name, cnp.ndarray home=None):
+        """What lies at them in an array of x's shape and dtype, checked under its name; in the memory of `home`."""
         cdef cnp.ndarray whole = packed_like(as_companion(array, name, self.model), self.model)
         cdef cnp.npy_intp shape[3]
         cdef cnp.ndarray part
@@ -71,17 +84,27 @@ cdef class Positions:
             shape[0], shape[1] = self.count, self.layout.channels
         else:
             shape[0], shape[1], shape[2] = 1, self.layout.channels, self.count
-        part = cnp.PyArray_EMPTY(2 if self.layout.inner == 1 else 3, shape, cnp.PyArray_TYPE(whole), 0)
+        if home is None:
+            part = cnp.PyArray_EMPTY(2 if self.layout.inner == 1 else 3, shape, cnp.PyArray_TYPE(whole), 0)
+        else:
+            part = cnp.PyArray_SimpleNewFromData(2, shape, cnp.PyArray_TYPE(whole), cnp.PyArray_DATA(home))
+            cnp.set_array_base(part, home)
         with nogil:
             bnfast_gather(<bnfast_run *>cnp.PyArray_DATA(self.runs), cnp.PyArray_DIM(self.runs, 0),
                           self.layout.channels, self.layout.inner, self.count, cnp.PyArray_ITEMSIZE(whole),
                           cnp.PyArray_DATA(whole), cnp.PyArray_DATA(part))
         return part
 
-    def scatter(self, cnp.ndarray part, out):
-        """-> an array like x, or `out`: what `part` has at the positions, 0 elsewhere."""
+    def scatter(self, cnp.ndarray part not None, out, cnp.ndarray home=None):
+        """-> an array like x, or `out`: what `part` has at the positions, 0 elsewhere. home: where it lies."""
         cdef cnp.ndarray given_out = as_out(out, self.model)
         cdef cnp.ndarray whole = given_out
+        if home is not None:
+            with nogil:
+                bnfast_spread(<bnfast_run *>cnp.PyArray_DATA(self.runs), cnp.PyArray_DIM(self.runs, 0),
+                              self.layout.outer, self.layout.channels, self.count, cnp.PyArray_ITEMSIZE(part),
+                              cnp.PyArray_DATA(home))
+            return delivered(home, given_out)
         if whole is None or not same_layout(whole, self.model):
             whole = empty_like(self.model)
         with nogil:

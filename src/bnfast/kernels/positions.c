@@ -54,7 +54,7 @@ void bnfast_gather(const bnfast_run *runs, ptrdiff_t n_runs, ptrdiff_t channels,
     for (ptrdiff_t r = 0; r < n_runs; done += runs[r].length, r++)
         if (inner == 1) {
             const ptrdiff_t bytes = runs[r].length * channels * size;
-            memcpy(to, from + offset_of(runs[r].begin, 0, channels, inner, size), (size_t)bytes);
+            memmove(to, from + offset_of(runs[r].begin, 0, channels, inner, size), (size_t)bytes);
             to += bytes;
         } else
             for (ptrdiff_t c = 0; c < channels; c++)
@@ -99,4 +99,21 @@ void bnfast_scatter(const bnfast_run *runs, ptrdiff_t n_runs, ptrdiff_t outer, p
         done += runs[r].length;
         at += runs[r].length;
     }
+}
+
+/* From the last run to the first: none is moved over what is still to be moved, as each lies at its place or before it. */
+void bnfast_spread(const bnfast_run *runs, ptrdiff_t n_runs, ptrdiff_t outer, ptrdiff_t channels, ptrdiff_t positions,
+                   ptrdiff_t size, void *whole)
+{
+    char *const all = whole;
+    ptrdiff_t written = outer, left = positions; /* from where on all is in its place; positions not yet moved */
+    for (ptrdiff_t r = n_runs - 1; r >= 0; r--) {
+        const ptrdiff_t end = runs[r].begin + runs[r].length;
+        left -= runs[r].length;
+        clear(end, written, channels, 1, size, all);
+        memmove(all + offset_of(runs[r].begin, 0, channels, 1, size), all + left * channels * size,
+                (size_t)(runs[r].length * channels * size));
+        written = runs[r].begin;
+    }
+    clear(0, written, channels, 1, size, all);
 }
