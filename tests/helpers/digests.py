@@ -53,7 +53,7 @@ CASES = [
     ((2000, 256), -1, "C"),
     ((300, 1000), 1, "C"),
     ((40, 2100), 1, "C"),
-    # interleaved, and a multiple of a cache line wide: blocks of columns are copied together where caches are small
+    # interleaved, and a multiple of a cache line wide
     ((300, 1024), 1, "C"),
     ((5, 7, 9, 512), -1, "C"),
     ((300, 256, 2), 1, "C"),

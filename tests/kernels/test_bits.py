@@ -33,7 +33,8 @@ def caches():
 
 
 CACHES = [(2**15, 2**16), (2**17, 2**18), (2**20, 2**18), (2**22, 2**40)]  # the second level, the last one
-FEW_ROWS = [((12, 2048), 1, "C"), ((256 + 7, 1024), 1, "C")]  # and few in the last segment
+# few rows, and few in the last segment; blocks that are copied together
+FEW_ROWS = [((12, 2048), 1, "C"), ((256 + 7, 1024), 1, "C"), ((301, 1280), 1, "C")]
 
 
 @pytest.mark.parametrize("case", CASES + FEW_ROWS, ids=case_name)
@@ -164,7 +165,7 @@ def test_threads_take_columns_of_their_own_where_rows_are_few(caches):
     assert _core.explain((64, 2048), 1, np.float32, "eval", 2)["plan"] == "phases"
 
 
-def test_rows_that_fall_on_the_same_lines_of_l1_are_taken_a_few_at_a_time(caches):
+def test_rows_that_fall_on_the_same_lines_of_l1_are_planned_without_asking_ahead(caches):
     """Of 32 rows at once, and what was asked for ahead of them, hardly any line was still there when it was needed."""
 
     def few(shape, dtype=np.float32):
@@ -173,7 +174,7 @@ def test_rows_that_fall_on_the_same_lines_of_l1_are_taken_a_few_at_a_time(caches
         return [plan["near"] for plan in found]
 
     caches(2**19, 2**25)
-    for shape in ((1024, 1024), (64, 65536), (8192, 2048)):
+    for shape in ((2048, 1024), (64, 65536), (8192, 2048)):
         assert few(shape) == [True] * 2
         assert few((shape[0] * 2, shape[1] - 16)) == [False] * 2
     assert few((8192, 512)) == [False] * 2

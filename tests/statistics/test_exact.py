@@ -115,6 +115,35 @@ def test_merge_depends_on_the_order_alone():
     assert isinstance(merged.count, int)
 
 
+def merged_by_numpy(a, b):
+    """Two rows of statistics as one, operation by operation as the kernels have it."""
+    (n_a, *_), (n_b, *_) = a, b
+    (mean_a, m2_a, rest_a), (mean_b, m2_b, rest_b) = a[1:].reshape(3, -1), b[1:].reshape(3, -1)
+    part = n_b / (n_a + n_b)
+    with np.errstate(all="ignore"):
+        d = (mean_b - mean_a) + (rest_b - rest_a)
+        step = rest_a + d * part
+        mean = np.where(np.isfinite(d), mean_a + step, mean_a * (n_a / (n_a + n_b)) + mean_b * part)
+        from_step = mean - mean_a
+        rest = (mean_a - (mean - from_step)) + (step - from_step)
+        m2 = m2_a + (m2_b + d * d * (n_a * part))
+        return np.concatenate([[n_a + n_b], mean, m2, np.where(np.isfinite(rest), rest, 0.0)])
+
+
+@pytest.mark.parametrize("size", [1.0, 1e9, 1e308, np.inf])
+def test_a_merge_of_two_rows_is_the_formula_on_every_instruction_set(isa, size):
+    rng = np.random.default_rng(3)
+    for channels in (*range(1, 18), 64, 67):
+        rows = np.empty((2, 1 + 3 * channels))
+        rows[:, 0] = 7, 12
+        rows[:, 1 : 1 + channels] = rng.normal(size=(2, channels))
+        rows[:, 1 + rng.integers(channels)] = size, -size
+        rows[:, 1 + channels : 1 + 2 * channels] = rng.random((2, channels))
+        rows[:, 1 + 2 * channels :] = 1e-17 * rng.normal(size=(2, channels))
+        expected = merged_by_numpy(*rows)
+        assert np.array_equal(_core.merge_moments_rows(rows), expected, equal_nan=True), channels
+
+
 def test_merge_of_one_and_of_empty_ones():
     m, empty = moments(data((4, 2), 1)), Moments(0, [0.0, 0.0], [0.0, 0.0])
     assert Moments.merge([m]) == m

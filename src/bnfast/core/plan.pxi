@@ -82,7 +82,7 @@ cdef str in_words(dict plan, str operation):
     if plan["written_later"]:
         lines.append("a block is written while the next is reduced")
     if plan["layout"] == "interleaved" and operation != "eval":
-        lines.append("sums of columns stay in registers: few rows at a time" if plan["near"]
+        lines.append("a few columns at a time, whose sums stay in registers" if plan["near"]
                      else "rows are taken in the order of memory, what follows is asked for ahead")
     if operation != "moments":
         lines.append("the result is written around the caches" if plan["stream"]

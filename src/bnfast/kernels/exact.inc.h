@@ -186,7 +186,7 @@ struct FN(exact_columns) {
     double pivots[COLUMNS + VL], sum[COLUMNS + VL], square[COLUMNS + VL];
 };
 
-/* x: (n_rows, n_columns), rows `stride` apart IN; next: elements to what is reduced next */
+/* x: (n_rows, n_columns), rows `stride` apart IN; next: elements from the first row to what is needed after these */
 static void FN(exact_sums_of_columns)(const S *x, ptrdiff_t n_rows, ptrdiff_t stride, ptrdiff_t n_columns,
                                       ptrdiff_t next, int near, struct FN(exact_columns) * columns)
 {

@@ -5,8 +5,8 @@
  * columns (the rows left over are a segment of their own), so that three channels run as fast as sixty-four.
  * A segment is SEGMENT_ROWS such rows of one column.
  *
- * A block of columns whose rows fit into L2 is copied together while it is reduced: where it came from, lines a power
- * of two apart would displace each other. */
+ * From memory, or from a last level that is far, a block of columns whose rows fit into L2 is copied together while it is
+ * reduced: where it came from, lines a power of two apart would displace each other. */
 
 #include "block.h"
 
@@ -280,7 +280,8 @@ static void reduce_task(const bnfast_job *job, ptrdiff_t index, int thread)
         return;
     }
     for (ptrdiff_t s = begin; s < least(begin + n, job->n_segments); s++)
-        reduce(job, &block, s, j, least(job->task_columns, block.width - j), 0);
+        reduce(job, &block, s, j, least(job->task_columns, block.width - j),
+               j + job->task_columns < block.width ? job->task_columns : 0);
 }
 
 static void coefficients_task(const bnfast_job *job, ptrdiff_t index, int thread)

@@ -125,8 +125,8 @@ typedef struct {
     ptrdiff_t row, channel, at, end;
 } bnfast_writer;
 
-/* n_rows rows, `stride` apart, of n_columns; next: elements from the first to what is needed after these; near: few
- * of them are taken at a time, and nothing is asked for ahead */
+/* n_rows rows, `stride` apart, of n_columns; next: elements from the first to what is needed after these; near: a
+ * few columns at a time, whose sums stay in registers, and nothing is asked for ahead */
 typedef struct {
     ptrdiff_t n_rows, stride, n_columns, next;
     int near;
@@ -197,7 +197,7 @@ typedef struct {
     void (*merge_moments)(ptrdiff_t n, double count_a, double *mean_a, double *m2_a, double count_b,
                           const double *mean_b, const double *m2_b);
     void (*merge_sums)(ptrdiff_t n, double *u_a, double *ud_a, const double *u_b, const double *ud_b);
-    /* The same of rows a, IN and OUT, and b of some channels: see rows.h. Both have a count above 0. */
+    /* Moments, of rows a, IN and OUT, and b of some channels: see rows.h. Both have a count above 0. (Asked of float64.) */
     void (*merge_moments_row)(ptrdiff_t channels, double *a, const double *b, int rests);
 
     /* Of n channels: the rounded mean, and y as an activation meets it in a backward pass: center, y_scale, y_shift. */

@@ -1,4 +1,4 @@
-/* Merging what segments gave: float64, whatever the data are. */
+/* Merging what segments, or processes, gave: float64, whatever the data are. */
 
 /* Chan, Golub, LeVeque (1979): n = a + b, d = mean_b - mean_a, mean = mean_a + d*b/n, m2 = m2_a + m2_b + d*d*a*b/n */
 static void FN(merge_moments)(ptrdiff_t n, double count_a, double *restrict mean_a, double *restrict m2_a,
@@ -21,9 +21,9 @@ static void FN(merge_sums)(ptrdiff_t n, double *restrict u_a, double *restrict u
     }
 }
 
-/* The same for rows of statistics (rows.h), whose means are not of data of one range: rests, what the means were rounded by
- * and d would lose, which far from zero is most of the error; far: some distance leaves the range, or a mean is infinite, and
- * there the mean is the average. (Constants, so that the usual loop has no branches, and becomes one of vectors.) */
+/* As merge_moments, of rows of statistics (rows.h). rests: with what the means were rounded by, which d would lose: far
+ * from zero that is most of the error. far: some distance leaves the range, or a mean is infinite; there the mean is the
+ * average. (Constants, so that the usual loop has no branches, and becomes one of vectors.) */
 static ALWAYS_INLINE void FN(merge_row)(ptrdiff_t channels, double *restrict a, const double *restrict b, int rests,
                                         int far)
 {
@@ -50,8 +50,7 @@ static ALWAYS_INLINE void FN(merge_row)(ptrdiff_t channels, double *restrict a, 
 
 static void FN(merge_moments_row)(ptrdiff_t channels, double *a, const double *b, int rests)
 {
-    const double *restrict const rest_a = rests ? a + 2 * channels : a, *restrict const rest_b =
-                                                                            rests ? b + 2 * channels : a;
+    const double *const rest_a = rests ? a + 2 * channels : a, *const rest_b = rests ? b + 2 * channels : a;
     int64_t far = 0;
     for (ptrdiff_t i = 1; i <= channels; i++) {
         const double d = (b[i] - a[i]) + (rest_b[i] - rest_a[i]);

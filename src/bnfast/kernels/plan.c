@@ -125,10 +125,10 @@ enum {
     WAY_BYTES = 128
         << 10, /* of L2: what lies a multiple of this apart shares WAYS places (1 MiB and 8, 2 MiB and 16) */
     WAYS = 8,
-    L1_WAY_BYTES = 4096,
+    L1_WAY_BYTES = 4096, /* what lies a multiple of this apart shares the ways of L1, 8 or 12 */
     TASK_COLUMNS = 2048,
     FEWEST_TASK_COLUMNS = 512,
-    FEWEST_NEAR_COLUMNS = 32, /* as many as are summed at once in L2, or more (sums.inc.h) */
+    FEWEST_NEAR_COLUMNS = 32, /* as many as are summed at once where they are near, or more (sums.inc.h) */
     FEW_ROWS = 32,
     REDUCE_BYTES = 1 << 19, /* of a task, where there are enough tasks for all threads */
     APPLY_BYTES = 1 << 18,
@@ -145,9 +145,9 @@ static void cut_interleaved_segments(bnfast_job *job)
     job->merges = job->n_segments > 1 || columns_of_channel(job) > 1 || job->exact;
 }
 
-/* Whether columns are summed in registers, a few rows at a time, and nothing is asked for ahead: in L2; and from a last
- * level that is near, up to an eighth of it (0.75 to 1 of the time), or where all rows of a tile fall on the same few
- * lines of L1, being a multiple of its ways apart, so that what is asked for displaces what is being read (0.5 to 0.9;
+/* Whether a few columns are summed at a time, in registers, and nothing is asked for ahead: in L2; and from a last level
+ * that is near, up to an eighth of it (0.75 to 1 of the time), or where all rows of a tile fall on the same few lines of L1,
+ * being a multiple of the size of its ways apart, so that what is asked for displaces what is being read (mostly 0.5 to 0.9;
  * measured with 32 KiB and 8 ways, and 32 MiB of L3). */
 static int is_near(const bnfast_job *job)
 {
@@ -167,9 +167,10 @@ static int displaces_itself(const bnfast_job *job, ptrdiff_t bytes)
 }
 
 /* All rows of some channels, which stay in L2 until they are mapped: a range of columns wide enough to be read well, or
- * a narrower one. Where its rows displace each other they are copied together while they are reduced (not where few are
- * taken at a time anyway), which pays only if the array itself, or what a phase leaves for the next, does not stay in cache. Returns the channels, in whole
- * lines; 0: each step for the whole array. */
+ * a narrower one. Where its rows displace each other they are copied together while they are reduced, which pays only
+ * if the array itself, or what a phase leaves for the next, does not stay in cache; and not where a few columns are taken at
+ * a time, which from a near last level is faster than the copy (0.5 to 1 of the time; a second time they come from there).
+ * Returns the channels, in whole lines; 0: each step for the whole array. */
 static ptrdiff_t channels_of_block(bnfast_job *job)
 {
     const ptrdiff_t size = job->kernels->itemsize, line = 64 / size, column_bytes = job->inner * size;

@@ -254,7 +254,7 @@ static ALWAYS_INLINE struct FN(passing) FN(passing_in)(const struct FN(tile) * t
     return kind == PASSED ? FN(passing_at)(*tile->passing, tile->element, tile->channel, kind) : FN(passing_of)(NULL);
 }
 
-/* Rows that do not lie in L2, at most TILE_ROWS of them: in the order of memory, while what is ahead is asked for. */
+/* Rows that are not near, at most TILE_ROWS of them: in the order of memory, while what is ahead is asked for. */
 static ALWAYS_INLINE void FN(far_tile)(const struct FN(tile) * tile, int vectors, ptrdiff_t n, int with_u)
 {
     const FN(vec) zero = FN(set1)(0);
@@ -426,7 +426,7 @@ static ALWAYS_INLINE void FN(end_columns)(const struct FN(columns) * c, ptrdiff_
     }
 }
 
-/* Rows that lie in L2; at most two vectors, because their sums fit into registers. */
+/* Rows that are near (bnfast_rows); at most two vectors, because their sums fit into registers. */
 static ALWAYS_INLINE void FN(near_tile)(const struct FN(tile) * tile, int vectors, ptrdiff_t n, int with_u)
 {
     const struct FN(passing) passing = FN(passing_in)(tile, with_u);
