@@ -612,12 +612,15 @@ def forward_in_calibration(AtomicReference contents, Options options, x, gamma, 
 cdef tuple mapped_back_there(Forward forward, bnfast_job *job, Positions there, cnp.ndarray x, cnp.ndarray u, int axis,
                              cnp.ndarray out, cnp.ndarray out_residual, cnp.ndarray home_of_x=None,
                              cnp.ndarray home_of_u=None):
-    """-> (dx, dresidual) of a backward job of x and u, which `there` has gathered, to where they are at home, unless it is
-    None; 0 elsewhere."""
+    """-> (dx, dresidual) of a backward job of x and u, 0 elsewhere.
+
+    `there` has gathered them, unless it is None, to where they are at home.
+    """
     if there is None:
         return mapped_back(job, x, u, None, axis, forward.channels, out, out_residual, forward.has_residual)
     if not forward.has_residual:
-        return there.scatter(mapped_back(job, x, u, None, axis, forward.channels, u, None, False)[0], out, home_of_u), None
+        dx = mapped_back(job, x, u, None, axis, forward.channels, u, None, False)[0]
+        return there.scatter(dx, out, home_of_u), None
     dx, dresidual = mapped_back(job, x, u, None, axis, forward.channels, x, u, True)
     return there.scatter(dx, out, home_of_x), there.scatter(dresidual, out_residual, home_of_u)
 

@@ -66,8 +66,10 @@ cdef class Positions:
         return self.count == self.layout.outer * self.layout.inner
 
     def home(self, out, cnp.ndarray array not None):
-        """`out`, checked, or a new array like x, in which a part of `array` may lie before it is scattered over it; None
-        where it may not."""
+        """`out`, checked, or a new array like x, in which a part of `array` may lie before it is scattered over it.
+
+        None where none may.
+        """
         cdef cnp.ndarray given_out = as_out(out, self.model)
         if self.layout.inner != 1:
             return None
