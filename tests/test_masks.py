@@ -1,5 +1,7 @@
 """Masks: the positions that take part are all that there is, and elsewhere results are 0."""
 
+import itertools
+
 import numpy as np
 import pytest
 from activations import LIKE_X, SLOPE, batch, fused, one_after_another
@@ -275,6 +277,43 @@ def test_out_may_be_any_of_the_arrays(case, dtype):
                 assert found[0 if target == "out" else -1] is out
                 for one, other in zip(found, expected, strict=True):
                     assert_same_bits(one, other, f"{call.__name__}, {target} is {name}")
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+@pytest.mark.parametrize(("shape", "axis"), [((5, 7, 3), -1), ((40, 16), 1), ((4, 3, 9), 1)])
+def test_a_layer_gives_the_same_bits_wherever_its_results_lie(shape, axis, dtype):
+    """A part may lie at the beginning of the memory that it is scattered over, be it x's, dy's or a result's own."""
+    rng = np.random.default_rng(1)
+    x, dy, residual = (rng.normal(1, 2, shape).astype(dtype) for _ in range(3))
+
+    def results(mask, with_residual, out=None, out_dx=None, out_dresidual=None):
+        """out, ...: name of the array that a result goes to, "new", or None."""
+        bn = bnfast.BatchNorm(shape[axis], axis=axis, activation="leaky_relu", dtype=max(x.dtype, np.float32))
+        memory = np.concatenate([dy.ravel(), np.zeros(3, dtype)])
+        at = {"x": x.copy(), "new": x.copy(), "dy": memory[:-3].reshape(shape), "shifted": memory[3:].reshape(shape)}
+        beside = {"residual": residual} if with_residual else {}
+        y = bn(at["x"], mask=mask, out=at.get(out), **beside).copy()
+        more = {"out_residual": at.get(out_dresidual)} if with_residual else {}
+        gradients = bn.backward(at["dy"], out=at.get(out_dx), **more)
+        return [y, *(gradients if with_residual else [gradients]), bn.grad_gamma, bn.running_var]
+
+    for density in (0.2, 0.9):
+        mask = random_mask(shape, axis, density)
+        for with_residual in (False, True):
+            expected = results(mask, with_residual)
+            for outs in itertools.product([None, "new"], [None, "x", "dy", "shifted"], [None, "dy"]):
+                if outs[2] and (outs[1] in ("dy", "shifted") or not with_residual):
+                    continue  # the two may not share memory
+                for found, wanted in zip(results(mask, with_residual, *outs), expected, strict=True):
+                    assert_same_bits(found, wanted)
+
+
+def test_a_mask_that_leaves_out_all_gives_gradients_of_0(dtype):
+    for activation in (None, "relu", "leaky_relu"):
+        bn = bnfast.BatchNorm(3, axis=-1, activation=activation).eval()
+        x = np.ones((2, 5, 3), np.float16 if dtype == np.float32 else dtype)
+        assert not bn(x, mask=np.zeros((2, 5), bool), residual=x).any()
+        assert not np.any(bn.backward(x))
 
 
 def test_inputs_are_not_modified(dtype):
