@@ -232,7 +232,7 @@ static void FN(exact_moments_planar)(const void *data, const bnfast_runs *runs, 
                     for (ptrdiff_t j = 0; j < length; j++)
                         columns.pivots[c * length + j] = pivots[i + c];
                 FN(exact_sums_of_columns)(x + at, n_rows, stride, of * length, of < left - i ? of * length : next - at,
-                                          0, &columns);
+                                          runs->near, &columns);
                 for (ptrdiff_t c = 0; c < of; c++) {
                     mean[first + i + c] = FN(fold_exact_columns)(columns.sum + c * length, length);
                     m2[first + i + c] = FN(fold_exact_columns)(columns.square + c * length, length);

@@ -102,9 +102,11 @@ typedef struct {
     bnfast_rectifier rectifier;
 } bnfast_passing;
 
-/* n_rows rows, `stride` apart, of n_channels neighbouring channels with `length` neighbouring elements each. */
+/* n_rows rows, `stride` apart, of n_channels neighbouring channels with `length` neighbouring elements each; near: as in
+ * bnfast_rows, where `length` is so short that elements are summed as columns. */
 typedef struct {
     ptrdiff_t n_rows, stride, n_channels, length;
+    int near;
 } bnfast_runs;
 
 /* A map of planar runs that can be done little by little, while something else is reduced: memory reads and writes at

@@ -15,6 +15,9 @@ enum { PLANAR_INNER = 16 };
 /* Of a last level that is said to be larger others have their part. */
 enum { MOST_LAST_LEVEL = 96 << 20, MOST_WRITTEN_THROUGH = 48 << 20 };
 
+/* What lies a multiple of this apart shares the ways of L1, 8 or 12. */
+enum { L1_WAY_BYTES = 4096 };
+
 static ptrdiff_t believed_last_level(void) { return least(bnfast_last_level_bytes(), MOST_LAST_LEVEL); }
 
 /* Whether it is slow to read twice from, and what one core has written slow to reach another: it is said to be larger. */
@@ -33,6 +36,19 @@ static int comes_from_memory(const bnfast_job *job)
     const ptrdiff_t arrays =
         arrays_read(job) + 1 + (job->residual != NULL) + (job->passed != NULL && job->passed != job->out);
     return arrays * bytes_of_array(job) > least(bnfast_last_level_bytes() / 4 * 3, MOST_WRITTEN_THROUGH);
+}
+
+/* Whether a few columns are summed at a time, in registers, and nothing is asked for ahead: in L2; and from a last level
+ * that is near, up to an eighth of it (0.75 to 1 of the time), or where all rows of a tile fall on the same few lines of L1,
+ * being a multiple of the size of its ways apart, so that what is asked for displaces what is being read (mostly 0.5 to 0.9;
+ * measured with 32 KiB and 8 ways, and 32 MiB of L3). */
+static int is_near(const bnfast_job *job)
+{
+    const ptrdiff_t bytes = bytes_of_array(job) * arrays_read(job),
+                    row_bytes = folded_stride(job) * job->kernels->itemsize;
+    if (bytes <= bnfast_l2_bytes() / 2 * job->n_threads)
+        return 1;
+    return !last_level_is_far() && (bytes <= bnfast_last_level_bytes() / 8 || row_bytes % L1_WAY_BYTES == 0);
 }
 
 /* Channels that a task of the phase of coefficients makes: about one task a thread, of at least FEWEST. */
@@ -97,6 +113,7 @@ static void choose_planar(bnfast_job *job)
     const int threads = job->n_threads;
     job->block_channels = job->channels;
     job->coefficient_channels = coefficient_channels(job);
+    job->near = choice(forced.near, is_near(job));
     const int enough = threads == 1 || job->channels % threads == 0 || job->channels >= 4 * threads;
     const ptrdiff_t run = job->inner * job->kernels->itemsize, channel_bytes = job->outer * run * arrays_read(job);
     const ptrdiff_t share = threads == 1 ? job->channels : quotient_up(job->channels, PLANAR_TASKS * threads);
@@ -125,7 +142,6 @@ enum {
     WAY_BYTES = 128
         << 10, /* of L2: what lies a multiple of this apart shares WAYS places (1 MiB and 8, 2 MiB and 16) */
     WAYS = 8,
-    L1_WAY_BYTES = 4096, /* what lies a multiple of this apart shares the ways of L1, 8 or 12 */
     TASK_COLUMNS = 2048,
     FEWEST_TASK_COLUMNS = 512,
     FEWEST_NEAR_COLUMNS = 32, /* as many as are summed at once where they are near, or more (sums.inc.h) */
@@ -143,19 +159,6 @@ static void cut_interleaved_segments(bnfast_job *job)
     job->segment_length = 1;
     job->n_segments = quotient_up(folded_rows(job), SEGMENT_ROWS);
     job->merges = job->n_segments > 1 || columns_of_channel(job) > 1 || job->exact;
-}
-
-/* Whether a few columns are summed at a time, in registers, and nothing is asked for ahead: in L2; and from a last level
- * that is near, up to an eighth of it (0.75 to 1 of the time), or where all rows of a tile fall on the same few lines of L1,
- * being a multiple of the size of its ways apart, so that what is asked for displaces what is being read (mostly 0.5 to 0.9;
- * measured with 32 KiB and 8 ways, and 32 MiB of L3). */
-static int is_near(const bnfast_job *job)
-{
-    const ptrdiff_t bytes = bytes_of_array(job) * arrays_read(job),
-                    row_bytes = folded_stride(job) * job->kernels->itemsize;
-    if (bytes <= bnfast_l2_bytes() / 2 * job->n_threads)
-        return 1;
-    return !last_level_is_far() && (bytes <= bnfast_last_level_bytes() / 8 || row_bytes % L1_WAY_BYTES == 0);
 }
 
 /* Whether rows of `bytes` bytes each displace each other from L2 before they are mapped, being a power of two apart. */

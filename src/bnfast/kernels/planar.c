@@ -34,7 +34,7 @@ static void reduce(const bnfast_job *job, const bnfast_block *block, ptrdiff_t s
                    bnfast_writer *writer)
 {
     ptrdiff_t row, begin, next_row, next_begin, unused;
-    bnfast_runs runs = {.stride = period(job), .n_channels = n};
+    bnfast_runs runs = {.stride = period(job), .n_channels = n, .near = job->near};
     segment(job, s, &row, &begin, &runs.n_rows, &runs.length);
     const ptrdiff_t from = row * period(job) + begin;
     ptrdiff_t next = n * job->inner - from; /* the channels behind these, if this was their last segment */
@@ -65,7 +65,7 @@ static bnfast_writer writer_of(const bnfast_job *job, const bnfast_block *block,
         .x = (const char *)(maps_u_only(job) ? beside : job->x) + offset,
         .out = (char *)job->out + offset,
         .marked = bnfast_marked_at(job, offset),
-        .runs = {n_rows, period(job), n_channels, length},
+        .runs = {.n_rows = n_rows, .stride = period(job), .n_channels = n_channels, .length = length},
         .coefficients = bnfast_coefficients_at(job, &block->channel, i),
         .map = map_flags(job),
         .stream = job->stream,

@@ -618,7 +618,10 @@ static ALWAYS_INLINE void FN(sums_of_short_rows_as)(const S *x, const S *u, cons
                                       .sum_vd = column_vd};
         memset(column_v, 0, sizeof column_v);
         memset(column_vd, 0, sizeof column_vd);
-        FN(sums_of_far_columns)(&rows, n * length, to_next, with_u);
+        if (runs->near)
+            FN(sums_of_near_columns)(&rows, n * length, with_u);
+        else
+            FN(sums_of_far_columns)(&rows, n * length, to_next, with_u);
         for (ptrdiff_t c = 0; c < n; c++) {
             sum_v[i + c] = FN(fold_columns)(column_v + c * length, length);
             sum_vd[i + c] = FN(fold_columns)(column_vd + c * length, length);
