@@ -20,16 +20,19 @@ CHANNELS = (1, 16, 64, 256, 1024, 4096, 16384)
 COMM = MPI.COMM_WORLD
 
 
-def microseconds(call, n_calls=CALLS):
-    """(least, median) of the means of the rounds, the slowest process's of each."""
-    found = []
-    for _ in range(ROUNDS):
+def mean_of(call, n_calls):
+    """Microseconds of a call, the slowest process's; they begin together."""
+    call()
+    COMM.Barrier()
+    start = time.perf_counter()
+    for _ in range(n_calls):
         call()
-        COMM.Barrier()
-        start = time.perf_counter()
-        for _ in range(n_calls):
-            call()
-        found.append(COMM.allreduce((time.perf_counter() - start) / n_calls * 1e6, MPI.MAX))
+    return COMM.allreduce((time.perf_counter() - start) / n_calls * 1e6, MPI.MAX)
+
+
+def microseconds(call, n_calls=CALLS):
+    """(least, median) of the means of the rounds."""
+    found = [mean_of(call, n_calls) for _ in range(ROUNDS)]
     return min(found), statistics.median(found)
 
 
@@ -98,15 +101,7 @@ def beside_two_gathers(pairs=25, n_calls=100):
         def synchronised(together=together, x=x, y=y):
             together(x, out=y)
 
-        def mean(call, n_calls=n_calls):
-            COMM.Barrier()
-            start = time.perf_counter()
-            for _ in range(n_calls):
-                call()
-            return COMM.allreduce((time.perf_counter() - start) / n_calls * 1e6, MPI.MAX)
-
-        mean(local), mean(synchronised)
-        more = [-mean(local) + mean(synchronised) for _ in range(pairs)]
+        more = [-mean_of(local, n_calls) + mean_of(synchronised, n_calls) for _ in range(pairs)]
         found[channels] = statistics.quantiles(more, n=4)
     return found
 
