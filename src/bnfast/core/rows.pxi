@@ -1,8 +1,8 @@
 # Rows of statistics, merged: what `Moments` and `Sums` do, and what processes send each other.
 
 cdef extern from "kernels/rows.h" nogil:
-    void bnfast_merge_moments_rows(double *rows, Py_ssize_t n_rows, Py_ssize_t stride, Py_ssize_t channels,
-                                   int rests) noexcept
+    void bnfast_merge_moments_rows(double *rows, Py_ssize_t n_rows, Py_ssize_t stride,
+                                   Py_ssize_t channels) noexcept
     void bnfast_merge_sums_rows(double *rows, Py_ssize_t n_rows, Py_ssize_t stride, Py_ssize_t n_sums) noexcept
 
 
@@ -13,5 +13,5 @@ def merge_moments_rows(cnp.ndarray rows):
     cdef Py_ssize_t n_rows = cnp.PyArray_DIM(rows, 0), width = cnp.PyArray_DIM(rows, 1)
     cdef double *numbers = values(rows)
     with nogil:
-        bnfast_merge_moments_rows(numbers, n_rows, width, width // 3, True)
+        bnfast_merge_moments_rows(numbers, n_rows, width, width // 3)
     return rows[0]

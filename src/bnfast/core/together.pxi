@@ -39,7 +39,7 @@ cdef int take_statistics(Forward forward, cnp.ndarray rows, bnfast_job *job) exc
     cdef Py_ssize_t channels = forward.channels, width = cnp.PyArray_DIM(rows, 1)
     cdef double *merged = values(rows) + 1
     cdef const double *m2 = merged + 1 + channels
-    bnfast_merge_moments_rows(merged, cnp.PyArray_DIM(rows, 0), width, channels, True)
+    bnfast_merge_moments_rows(merged, cnp.PyArray_DIM(rows, 0), width, channels)
     cdef double count = merged[0]
     if count < 2:
         raise ValueError("Expected more than 1 value per channel when training, "

@@ -200,7 +200,7 @@ typedef struct {
                           const double *mean_b, const double *m2_b);
     void (*merge_sums)(ptrdiff_t n, double *u_a, double *ud_a, const double *u_b, const double *ud_b);
     /* Moments, of rows a, IN and OUT, and b of some channels: see rows.h. Both have a count above 0. (Asked of float64.) */
-    void (*merge_moments_row)(ptrdiff_t channels, double *a, const double *b, int rests);
+    void (*merge_moments_row)(ptrdiff_t channels, double *a, const double *b);
 
     /* Of n channels: the rounded mean, and y as an activation meets it in a backward pass: center, y_scale, y_shift. */
     void (*make_y_coefficients)(ptrdiff_t n, const bnfast_channels *of);

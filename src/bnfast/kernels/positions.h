@@ -16,8 +16,8 @@ ptrdiff_t bnfast_list_runs(const unsigned char *mask, ptrdiff_t n, ptrdiff_t row
                            bnfast_run *runs);
 
 /* whole: (outer, channels, inner); part: (positions, channels) where inner is 1, else (channels, positions).
- * gather: part <- whole at the runs; scatter: whole at the runs <- part, 0 elsewhere. size: bytes an element. Where inner is 1, part may be
- * the beginning of `whole` in a gather */
+ * gather: part <- whole at the runs; scatter: whole at the runs <- part, 0 elsewhere.
+ * size: bytes an element. Where inner is 1, `part` may be the beginning of `whole` in a gather. */
 void bnfast_gather(const bnfast_run *runs, ptrdiff_t n_runs, ptrdiff_t channels, ptrdiff_t inner, ptrdiff_t positions,
                    ptrdiff_t size, const void *whole, void *part);
 void bnfast_scatter(const bnfast_run *runs, ptrdiff_t n_runs, ptrdiff_t outer, ptrdiff_t channels, ptrdiff_t inner,

@@ -5,9 +5,9 @@
 
 #include <string.h>
 
-void bnfast_merge_moments_rows(double *rows, ptrdiff_t n_rows, ptrdiff_t stride, ptrdiff_t channels, int rests)
+void bnfast_merge_moments_rows(double *rows, ptrdiff_t n_rows, ptrdiff_t stride, ptrdiff_t channels)
 {
-    const size_t bytes = (size_t)(1 + (rests ? 3 : 2) * channels) * sizeof *rows;
+    const size_t bytes = (size_t)(1 + 3 * channels) * sizeof *rows;
     for (ptrdiff_t step = 1; step < n_rows; step *= 2)
         for (ptrdiff_t i = 0; i + step < n_rows; i += 2 * step) {
             double *const a = rows + i * stride, *const b = a + step * stride;
@@ -16,7 +16,7 @@ void bnfast_merge_moments_rows(double *rows, ptrdiff_t n_rows, ptrdiff_t stride,
             if (a[0] == 0.0)
                 memcpy(a, b, bytes);
             else
-                bnfast_active(BNFAST_FLOAT64)->merge_moments_row(channels, a, b, rests);
+                bnfast_active(BNFAST_FLOAT64)->merge_moments_row(channels, a, b);
         }
 }
 

@@ -616,12 +616,7 @@ static ALWAYS_INLINE void FN(sums_of_short_rows_as)(const S *x, const S *u, cons
                                       .passing = &of_columns,
                                       .sum_v = column_v,
                                       .sum_vd = column_vd};
-        memset(column_v, 0, sizeof column_v);
-        memset(column_vd, 0, sizeof column_vd);
-        if (runs->near)
-            FN(sums_of_near_columns)(&rows, n * length, with_u);
-        else
-            FN(sums_of_far_columns)(&rows, n * length, to_next, with_u);
+        FN(sums_of_columns)(&rows, n * length, to_next, with_u, runs->near);
         for (ptrdiff_t c = 0; c < n; c++) {
             sum_v[i + c] = FN(fold_columns)(column_v + c * length, length);
             sum_vd[i + c] = FN(fold_columns)(column_vd + c * length, length);
