@@ -48,11 +48,12 @@ def test_bits_do_not_depend_on_the_caches(caches, case, dtype):
 
 
 PLANS = [
-    {"kind": "phases"},
+    {"kind": "phases", "row_by_row": False},
+    {"kind": "phases", "row_by_row": True},
     {"kind": "phases", "near": True, "stream": True},
     {"kind": "phases", "near": False},
-    {"kind": "blocks"},
-    {"kind": "blocks", "pack": True, "stream": True},
+    {"kind": "blocks", "row_by_row": False},
+    {"kind": "blocks", "pack": True, "stream": True, "row_by_row": True},
     {"kind": "blocks", "pack": False, "near": True, "written_later": True},
     {"kind": "blocks", "written_later": False, "stream": True},
 ]

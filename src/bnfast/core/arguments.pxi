@@ -187,13 +187,18 @@ cdef cnp.ndarray as_statistics(object value, str name, Py_ssize_t channels, cnp.
                                cnp.ndarray second_out=None):
     """As a parameter, but float64, and not None."""
     cdef cnp.ndarray array, wide
+    cdef Py_ssize_t i
+    cdef const float *narrow
+    cdef double *results
     if value is None:
         raise TypeError(f"{name}: expected an array of shape ({channels},), got None")
     array = as_parameter(value, name, channels, out, second_out)
     if cnp.PyArray_TYPE(array) == cnp.NPY_FLOAT64:
         return array
     wide = new_statistics(channels)
-    cnp.PyArray_CopyInto(wide, array)
+    narrow, results = <const float *>cnp.PyArray_DATA(array), <double *>cnp.PyArray_DATA(wide)
+    for i in range(channels):  # NumPy's own conversion takes four times as long
+        results[i] = narrow[i]
     return wide
 
 

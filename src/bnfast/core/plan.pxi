@@ -15,7 +15,7 @@ def explain(shape, axis, dtype, str operation, int n_threads):
 
     -> dict: layout ("planar", "interleaved"), outer, channels, inner, plan ("blocks", "phases"), threads, worth (how
     many threads at most, where they are free), stream, bytes_of_arrays, workspace_bytes, segments (a channel),
-    block_channels, tasks (of each phase), packed, near, written_later, and words: the same as text, a line for each.
+    block_channels, tasks (of each phase), packed, near, written_later, row_by_row, and words: the same as text, a line for each.
     """
     cdef bnfast_job job = new_job(BNFAST_MOMENTS)
     cdef int ndim = len(shape), i, place
@@ -61,6 +61,7 @@ def explain(shape, axis, dtype, str operation, int n_threads):
         "packed": bool(job.pack),
         "near": bool(job.near),
         "written_later": bool(job.written_later),
+        "row_by_row": bool(job.row_by_row),
     }
     found["words"] = in_words(found, operation)
     return found
@@ -84,6 +85,9 @@ cdef str in_words(dict plan, str operation):
     if plan["layout"] == "interleaved" and operation != "eval":
         lines.append("a few columns at a time, whose sums stay in registers" if plan["near"]
                      else "rows are taken in the order of memory, what follows is asked for ahead")
+    if plan["layout"] == "interleaved" and operation != "moments":
+        lines.append("each row is mapped by itself" if plan["row_by_row"]
+                     else "some rows are mapped together, which share the loads of coefficients")
     if operation != "moments":
         lines.append("the result is written around the caches" if plan["stream"]
                      else "the result is written through the caches")
@@ -92,7 +96,7 @@ cdef str in_words(dict plan, str operation):
     return "\n".join(lines)
 
 
-def force_plan(kind=None, stream=None, near=None, pack=None, written_later=None):
+def force_plan(kind=None, stream=None, near=None, pack=None, written_later=None, row_by_row=None):
     """For tests: what plans choose from now on; None: by themselves. kind: "blocks" or "phases", the others: bool.
 
     A choice that cannot be had for some shape is passed over. None changes a bit of a result.
@@ -101,6 +105,7 @@ def force_plan(kind=None, stream=None, near=None, pack=None, written_later=None)
     choices.kind = {None: -1, "phases": BNFAST_PHASES, "blocks": BNFAST_BLOCKS}[kind]
     choices.stream, choices.near = as_choice(stream), as_choice(near)
     choices.pack, choices.written_later = as_choice(pack), as_choice(written_later)
+    choices.row_by_row = as_choice(row_by_row)
     bnfast_force(&choices)
 
 

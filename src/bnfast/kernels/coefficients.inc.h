@@ -48,18 +48,6 @@ static void FN(round_values)(ptrdiff_t n, const double *restrict values, void *o
         rounded[i] = (T)values[i];
 }
 
-/* 1 / count where it has no rounding, so that a product with it is the quotient, which takes four times as long; or 0 */
-static ALWAYS_INLINE double FN(exact_inverse)(double count)
-{
-    int exponent;
-    return frexp(count, &exponent) == 0.5 ? 1.0 / count : 0.0;
-}
-
-static ALWAYS_INLINE double FN(quotient)(double sum, double count, double inverse)
-{
-    return inverse != 0.0 ? sum * inverse : sum / count;
-}
-
 /* shift: what rounding `center` leaves is taken off; slope: derivative of the result by what is centred */
 static ALWAYS_INLINE void FN(round_center)(ptrdiff_t n, const double *restrict center, const double *restrict slope,
                                            double *restrict shift, T *restrict rounded)

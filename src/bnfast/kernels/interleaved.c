@@ -172,7 +172,8 @@ static void apply(const bnfast_job *job, const bnfast_block *block, ptrdiff_t ro
     const char *x = (const char *)job->x + offset, *u = beside ? (const char *)beside + offset : x;
     const char *next_x = x + next * size, *next_u = job->u ? (const char *)job->u + offset + next * size : NULL;
     char *out = (char *)job->out + offset;
-    bnfast_columns columns = {.n_rows = n_rows, .stride = stride, .u_stride = stride, .out_stride = stride};
+    bnfast_columns columns = {
+        .n_rows = n_rows, .stride = stride, .u_stride = stride, .out_stride = stride, .row_by_row = job->row_by_row};
     if (block->packed_x) {
         x = block->packed_x;
         columns.stride = block->width;

@@ -22,6 +22,18 @@
 /* d*d of float32 is normal above 1.2e-38: a mean square below this is not trusted. float64 has nothing wider. */
 #define SMALLEST_MEAN_SQUARE (NARROW ? 1e-30 : 0.0)
 
+/* 1 / count where it has no rounding, so that a product with it is the quotient, which takes four times as long; or 0 */
+static ALWAYS_INLINE double FN(exact_inverse)(double count)
+{
+    int exponent;
+    return frexp(count, &exponent) == 0.5 ? 1.0 / count : 0.0;
+}
+
+static ALWAYS_INLINE double FN(quotient)(double sum, double count, double inverse)
+{
+    return inverse != 0.0 ? sum * inverse : sum / count;
+}
+
 /* Whether a segment's sums can be believed; without branches, so that a loop over columns becomes one of vectors.
  * sum and square 0: a constant channel; or every |d| < 2^-75, whose variance of less than 2^-150 is then given as zero.
  * NaN and Inf fail the comparisons. */
@@ -137,7 +149,7 @@ static void FN(moments_planar)(const void *data, const bnfast_runs *runs, ptrdif
 static void FN(moments_interleaved_wide)(const S *x, ptrdiff_t n_rows, ptrdiff_t stride, ptrdiff_t n_columns,
                                          const int *wanted, const T *center, double *mean, double *m2)
 {
-    const double n = (double)n_rows;
+    const double n = (double)n_rows, inverse = FN(exact_inverse)(n);
     double pivot[COLUMNS], sum[COLUMNS], square[COLUMNS];
     for (ptrdiff_t c = 0; c < n_columns; c++)
         pivot[c] = sum[c] = square[c] = 0.0;
@@ -145,7 +157,7 @@ static void FN(moments_interleaved_wide)(const S *x, ptrdiff_t n_rows, ptrdiff_t
         for (ptrdiff_t c = 0; c < n_columns; c++)
             pivot[c] += (double)FN(value)(x[r * stride + c]);
     for (ptrdiff_t c = 0; c < n_columns; c++)
-        pivot[c] /= n;
+        pivot[c] = FN(quotient)(pivot[c], n, inverse);
     for (ptrdiff_t r = 0; r < n_rows; r++)
         for (ptrdiff_t c = 0; c < n_columns; c++) {
             const double d = (double)FN(value)(x[r * stride + c]) - pivot[c];
@@ -154,8 +166,8 @@ static void FN(moments_interleaved_wide)(const S *x, ptrdiff_t n_rows, ptrdiff_t
         }
     for (ptrdiff_t c = 0; c < n_columns; c++)
         if (wanted == NULL || wanted[c]) {
-            const double rest = square[c] - sum[c] * (sum[c] / n);
-            mean[c] = (pivot[c] - (double)center[c]) + sum[c] / n;
+            const double shift = FN(quotient)(sum[c], n, inverse), rest = square[c] - sum[c] * shift;
+            mean[c] = (pivot[c] - (double)center[c]) + shift;
             m2[c] = rest < 0.0 ? 0.0 : rest;
         }
 }
@@ -221,9 +233,9 @@ static void FN(moments_interleaved_block)(const S *x, const bnfast_rows *rows, S
         FN(moments_interleaved_wide)(x, n_rows, stride, n_columns, NULL, center, mean, m2);
         return;
     }
-    const double least_square = n * SMALLEST_MEAN_SQUARE;
+    const double least_square = n * SMALLEST_MEAN_SQUARE, inverse = FN(exact_inverse)(n);
     for (ptrdiff_t c = 0; c < n_columns; c++) {
-        const double shift = sum[c] / n;
+        const double shift = FN(quotient)(sum[c], n, inverse);
         mean[c] = ((double)pivots[c] - (double)center[c]) + shift;
         m2[c] = square[c] - sum[c] * shift;
         n_untrusted += !TRUSTED(least_square, sum[c], square[c], m2[c]);

@@ -375,9 +375,11 @@ static ALWAYS_INLINE void FN(map_run)(struct FN(places) at, ptrdiff_t n, ptrdiff
 
 /* The same for rows of whole vectors: as rows that begin where the memory is aligned, some of which share the loads
  * of coefficients. */
-static ALWAYS_INLINE void FN(map_shifted_rows)(struct FN(places) at, ptrdiff_t n_rows, ptrdiff_t n_columns,
+static ALWAYS_INLINE void FN(map_shifted_rows)(struct FN(places) at, const bnfast_columns *columns,
                                                const bnfast_coefficients *c, int flags)
 {
+    const ptrdiff_t n_columns = columns->n_columns;
+    ptrdiff_t n_rows = columns->n_rows;
     const ptrdiff_t head = FN(to_aligned)(at.out, n_columns);
     if (head > 0) {
         const struct FN(map) map = FN(map_of_columns)(c, 0, head, flags);
@@ -395,11 +397,12 @@ static ALWAYS_INLINE void FN(map_shifted_rows)(struct FN(places) at, ptrdiff_t n
         at = FN(further)(at, (rows) * n_columns, flags); \
     } while (0)
     ptrdiff_t r = 0;
-    if (!ROWS_DISPLACE(n_columns))
+    if (!columns->row_by_row && !ROWS_DISPLACE(n_columns))
         for (; r + ROWS <= n_rows; r += ROWS)
             SHIFTED_ROWS(ROWS, n_columns);
-    for (; r + FEWER_ROWS <= n_rows; r += FEWER_ROWS)
-        SHIFTED_ROWS(FEWER_ROWS, n_columns);
+    if (!columns->row_by_row)
+        for (; r + FEWER_ROWS <= n_rows; r += FEWER_ROWS)
+            SHIFTED_ROWS(FEWER_ROWS, n_columns);
     for (; r < n_rows; r++)
         SHIFTED_ROWS(1, n_columns);
     if (head > 0) {
@@ -423,7 +426,7 @@ static ALWAYS_INLINE void FN(map_columns)(struct FN(places) at, const bnfast_col
     const int dense = stride == columns->n_columns && out_stride == stride && stride >= VN &&
                       (!READS_U(flags) || columns->u_stride == stride);
     if (SPECIALISES && dense && !stream && stride % VN == 0) {
-        FN(map_shifted_rows)(at, n_rows, stride, c, flags);
+        FN(map_shifted_rows)(at, columns, c, flags);
         return;
     }
     /* rows that end in parts of vectors; where those are cheap, rows by themselves are faster in cache */
@@ -447,7 +450,8 @@ static ALWAYS_INLINE void FN(map_columns)(struct FN(places) at, const bnfast_col
         r += (rows); \
     } while (0)
     /* What comes from cache waits for instructions; what comes from memory is best read as one stream. */
-    if (SPECIALISES && !stream && (!MARKS(flags) || out_stride % VN == 0)) {
+    const int together = !(dense && columns->row_by_row) && (!MARKS(flags) || out_stride % VN == 0);
+    if (SPECIALISES && !stream && together) {
         if (!ROWS_DISPLACE(stride))
             while (r + ROWS <= n_rows)
                 DO_ROWS(ROWS);
