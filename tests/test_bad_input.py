@@ -439,6 +439,11 @@ def wrong_variances():
             "batch_norm_eval", lambda value=value, eps=eps: {"var": np.array([1.0, value, 1.0]), "eps": eps},
             ValueError, ["var: ", "var + eps above 0", str(value), "channel 1"], "variance",
         )  # fmt: skip
+    for value in (-1.0, np.inf, np.nan):
+        yield function_case(
+            "batch_norm_eval", lambda value=value: {"var": np.array([1.0, 1.0, value], np.float32)},
+            ValueError, ["var: ", "var + eps above 0", str(value), "channel 2"], "variance",
+        )  # fmt: skip
 
 
 # --- out -----------------------------------------------------------------------------------------------------

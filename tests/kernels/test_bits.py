@@ -72,6 +72,38 @@ def test_bits_do_not_depend_on_the_plan(case, dtype):
         _core.force_plan()
 
 
+def through_statistics(case, dtype, dtype_of_statistics):
+    """What functions make of statistics they are given, rounded to float32 and then held in another dtype."""
+    axis = case[1]
+    x, dy, v, gamma, beta, vgamma, vbeta = arguments(case, dtype)
+    mean, inv_std, var = (
+        a.astype(np.float32).astype(dtype_of_statistics) for a in F.batch_norm(x, axis=axis, return_var=True)[1:]
+    )
+    through = {"axis": axis, "activation": "relu", "beta": beta}
+    yield F.batch_norm_eval(x, mean, var, gamma, beta, axis=axis)
+    yield from F.batch_norm_backward(dy, x, mean, inv_std, gamma, axis=axis)
+    yield from F.batch_norm_backward(dy, x, mean, inv_std, gamma, **through)
+    yield from F.batch_norm_backward(dy, x, mean, inv_std, gamma, training=False, residual=v, **through)
+    yield F.batch_norm_jvp(v, x, mean, inv_std, gamma, axis=axis, vgamma=vgamma, vbeta=vbeta)
+    sums = F.batch_norm_backward_sums(dy, x, mean, inv_std, gamma, **through)
+    yield from (sums.dgamma, sums.dbeta)
+    yield F.batch_norm_backward_apply(dy, x, mean, inv_std, gamma, sums, **through)
+
+
+@every_case
+def test_statistics_in_float32_give_the_bits_of_the_same_values_in_float64(case, dtype):
+    """They are widened a block at a time, in each plan, and those of channels at the edges of the range, too."""
+    expected = digest(through_statistics(case, dtype, np.float64))
+    try:
+        for plan in PLANS:
+            _core.force_plan(**plan)
+            for n_threads in (1, 2):
+                with bnfast.num_threads(n_threads):
+                    assert digest(through_statistics(case, dtype, np.float32)) == expected, (plan, n_threads)
+    finally:
+        _core.force_plan()
+
+
 def test_plans_are_explained_and_can_be_forced():
     def plan(shape, operation="forward", n_threads=1, axis=1):
         return _core.explain(shape, axis, np.float32, operation, n_threads)
@@ -139,7 +171,8 @@ def test_threads_are_for_work_that_is_worth_them(caches):
         return _core.explain(shape, 1, dtype, operation, 1)["worth"]
 
     caches(2**21, 480 * 2**20)  # cores far from each other
-    assert [worth((256, 256), operation) for operation in ("eval", "backward")] == [1, 3]
+    assert [worth((256, 256), operation) for operation in ("eval", "backward")] == [1, 1]
+    assert [worth((400, 256), operation) for operation in ("eval", "backward")] == [1, 5]
     assert worth((4, 64, 14, 14), "forward") == 2  # each thread its own channels
     caches(2**20, 2**25)
     assert [worth((32, 64), operation) for operation in ("moments", "forward", "eval", "backward")] == [1, 1, 1, 1]
@@ -181,8 +214,25 @@ def test_rows_that_fall_on_the_same_lines_of_l1_are_planned_without_asking_ahead
     assert few((8192, 512)) == [False] * 2
     assert few((8192, 512), np.float64) == [True] * 2
     assert few((1000, 1000)) == [True, False]  # and so is what lies in a near part of the last level
-    caches(2**21, 480 * 2**20)  # what is far has to be asked for
+    caches(2**21, 480 * 2**20)  # what is far has to be asked for, but for two arrays that fit into L2
     assert few((8192, 2048)) == [False] * 2
+    assert few((2048, 256)) == [True] * 2
+    assert few((2052, 256)) == [False] * 2
+
+
+def test_rows_are_mapped_one_by_one_where_the_last_level_is_far(caches):
+    """And a gradient's where that pays: from there, in rows that are not of whole lines of memory."""
+
+    def one_by_one(shape):
+        found = [_core.explain(shape, 1, np.float32, operation, 2) for operation in ("forward", "eval", "backward")]
+        return [plan["row_by_row"] for plan in found]
+
+    caches(2**21, 480 * 2**20)
+    assert one_by_one((5000, 200)) == [True, True, True]
+    assert one_by_one((5000, 256)) == [True, True, False]
+    assert one_by_one((500, 200)) == [True, True, False]
+    caches(2**20, 2**25)
+    assert one_by_one((5000, 200)) == [False] * 3
 
 
 @pytest.mark.parametrize("offset", [0, 1, 4, 15])

@@ -16,7 +16,7 @@ cdef extern from "kernels/job.h" nogil:
         void (*widen_values)(Py_ssize_t n, const void *x, void *out) noexcept nogil
         void (*narrow_values)(Py_ssize_t n, const void *values, void *out) noexcept nogil
         void (*round_values)(Py_ssize_t n, const double *values, void *out) noexcept nogil
-        Py_ssize_t (*usable_variances)(Py_ssize_t n, const double *var, double eps) noexcept nogil
+        Py_ssize_t (*usable_variances)(Py_ssize_t n, const bnfast_parameter *var, double eps) noexcept nogil
         int lift_exponent
 
     const bnfast_kernels *bnfast_active(bnfast_dtype dtype) noexcept
@@ -86,6 +86,9 @@ cdef extern from "kernels/job.h" nogil:
         double *mean
         double *inv_std
         double *m2
+        const float *narrow_mean
+        const float *narrow_inv_std
+        const float *narrow_var
         int exact
         double *mean_rest
         double *dbeta

@@ -197,7 +197,8 @@ cdef inline double averaged(double old, double new, double weight) noexcept:
 cdef int check_range(const double *var, const double *batch_mean, Py_ssize_t channels) except -1:
     """OverflowError if a variance has left float64's range: a running one would never come back to it."""
     cdef Py_ssize_t i
-    if bnfast_active(BNFAST_FLOAT64).usable_variances(channels, var, 1.0) == channels:  # all are finite
+    cdef bnfast_parameter wide = [var, NULL]
+    if bnfast_active(BNFAST_FLOAT64).usable_variances(channels, &wide, 1.0) == channels:  # all are finite
         return 0
     for i in range(channels):
         if var[i] > DBL_MAX and batch_mean[i] - batch_mean[i] == 0.0:
@@ -499,8 +500,9 @@ cdef cnp.ndarray map_with_running(Forward forward, Running running, int keep, ou
     """-> y: a new forward normalises with the running statistics, as constants."""
     cdef bnfast_job job = new_job(BNFAST_EVAL)
     cdef cnp.ndarray y, given_out = as_out(out, forward.x)
+    cdef bnfast_parameter var = [running.row(1), NULL]
     forward.running = running
-    check_variance(running.row(1), forward.channels, forward.eps, "running_")
+    check_variance(&var, forward.channels, forward.eps, "running_")
     job.eps = forward.eps
     forward.set_parameters(&job)
     job.mean, job.var = running.row(0), running.row(1)

@@ -173,14 +173,16 @@ cdef cnp.ndarray as_out_residual(object out_residual, cnp.ndarray out, bint has_
     return given
 
 
-cdef int check_variance(const double *var, Py_ssize_t channels, double eps, str prefix) except -1:
+cdef int check_variance(const bnfast_parameter *var, Py_ssize_t channels, double eps, str prefix) except -1:
     """That it can be divided by."""
     cdef Py_ssize_t i
+    cdef double value
     if bnfast_active(BNFAST_FLOAT64).usable_variances(channels, var, eps) == channels:
         return 0
     for i in range(channels):
-        if not (var[i] + eps > 0.0 and var[i] - var[i] == 0.0):
-            raise ValueError(f"{prefix}var: expected finite values with var + eps above 0, got {var[i]} "
+        value = var.wide[i] if var.wide != NULL else var.narrow[i]
+        if not (value + eps > 0.0 and value - value == 0.0):
+            raise ValueError(f"{prefix}var: expected finite values with var + eps above 0, got {value} "
                              f"in channel {i} (eps {eps:g})")
     return 0
 
@@ -237,18 +239,21 @@ def batch_norm_eval(x, mean, var, gamma, beta, axis, eps, out, residual=None, ac
     cdef int channel_axis = as_axis(axis, data)
     cdef Py_ssize_t channels = cnp.PyArray_DIM(data, channel_axis)
     cdef cnp.ndarray given_out, g, b, m, v, r
+    cdef bnfast_parameter variances
     job.eps = as_eps(eps)
     set_activation(&job, activation, negative_slope)
     given_out = as_out(out, data)
     r = as_residual(residual, data)
-    m = as_statistics(mean, "mean", channels, given_out)
-    v = as_statistics(var, "var", channels, given_out)
-    check_variance(values(v), channels, job.eps, "")
+    m = as_given(mean, "mean", channels, given_out)
+    v = as_given(var, "var", channels, given_out)
+    variances = parameter(v)
+    check_variance(&variances, channels, job.eps, "")
     g = as_parameter(gamma, "gamma", channels, given_out)
     b = as_parameter(beta, "beta", channels, given_out)
 
     job.gamma, job.beta = parameter(g), parameter(b)
-    job.mean, job.var = values(m), values(v)
+    job.mean, job.narrow_mean = wide_values(m), narrow_values(m)
+    job.var, job.narrow_var = wide_values(v), narrow_values(v)
     return mapped(&job, data, r, channel_axis, channels, given_out)
 
 
@@ -328,6 +333,12 @@ cdef cnp.ndarray rounded(const double *statistics, cnp.npy_intp channels, int dt
     return result
 
 
+cdef void set_statistics(bnfast_job *job, cnp.ndarray mean, cnp.ndarray inv_std) noexcept:
+    """Those a gradient is taken through, float32 or float64 each."""
+    job.mean, job.narrow_mean = wide_values(mean), narrow_values(mean)
+    job.inv_std, job.narrow_inv_std = wide_values(inv_std), narrow_values(inv_std)
+
+
 def batch_norm_backward(dy, x, mean, inv_std, gamma, axis, training, out, beta=None, residual=None, activation=None,
                         negative_slope=None, out_residual=None):
     """-> (dx, dgamma, dbeta), and dresidual with a residual: dx, dresidual like x, two (C,) arrays of x's dtype,
@@ -342,14 +353,15 @@ def batch_norm_backward(dy, x, mean, inv_std, gamma, axis, training, out, beta=N
     given_out = as_out(out, data)
     r = as_residual(residual, data)
     given_out_residual = as_out_residual(out_residual, given_out, r is not None, data)
-    m = as_statistics(mean, "mean", channels, given_out, given_out_residual)
-    s = as_statistics(inv_std, "inv_std", channels, given_out, given_out_residual)
+    m = as_given(mean, "mean", channels, given_out, given_out_residual)
+    s = as_given(inv_std, "inv_std", channels, given_out, given_out_residual)
     g = as_parameter(gamma, "gamma", channels, given_out, given_out_residual)
     b = as_parameter(beta, "beta", channels, given_out, given_out_residual)
     if training:
         check_count(data, channel_axis)
 
-    job.gamma, job.beta, job.mean, job.inv_std = parameter(g), parameter(b), values(m), values(s)
+    job.gamma, job.beta = parameter(g), parameter(b)
+    set_statistics(&job, m, s)
     job.dgamma, job.dbeta = values(sums), values(sums) + channels
     if stores_passed(&job, r is not None):
         dx, dresidual = mapped_back(&job, data, u, r, channel_axis, channels, given_out, given_out_residual,
@@ -371,8 +383,8 @@ def batch_norm_backward_sums(dy, x, mean, inv_std, gamma, axis, beta, residual, 
     cdef cnp.ndarray g, b, m, s, r, dgamma, dbeta
     set_activation(&job, activation, negative_slope)
     r = as_residual(residual, data)
-    m = as_statistics(mean, "mean", channels, None)
-    s = as_statistics(inv_std, "inv_std", channels, None)
+    m = as_given(mean, "mean", channels, None)
+    s = as_given(inv_std, "inv_std", channels, None)
     g = as_parameter(gamma, "gamma", channels, None)
     b = as_parameter(beta, "beta", channels, None)
 
@@ -380,7 +392,8 @@ def batch_norm_backward_sums(dy, x, mean, inv_std, gamma, axis, beta, residual, 
     dgamma, dbeta = np.zeros(channels), np.zeros(channels)
     if cnp.PyArray_SIZE(data) == 0:
         return 0, dgamma, dbeta
-    job.gamma, job.beta, job.mean, job.inv_std = parameter(g), parameter(b), values(m), values(s)
+    job.gamma, job.beta = parameter(g), parameter(b)
+    set_statistics(&job, m, s)
     job.dgamma, job.dbeta = values(dgamma), values(dbeta)
     data = packed(data, channel_axis, &job)
     u = packed_like(u, data)
@@ -405,15 +418,16 @@ def batch_norm_backward_apply(dy, x, mean, inv_std, gamma, double count, dgamma,
     given_out = as_out(out, data)
     r = as_residual(residual, data)
     given_out_residual = as_out_residual(out_residual, given_out, r is not None, data)
-    m = as_statistics(mean, "mean", channels, given_out, given_out_residual)
-    s = as_statistics(inv_std, "inv_std", channels, given_out, given_out_residual)
+    m = as_given(mean, "mean", channels, given_out, given_out_residual)
+    s = as_given(inv_std, "inv_std", channels, given_out, given_out_residual)
     g = as_parameter(gamma, "gamma", channels, given_out, given_out_residual)
     b = as_parameter(beta, "beta", channels, given_out, given_out_residual)
     to_gamma = as_statistics(dgamma, "sums.dgamma", channels, given_out, given_out_residual)
     to_beta = as_statistics(dbeta, "sums.dbeta", channels, given_out, given_out_residual)
 
     job.count = count
-    job.gamma, job.beta, job.mean, job.inv_std = parameter(g), parameter(b), values(m), values(s)
+    job.gamma, job.beta = parameter(g), parameter(b)
+    set_statistics(&job, m, s)
     job.dgamma, job.dbeta = values(to_gamma), values(to_beta)
     dx, dresidual = mapped_back(&job, data, u, r, channel_axis, channels, given_out, given_out_residual,
                                 r is not None)
@@ -429,15 +443,15 @@ def batch_norm_jvp(v, x, mean, inv_std, gamma, axis, vgamma, vbeta, out):
     cdef cnp.ndarray u = as_companion(v, "v", data)
     cdef cnp.ndarray given_out, g, m, s, vg, vb
     given_out = as_out(out, data)
-    m = as_statistics(mean, "mean", channels, given_out)
-    s = as_statistics(inv_std, "inv_std", channels, given_out)
+    m = as_given(mean, "mean", channels, given_out)
+    s = as_given(inv_std, "inv_std", channels, given_out)
     g = as_parameter(gamma, "gamma", channels, given_out)
     vg = as_parameter(vgamma, "vgamma", channels, given_out)
     vb = as_parameter(vbeta, "vbeta", channels, given_out)
     check_count(data, channel_axis)
 
     job.gamma, job.vgamma, job.vbeta = parameter(g), parameter(vg), parameter(vb)
-    job.mean, job.inv_std = values(m), values(s)
+    set_statistics(&job, m, s)
     return mapped(&job, data, u, channel_axis, channels, given_out)
 
 

@@ -10,6 +10,11 @@ enum { COEFFICIENT_ARRAYS = 8, LINE = 64 };
 
 static ptrdiff_t whole_lines(ptrdiff_t bytes) { return round_up(bytes, 64); }
 
+static int n_narrow(const bnfast_job *job)
+{
+    return (job->narrow_mean != NULL) + (job->narrow_inv_std != NULL) + (job->narrow_var != NULL);
+}
+
 ptrdiff_t bnfast_block_bytes(const bnfast_job *job, ptrdiff_t n, ptrdiff_t columns)
 {
     const ptrdiff_t width = n * columns, size = job->kernels->coefficient_size;
@@ -17,7 +22,7 @@ ptrdiff_t bnfast_block_bytes(const bnfast_job *job, ptrdiff_t n, ptrdiff_t colum
     return whole_lines(2 * rows * width * (ptrdiff_t)sizeof(double)) +
            COEFFICIENT_ARRAYS * (whole_lines((n + BNFAST_PAD) * size + LINE) +
                                  (columns > 1 ? whole_lines((width + BNFAST_PAD) * size + LINE) : 0)) +
-           whole_lines(n);
+           whole_lines(n) + n_narrow(job) * whole_lines(n * (ptrdiff_t)sizeof(double));
 }
 
 /* skew: bytes from a line of memory to where the arrays begin */
@@ -30,6 +35,12 @@ static char *coefficients_in(char *at, bnfast_coefficients *c, ptrdiff_t bytes, 
         at += whole_lines(bytes + LINE);
     }
     return at;
+}
+
+static char *values_in(char *at, ptrdiff_t n, double **values)
+{
+    *values = (double *)at;
+    return at + whole_lines(n * (ptrdiff_t)sizeof(double));
 }
 
 bnfast_block bnfast_block_in(const bnfast_job *job, char *scratch, ptrdiff_t first, ptrdiff_t n, ptrdiff_t columns)
@@ -50,6 +61,12 @@ bnfast_block bnfast_block_in(const bnfast_job *job, char *scratch, ptrdiff_t fir
     block.column = block.channel;
     if (columns > 1)
         scratch = coefficients_in(scratch, &block.column, (width + BNFAST_PAD) * size, skew);
+    if (job->narrow_mean)
+        scratch = values_in(scratch, n, &block.mean);
+    if (job->narrow_inv_std)
+        scratch = values_in(scratch, n, &block.inv_std);
+    if (job->narrow_var)
+        scratch = values_in(scratch, n, &block.var);
     block.careful = (unsigned char *)scratch;
     return block;
 }
@@ -113,9 +130,11 @@ bnfast_channels bnfast_channels_of(const bnfast_job *job, const bnfast_block *bl
         .vbeta = parameter_from(&job->vbeta, at),
         .a = block->a + i,
         .b = block->b + i,
-        .var = job->var ? job->var + at : NULL,
-        .mean = values_from(job->mean, at),
-        .inv_std = values_from(job->inv_std, at),
+        .var = block->var ? block->var + i
+               : job->var ? job->var + at
+                          : NULL,
+        .mean = block->mean ? block->mean + i : values_from(job->mean, at),
+        .inv_std = block->inv_std ? block->inv_std + i : values_from(job->inv_std, at),
         .m2 = values_from(job->m2, at),
         .dbeta = values_from(job->dbeta, at),
         .dgamma = values_from(job->dgamma, at),
@@ -125,13 +144,27 @@ bnfast_channels bnfast_channels_of(const bnfast_job *job, const bnfast_block *bl
     return channels;
 }
 
+static void widen(const float *narrow, ptrdiff_t first, ptrdiff_t i, ptrdiff_t n, double *wide)
+{
+    for (ptrdiff_t k = i; narrow && k < i + n; k++)
+        wide[k] = (double)narrow[first + k];
+}
+
+static void widen_statistics(const bnfast_job *job, const bnfast_block *block, ptrdiff_t i, ptrdiff_t n)
+{
+    widen(job->narrow_mean, block->first, i, n, block->mean);
+    widen(job->narrow_inv_std, block->first, i, n, block->inv_std);
+    widen(job->narrow_var, block->first, i, n, block->var);
+}
+
 void bnfast_choose_centers(const bnfast_job *job, const bnfast_block *block)
 {
-    if (passes(job)) {
-        const bnfast_channels channels = bnfast_channels_of(job, block, 0);
+    widen_statistics(job, block, 0, block->n);
+    const bnfast_channels channels = bnfast_channels_of(job, block, 0);
+    if (passes(job))
         job->kernels->make_y_coefficients(block->n, &channels);
-    } else if (sums_products(job))
-        job->kernels->round_values(block->n, job->mean + block->first, block->channel.center);
+    else if (sums_products(job))
+        job->kernels->round_values(block->n, channels.mean, block->channel.center);
     else if (!job->merges && job->kernels->narrow) /* float64 alone cannot hold a mean and what it is rounded by */
         memset(block->channel.center, 0, (size_t)(block->n * job->kernels->coefficient_size));
     else {
@@ -147,6 +180,8 @@ void bnfast_choose_centers(const bnfast_job *job, const bnfast_block *block)
 
 ptrdiff_t bnfast_make_coefficients(const bnfast_job *job, const bnfast_block *block, ptrdiff_t i, ptrdiff_t n)
 {
+    if (!reduces(job))
+        widen_statistics(job, block, i, n);
     const bnfast_channels channels = bnfast_channels_of(job, block, i);
     if (passes(job) && !reduces(job))
         job->kernels->make_y_coefficients(n, &channels);

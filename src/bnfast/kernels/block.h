@@ -28,10 +28,11 @@ static inline void add_phase(bnfast_job *job, void (*task)(const bnfast_job *, p
 /* Scratch of a block: `n` channels from `first` on, which are `width` columns.
  * a, b: (n_segments + 1, width); what the reductions give: mean less center and m2, or sums of u and of u * d. Merged,
  * they are row 0.
- * channel: coefficients a channel; column: coefficients a column (may be the same memory) */
+ * channel: coefficients a channel; column: coefficients a column (may be the same memory)
+ * mean, inv_std, var: (n,) of the job's narrow ones, once they are widened; or NULL */
 typedef struct {
     ptrdiff_t first, n, width;
-    double *a, *b;
+    double *a, *b, *mean, *inv_std, *var;
     bnfast_coefficients channel, column;
     unsigned char *careful;    /* (n,) whether careful.c maps the channel; once its coefficients are made */
     void *packed_x, *packed_u; /* interleaved: (rows, width), what was reduced once more, lying together; or NULL */
@@ -59,7 +60,8 @@ double bnfast_merge(const bnfast_job *job, double *a, double *b, ptrdiff_t strid
 void bnfast_merge_pair(const bnfast_job *job, ptrdiff_t n, double count, double *a, double *b, double count2,
                        const double *a2, const double *b2);
 
-/* Before the reductions: the centres they take, in the data's dtype, and y's coefficients where they meet an activation. */
+/* Before the reductions: the centres they take, in the data's dtype, and y's coefficients where they meet an activation.
+ * Narrow statistics are widened first; where nothing is reduced, by bnfast_make_coefficients. */
 void bnfast_choose_centers(const bnfast_job *job, const bnfast_block *block);
 
 /* From the merged reductions a[i], b[i] of the block's channels to the results a channel (mean, variance, inv_std;

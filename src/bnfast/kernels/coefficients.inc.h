@@ -321,10 +321,15 @@ static ptrdiff_t FN(edges)(ptrdiff_t n, const bnfast_channels *of, ptrdiff_t *sm
     return (ptrdiff_t)maps + (ptrdiff_t)sums;
 }
 
-static ptrdiff_t FN(usable_variances)(ptrdiff_t n, const double *restrict var, double eps)
+static ptrdiff_t FN(usable_variances)(ptrdiff_t n, const bnfast_parameter *of, double eps)
 {
+    double var[GROUP];
     int64_t usable = 0;
-    for (ptrdiff_t i = 0; i < n; i++)
-        usable += (var[i] + eps > 0.0) & (var[i] - var[i] == 0.0);
+    for (ptrdiff_t first = 0; first < n; first += GROUP) {
+        const ptrdiff_t some = n - first < GROUP ? n - first : GROUP;
+        FN(read_parameter)(of, 0.0, first, some, var);
+        for (ptrdiff_t i = 0; i < some; i++)
+            usable += (var[i] + eps > 0.0) & (var[i] - var[i] == 0.0);
+    }
     return (ptrdiff_t)usable;
 }

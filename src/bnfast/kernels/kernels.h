@@ -213,7 +213,7 @@ typedef struct {
     ptrdiff_t (*edges)(ptrdiff_t n, const bnfast_channels *of, ptrdiff_t *small);
     ptrdiff_t (*edges_of_m2)(ptrdiff_t n, const bnfast_channels *of); /* the same of a forward's or moments' m2 alone */
     /* How many of n variances are finite and, with eps, above 0. */
-    ptrdiff_t (*usable_variances)(ptrdiff_t n, const double *var, double eps);
+    ptrdiff_t (*usable_variances)(ptrdiff_t n, const bnfast_parameter *var, double eps);
     /* For each of n channels, `step` apart, the middle one of the BNFAST_SAMPLES values at x + offsets[i], so that one
      * or two outliers are never taken; 0 where it is not finite. out: (n,) OUT */
     void (*typical_values)(ptrdiff_t n, ptrdiff_t step, const void *x, const ptrdiff_t *offsets, void *out);
