@@ -12,7 +12,7 @@ static ALWAYS_INLINE void FN(sums_of_rows_wide)(const S *x, const S *u, ptrdiff_
     const FN(vec) center = FN(set1)(center_value), zero = FN(set1)(0);
     const FN(wide) center_wide = FN(widen)(center, 0);
     FN(vec) y_scale = zero, y_shift = zero;
-    if (kind == PASSED) {
+    if (TAKES_SOME(kind)) {
         y_scale = FN(set1)(*passing.y_scale);
         y_shift = FN(set1)(*passing.y_shift);
     }
@@ -43,7 +43,7 @@ static ALWAYS_INLINE void FN(sums_of_columns_wide)(const S *x, const S *u, ptrdi
 {
     const FN(vec) zero = FN(set1)(0), center = FN(load_part)(centers, n, zero);
     FN(vec) y_scale = zero, y_shift = zero;
-    if (kind == PASSED) {
+    if (TAKES_SOME(kind)) {
         y_scale = FN(load_part)(passing.y_scale, n, zero);
         y_shift = FN(load_part)(passing.y_shift, n, zero);
     }
@@ -73,6 +73,13 @@ static ALWAYS_INLINE const S *FN(what_is_left)(const bnfast_passing *passing, co
     return passing && passing->passed ? (const S *)passing->passed : u;
 }
 
+static ALWAYS_INLINE int FN(kind_of)(const bnfast_passing *passing)
+{
+    if (!passing)
+        return ALL;
+    return passing->residual || passing->marks || passing->passed ? PASSED : RECTIFIED;
+}
+
 /* Whether no product of float32 has overflowed, or lost digits to underflow; least: of n terms the sum should be so
  * much. Without branches, for loops over columns. */
 #define IN_RANGE(least, sum_u, sum_ud) \
@@ -85,24 +92,26 @@ static void FN(sums_planar)(const void *data, const void *data_u, const bnfast_r
 {
     const S *x = data, *u = data_u;
     const T *centers = center_in;
-    const int kind = passing ? PASSED : ALL;
+    const int kind = FN(kind_of)(passing);
 #define SUMS(kind, w, flags) FN(sums_of_long_rows)(x, u, runs, next, centers, passing, kind, sum_u, sum_ud, w, flags)
     if (FN(summed_as_columns)(runs))
         FN(sums_of_short_rows)(x, u, runs, next, centers, passing, kind, sum_u, sum_ud);
-    else if (!SPECIALISES && kind == PASSED)
+    else if (!SPECIALISES && passing)
         SUMS(PASSED, writer, BY_TURNS);
     else if (kind == ALL && writer)
         SUMS(ALL, writer, BNFAST_GRADIENT);
     else if (!SPECIALISES || kind == ALL)
         SUMS(ALL, NULL, 0);
+    else if (kind == RECTIFIED && writer == NULL)
+        SUMS(RECTIFIED, NULL, 0);
+    else if (kind == RECTIFIED)
+        SUMS(RECTIFIED, writer, BNFAST_GRADIENT | BNFAST_RECTIFY);
     else if (writer == NULL)
         SUMS(PASSED, NULL, 0);
     else if (passing->passed)
         SUMS(PASSED, writer, BNFAST_GRADIENT);
-    else if (passing->marks) /* too much beside it for one loop */
+    else /* too much beside it for one loop */
         SUMS(PASSED, writer, BY_TURNS);
-    else
-        SUMS(PASSED, writer, BNFAST_GRADIENT | BNFAST_RECTIFY);
 #undef SUMS
     for (ptrdiff_t i = 0; i < runs->n_channels; i++) {
         if (IN_RANGE((double)runs->n_rows * (double)runs->length * 1e-30, sum_u[i], sum_ud[i]))
@@ -127,6 +136,7 @@ static void FN(sums_interleaved)(const void *data, const void *data_u, const bnf
     const S *x = data, *u = data_u;
     const T *centers = center;
     const ptrdiff_t n_rows = rows->n_rows, stride = rows->stride, n_columns = rows->n_columns;
+    const int kind = FN(kind_of)(passing);
     const struct FN(passing) taken = FN(passing_of)(passing);
     const struct FN(tile) all = {.x = x,
                                  .u = u,
@@ -145,10 +155,12 @@ static void FN(sums_interleaved)(const void *data, const void *data_u, const bnf
         const ptrdiff_t next = FN(next_of)(rows, first, n);
         double *restrict const sum = sum_u + first, *restrict const product = sum_ud + first;
         const struct FN(tile) some = FN(tile_at)(&all, first);
-        if (passing)
-            FN(sums_of_columns)(&some, n, next, PASSED, rows->near);
-        else
+        if (kind == ALL)
             FN(sums_of_columns)(&some, n, next, ALL, rows->near);
+        else if (kind == RECTIFIED)
+            FN(sums_of_columns)(&some, n, next, RECTIFIED, rows->near);
+        else
+            FN(sums_of_columns)(&some, n, next, PASSED, rows->near);
         int n_outside = 0;
         for (ptrdiff_t c = 0; c < n; c++)
             n_outside += !IN_RANGE(least, sum[c], product[c]);

@@ -165,6 +165,8 @@ const bnfast_kernels FN(bnfast_table) = {
 #undef NO_U
 #undef ALL
 #undef PASSED
+#undef RECTIFIED
+#undef TAKES_SOME
 #undef DO_TILE
 #undef TURN
 #undef MARKS_PER_BYTE

@@ -68,7 +68,7 @@ static ALWAYS_INLINE struct FN(map)
     FN(map_of_columns)(const bnfast_coefficients *c, ptrdiff_t j, ptrdiff_t n, int flags)
 {
     const FN(vec) zero = FN(set1)(0);
-    struct FN(map) map = {zero, zero, zero, zero, zero, zero, zero, zero, {zero, zero}};
+    struct FN(map) map = {zero, zero, zero, zero, zero, zero, zero, zero, {zero, zero, 0}};
     map.center = FN(load_up_to)((const T *)c->center + j, n, zero);
     map.scale = FN(load_up_to)((const T *)c->scale + j, n, zero);
     map.shift = FN(load_up_to)((const T *)c->shift + j, n, zero);
@@ -89,7 +89,7 @@ static ALWAYS_INLINE struct FN(map)
 static ALWAYS_INLINE struct FN(map) FN(map_of_channel)(const bnfast_coefficients *c, ptrdiff_t i, int flags)
 {
     const FN(vec) zero = FN(set1)(0);
-    struct FN(map) map = {zero, zero, zero, zero, zero, zero, zero, zero, {zero, zero}};
+    struct FN(map) map = {zero, zero, zero, zero, zero, zero, zero, zero, {zero, zero, 0}};
     map.center = FN(set1)(((const T *)c->center)[i]);
     map.scale = FN(set1)(((const T *)c->scale)[i]);
     map.shift = FN(set1)(((const T *)c->shift)[i]);

@@ -30,11 +30,14 @@ struct FN(pair) {
     FN(vec) sum_v, sum_vd;
 };
 
-/* What of u is taken, where there is one: all of it, or what an activation of y passes. */
-enum { FN(NO_U), FN(ALL), FN(PASSED) };
+/* What of u is taken, where there is one: all of it, or what an activation passes. RECTIFIED: as y alone decides it, with
+ * nothing to look up or to store, which is most of it; PASSED: in any way. */
+enum { FN(NO_U), FN(ALL), FN(RECTIFIED), FN(PASSED) };
 #define NO_U FN(NO_U)
 #define ALL FN(ALL)
+#define RECTIFIED FN(RECTIFIED)
 #define PASSED FN(PASSED)
+#define TAKES_SOME(kind) ((kind) >= RECTIFIED)
 
 /* bnfast_passing, from some element and channel on. */
 struct FN(passing) {
@@ -48,7 +51,7 @@ struct FN(passing) {
 
 static ALWAYS_INLINE struct FN(passing) FN(passing_of)(const bnfast_passing *of)
 {
-    struct FN(passing) passing = {NULL, NULL, NULL, NULL, 0, NULL, {FN(set1)(0), FN(set1)(0)}};
+    struct FN(passing) passing = {NULL, NULL, NULL, NULL, 0, NULL, {FN(set1)(0), FN(set1)(0), 0}};
     if (of) {
         passing.y_scale = of->y_scale;
         passing.y_shift = of->y_shift;
@@ -65,7 +68,7 @@ static ALWAYS_INLINE struct FN(passing) FN(passing_of)(const bnfast_passing *of)
 static ALWAYS_INLINE struct FN(passing)
     FN(passing_at)(struct FN(passing) passing, ptrdiff_t elements, ptrdiff_t channels, int kind)
 {
-    if (kind == PASSED) {
+    if (TAKES_SOME(kind)) {
         passing.y_scale += channels;
         passing.y_shift += channels;
     }
@@ -82,8 +85,10 @@ static ALWAYS_INLINE struct FN(passing)
 static ALWAYS_INLINE FN(vec) FN(taken)(const struct FN(passing) * passing, ptrdiff_t at, ptrdiff_t n, FN(vec) x,
                                        FN(vec) u, FN(vec) center, FN(vec) y_scale, FN(vec) y_shift, int kind)
 {
-    if (kind != PASSED)
+    if (!TAKES_SOME(kind))
         return u;
+    if (kind == RECTIFIED)
+        return FN(passed)(&passing->rectifier, u, (x - center) * y_scale + y_shift);
     if (passing->marks)
         u = FN(passed_by_marks)(&passing->rectifier, u, passing->marks, passing->number + at, n);
     else {
@@ -130,7 +135,7 @@ static ALWAYS_INLINE void FN(sums_of_rows)(const S *x, const S *u, ptrdiff_t n_r
 {
     const FN(vec) center = FN(set1)(center_value), zero = FN(set1)(0);
     FN(vec) y_scale = zero, y_shift = zero;
-    if (with_u == PASSED) {
+    if (TAKES_SOME(with_u)) {
         y_scale = FN(set1)(*passing.y_scale);
         y_shift = FN(set1)(*passing.y_shift);
     }
@@ -251,7 +256,7 @@ static ALWAYS_INLINE struct FN(tile) FN(tile_at)(const struct FN(tile) * from, p
 
 static ALWAYS_INLINE struct FN(passing) FN(passing_in)(const struct FN(tile) * tile, int kind)
 {
-    return kind == PASSED ? FN(passing_at)(*tile->passing, tile->element, tile->channel, kind) : FN(passing_of)(NULL);
+    return TAKES_SOME(kind) ? FN(passing_at)(*tile->passing, tile->element, tile->channel, kind) : FN(passing_of)(NULL);
 }
 
 /* Rows that are not near, at most TILE_ROWS of them: in the order of memory, while what is ahead is asked for. */
@@ -271,7 +276,7 @@ static ALWAYS_INLINE void FN(far_tile)(const struct FN(tile) * tile, int vectors
     for (int k = 0; k < vectors; k++) {
         center[k] = FN(load_up_to)(tile->centers + k * VN, n, zero);
         y_scale[k] = y_shift[k] = zero;
-        if (with_u == PASSED) {
+        if (TAKES_SOME(with_u)) {
             y_scale[k] = FN(load_up_to)(passing.y_scale + k * VN, n, zero);
             y_shift[k] = FN(load_up_to)(passing.y_shift + k * VN, n, zero);
         }
@@ -378,7 +383,7 @@ static ALWAYS_INLINE void FN(begin_columns)(struct FN(columns) * c, const T *cen
     const FN(vec) zero = FN(set1)(0);
     c->center = FN(load_up_to)(centers, n, zero);
     c->y_scale = c->y_shift = zero;
-    if (with_u == PASSED) {
+    if (TAKES_SOME(with_u)) {
         c->y_scale = FN(load_up_to)(passing->y_scale + first, n, zero);
         c->y_shift = FN(load_up_to)(passing->y_shift + first, n, zero);
     }
@@ -474,6 +479,7 @@ static ALWAYS_INLINE void FN(near_tile)(const struct FN(tile) * tile, int vector
 
 TILES_OF(NO_U)
 TILES_OF(ALL)
+TILES_OF(RECTIFIED)
 TILES_OF(PASSED)
 #undef TILES_OF
 
@@ -486,6 +492,8 @@ TILES_OF(PASSED)
             FN(name##_NO_U)(&some); \
         else if (with_u == ALL) \
             FN(name##_ALL)(&some); \
+        else if (with_u == RECTIFIED) \
+            FN(name##_RECTIFIED)(&some); \
         else \
             FN(name##_PASSED)(&some); \
     } while (0)
@@ -601,7 +609,7 @@ static ALWAYS_INLINE void FN(sums_of_short_rows_as)(const S *x, const S *u, cons
         for (ptrdiff_t c = 0; c < n; c++)
             for (ptrdiff_t j = 0; j < length; j++) {
                 column_centers[c * length + j] = centers[i + c];
-                if (with_u == PASSED) {
+                if (TAKES_SOME(with_u)) {
                     y_scale[c * length + j] = passing.y_scale[i + c];
                     y_shift[c * length + j] = passing.y_shift[i + c];
                 }
@@ -633,6 +641,8 @@ static void FN(sums_of_short_rows)(const S *x, const S *u, const bnfast_runs *ru
         SUMS(NO_U);
     else if (with_u == ALL)
         SUMS(ALL);
+    else if (with_u == RECTIFIED)
+        SUMS(RECTIFIED);
     else
         SUMS(PASSED);
 #undef SUMS
