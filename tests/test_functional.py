@@ -94,6 +94,16 @@ def test_batch_norm_eval_is_the_oracles(planar):
     check_batch_norm_eval(F.batch_norm_eval(x, mean, var, gamma, beta), x, mean, var, gamma, beta)
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("channel", [0, 127, 128, 255, 256, 299])
+def test_a_variance_that_cannot_be_divided_by_is_found_in_any_channel(channel, dtype):
+    mean, var = np.zeros(300, dtype), np.ones(300, dtype)
+    F.batch_norm_eval(np.ones((2, 300)), mean, var)
+    var[channel] = np.nan
+    with pytest.raises(ValueError, match=f"var: expected finite values .* nan in channel {channel} "):
+        F.batch_norm_eval(np.ones((2, 300)), mean, var)
+
+
 @pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
 def test_batch_norm_backward_is_the_oracles(planar, training):
     x, dy, gamma, (mean, _, inv_std) = planar.x, planar.dy, planar.gamma, statistics(planar)

@@ -213,11 +213,11 @@ cdef bnfast_parameter parameter(cnp.ndarray array) noexcept:
     return result
 
 
-cdef double *wide_values(cnp.ndarray array) noexcept:
+cdef double *float64s_of(cnp.ndarray array) noexcept:
     return <double *>parameter(array).wide
 
 
-cdef const float *narrow_values(cnp.ndarray array) noexcept:
+cdef const float *float32s_of(cnp.ndarray array) noexcept:
     return parameter(array).narrow
 
 

@@ -252,8 +252,8 @@ def batch_norm_eval(x, mean, var, gamma, beta, axis, eps, out, residual=None, ac
     b = as_parameter(beta, "beta", channels, given_out)
 
     job.gamma, job.beta = parameter(g), parameter(b)
-    job.mean, job.narrow_mean = wide_values(m), narrow_values(m)
-    job.var, job.narrow_var = wide_values(v), narrow_values(v)
+    job.mean, job.narrow_mean = float64s_of(m), float32s_of(m)
+    job.var, job.narrow_var = float64s_of(v), float32s_of(v)
     return mapped(&job, data, r, channel_axis, channels, given_out)
 
 
@@ -335,8 +335,8 @@ cdef cnp.ndarray rounded(const double *statistics, cnp.npy_intp channels, int dt
 
 cdef void set_statistics(bnfast_job *job, cnp.ndarray mean, cnp.ndarray inv_std) noexcept:
     """Those a gradient is taken through, float32 or float64 each."""
-    job.mean, job.narrow_mean = wide_values(mean), narrow_values(mean)
-    job.inv_std, job.narrow_inv_std = wide_values(inv_std), narrow_values(inv_std)
+    job.mean, job.narrow_mean = float64s_of(mean), float32s_of(mean)
+    job.inv_std, job.narrow_inv_std = float64s_of(inv_std), float32s_of(inv_std)
 
 
 def batch_norm_backward(dy, x, mean, inv_std, gamma, axis, training, out, beta=None, residual=None, activation=None,

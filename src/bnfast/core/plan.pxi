@@ -15,7 +15,8 @@ def explain(shape, axis, dtype, str operation, int n_threads):
 
     -> dict: layout ("planar", "interleaved"), outer, channels, inner, plan ("blocks", "phases"), threads, worth (how
     many threads at most, where they are free), stream, bytes_of_arrays, workspace_bytes, segments (a channel),
-    block_channels, tasks (of each phase), packed, near, written_later, row_by_row, and words: the same as text, a line for each.
+    block_channels, tasks (of each phase), packed, near, written_later, row_by_row, and words: the same as text, a line
+    for each.
     """
     cdef bnfast_job job = new_job(BNFAST_MOMENTS)
     cdef int ndim = len(shape), i, place
@@ -85,8 +86,8 @@ cdef str in_words(dict plan, str operation):
     if plan["layout"] == "interleaved" and operation != "eval":
         lines.append("a few columns at a time, whose sums stay in registers" if plan["near"]
                      else "rows are taken in the order of memory, what follows is asked for ahead")
-    if plan["layout"] == "interleaved" and operation != "moments":
-        lines.append("each row is mapped by itself" if plan["row_by_row"]
+    if plan["layout"] == "interleaved" and operation != "moments" and not plan["stream"]:
+        lines.append("whole rows are mapped one by one" if plan["row_by_row"]
                      else "some rows are mapped together, which share the loads of coefficients")
     if operation != "moments":
         lines.append("the result is written around the caches" if plan["stream"]

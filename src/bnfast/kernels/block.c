@@ -144,17 +144,22 @@ bnfast_channels bnfast_channels_of(const bnfast_job *job, const bnfast_block *bl
     return channels;
 }
 
-static void widen(const float *narrow, ptrdiff_t first, ptrdiff_t i, ptrdiff_t n, double *wide)
+static void widen(const float *narrow, ptrdiff_t n, double *wide)
 {
-    for (ptrdiff_t k = i; narrow && k < i + n; k++)
-        wide[k] = (double)narrow[first + k];
+    for (ptrdiff_t k = 0; k < n; k++)
+        wide[k] = (double)narrow[k];
 }
 
+/* Of the block's channels from the i-th on. */
 static void widen_statistics(const bnfast_job *job, const bnfast_block *block, ptrdiff_t i, ptrdiff_t n)
 {
-    widen(job->narrow_mean, block->first, i, n, block->mean);
-    widen(job->narrow_inv_std, block->first, i, n, block->inv_std);
-    widen(job->narrow_var, block->first, i, n, block->var);
+    const ptrdiff_t at = block->first + i;
+    if (job->narrow_mean)
+        widen(job->narrow_mean + at, n, block->mean + i);
+    if (job->narrow_inv_std)
+        widen(job->narrow_inv_std + at, n, block->inv_std + i);
+    if (job->narrow_var)
+        widen(job->narrow_var + at, n, block->var + i);
 }
 
 void bnfast_choose_centers(const bnfast_job *job, const bnfast_block *block)

@@ -61,22 +61,22 @@ struct bnfast_job {
     bnfast_rectifier rectifier;
     bnfast_parameter gamma, beta;   /* left out: ones, zeros */
     bnfast_parameter vgamma, vbeta; /* left out: zeros; jvp */
+    /* (channels,) IN, in place of mean, inv_std and var; or NULL */
+    const float *narrow_mean, *narrow_inv_std, *narrow_var;
     const double *var; /* (channels,) IN; eval, NULL and no m2: inv_std is 1, so out = (x - mean) * gamma + beta */
     double eps;        /* forward and eval */
     double *mean, *inv_std, *m2; /* (channels,) OUT of forward (m2 may be NULL) and moments, IN elsewhere; eval: m2 IN
                                      * of the batch that `count` values a channel belong to, inv_std OUT, or both NULL */
-    const float *narrow_mean, *narrow_inv_std,
-        *narrow_var;        /* (channels,) IN, in place of mean, inv_std and var; or NULL */
-    int exact;              /* moments and forward: sums in float64 whatever the dtype */
-    double *mean_rest;      /* (channels,) OUT of moments and forward: mean + mean_rest is the mean; IN of
+    int exact;                   /* moments and forward: sums in float64 whatever the dtype */
+    double *mean_rest;           /* (channels,) OUT of moments and forward: mean + mean_rest is the mean; IN of
                                        eval, backward and jvp; or NULL */
-    double *dbeta, *dgamma; /* (channels,) OUT of backward: sums of u and of u * x_hat; jvp: may be NULL;
+    double *dbeta, *dgamma;      /* (channels,) OUT of backward: sums of u and of u * x_hat; jvp: may be NULL;
                                        * IN of BNFAST_BACKWARD_APPLY */
-    double count;           /* values a channel that sums or m2 are of which are given */
-    int *infinite;          /* OUT of eval, NULL: not asked for; set to 1 if x has an infinity */
-    unsigned char *lifted;  /* (channels,) OUT, 0 before: whose results are left times a power of two, for
+    double count;                /* values a channel that sums or m2 are of which are given */
+    int *infinite;               /* OUT of eval, NULL: not asked for; set to 1 if x has an infinity */
+    unsigned char *lifted;       /* (channels,) OUT, 0 before: whose results are left times a power of two, for
                                      * BNFAST_LOWER (subnormal.c); NULL: none may be */
-    int n_threads;          /* threads that will run the tasks, >= 1 */
+    int n_threads;               /* threads that will run the tasks, >= 1 */
 
     /* set by bnfast_plan */
     bnfast_plan_kind kind;
@@ -95,7 +95,7 @@ struct bnfast_job {
     int pack;                       /* interleaved: copy a block's rows together while they are reduced */
     int written_later;              /* planar: a block is written while the next is reduced, in one loop */
     int asked_for;                  /* planar: else, the next block is brought into cache while one is written */
-    int row_by_row;                 /* interleaved: rows of a map do not share the loads of coefficients */
+    int row_by_row;                 /* interleaved: see bnfast_columns */
     ptrdiff_t apply_rows;           /* rows a task of the apply phase takes */
     int stream;                     /* write around the caches */
     ptrdiff_t scratch_bytes;

@@ -135,7 +135,8 @@ typedef struct {
 } bnfast_rows;
 
 /* n_rows rows of n_columns: of x `stride` apart, of u `u_stride`, of out `out_stride`. next_x, next_u: as many elements, rows
- * out_stride apart, to be brought into cache meanwhile; or NULL. row_by_row: rows that lie together do not share the loads of coefficients */
+ * out_stride apart, to be brought into cache meanwhile; or NULL. row_by_row: of rows that lie together each is mapped by
+ * itself; else some share the loads of coefficients, in cache */
 typedef struct {
     ptrdiff_t n_rows, n_columns, stride, u_stride, out_stride;
     const void *next_x, *next_u;

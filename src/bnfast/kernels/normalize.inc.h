@@ -449,7 +449,8 @@ static ALWAYS_INLINE void FN(map_columns)(struct FN(places) at, const bnfast_col
             next_u += (rows) * out_stride; \
         r += (rows); \
     } while (0)
-    /* What comes from cache waits for instructions; what comes from memory is best read as one stream. */
+    /* What comes from cache waits for instructions, but where loads are cheap; what comes from memory, or a last level that is
+     * far, is best read as one stream. */
     const int together = !(dense && columns->row_by_row) && (!MARKS(flags) || out_stride % VN == 0);
     if (SPECIALISES && !stream && together) {
         if (!ROWS_DISPLACE(stride))

@@ -38,11 +38,11 @@ static int comes_from_memory(const bnfast_job *job)
     return arrays * bytes_of_array(job) > least(bnfast_last_level_bytes() / 4 * 3, MOST_WRITTEN_THROUGH);
 }
 
-/* Whether a few columns are summed at a time, in registers, and nothing is asked for ahead: where each array
- * fills half of L2 at most (of a gradient that is both of them in all of it: 0.9 to 1.05 of the time); and from a last level
- * that is near, up to an eighth of it (0.75 to 1), or where all rows of a tile fall on the same few lines of L1,
- * being a multiple of the size of its ways apart, so that what is asked for displaces what is being read (mostly 0.5 to 0.9;
- * measured with 32 KiB and 8 ways, and 32 MiB of L3). */
+/* Whether a few columns are summed at a time, in registers, and nothing is asked for ahead: where each array takes half of the
+ * threads' L2 at most (a gradient's two then fill it: 0.9 to 1.05 of the time where the last level is far); and from a last
+ * level that is near, up to an eighth of it (0.75 to 1), or where all rows of a tile fall on the same few lines of L1, being a
+ * multiple of the size of its ways apart, so that what is asked for displaces what is being read (mostly 0.5 to 0.9; measured
+ * with 32 KiB and 8 ways, and 32 MiB of L3). */
 static int is_near(const bnfast_job *job)
 {
     const ptrdiff_t bytes = bytes_of_array(job) * arrays_read(job),
@@ -230,10 +230,10 @@ static void cut_interleaved_phases(bnfast_job *job)
     job->apply_rows = least(APPLY_BYTES / row_bytes + 1, most(1, quotient_up(folded_rows(job), 2 * threads)));
 }
 
-/* Whether the map goes through each row by itself, as one stream of memory, or through four at once, which share the loads
- * of their coefficients. Where the last level is far, and loads are cheap, one stream takes 0.55 to 1 of the time. Of a
- * gradient, whose coefficients are twice as many, only where it comes from there and rows are not of whole lines (0.8 to
- * 0.9). (Measured with AVX-512 and AVX2, 2 MiB of L2 and 300 MiB behind it.) */
+/* Whether the map goes through each whole row by itself, as one stream of memory, or through some at once, which share the
+ * loads of their coefficients. Where the last level is far one stream takes 0.55 to 1 of the time: these are CPUs that load two
+ * vectors a cycle. Of a gradient, whose coefficients are twice as many, only where it comes from there and rows are not of
+ * whole lines (0.8 to 0.9). (Measured with AVX-512 and AVX2, 2 MiB of L2 and 300 MiB behind it.) */
 static int goes_row_by_row(const bnfast_job *job)
 {
     const int whole_lines = folded_stride(job) * job->kernels->itemsize % 64 == 0;

@@ -1,11 +1,11 @@
 /* Activations of the rectifier family (bnfast_rectifier, kernels.h), and their derivatives times a gradient.
  *
- * One body for all of them: what differs are two constants, and comparisons and choices cost less than the memory that
- * the map waits for. */
+ * One body for all of them, as what differs are two constants; and a shorter one for ReLU, which most are: in cache the
+ * choices that it does not need were up to a third of the time, with AVX2 half. */
 
 struct FN(rectifier) {
     FN(vec) slope, top;
-    int is_relu; /* the commonest: no slope, no top, and a third of the instructions */
+    int is_relu; /* no slope, no top */
 };
 
 static ALWAYS_INLINE struct FN(rectifier) FN(rectifier_of)(const bnfast_rectifier *of)

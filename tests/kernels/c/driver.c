@@ -154,6 +154,19 @@ static double *new_doubles(ptrdiff_t n, double center)
     return p;
 }
 
+/* n statistics as float32; they, and what is kept of them, become what that holds. */
+static float *narrow_of(double *values, double *kept, ptrdiff_t n)
+{
+    float *narrow = new_buffer(n, sizeof *narrow);
+    for (ptrdiff_t i = 0; i < n; i++) {
+        narrow[i] = (float)values[i];
+        values[i] = (double)narrow[i];
+        if (kept)
+            kept[i] = values[i];
+    }
+    return narrow;
+}
+
 /* float32 or float64, by chance. */
 static bnfast_parameter new_parameter(ptrdiff_t n, double center)
 {
@@ -444,7 +457,8 @@ static void map(ptrdiff_t n_rows, ptrdiff_t n_channels, ptrdiff_t length, ptrdif
                                         .u_stride = u_stride,
                                         .out_stride = out_stride,
                                         .next_x = look_ahead ? (const char *)x + n * k->itemsize : NULL,
-                                        .next_u = look_ahead ? (const char *)u + n * k->itemsize : NULL};
+                                        .next_u = look_ahead ? (const char *)u + n * k->itemsize : NULL,
+                                        .row_by_row = (n_rows + n) % 2 == 0};
         const bnfast_marked marked = {NULL, 0, NULL};
         k->map_interleaved(x, reads_u(flags) ? u : x, out, &marked, &columns, &c, flags, stream);
     }
@@ -902,6 +916,12 @@ static uint64_t run_job(const example *e)
         job.var = new_doubles(channels, 2);
     if (has_u(e->operation) && !(e->few && e->operation == BNFAST_JVP))
         job.dbeta = new_doubles(channels, 0), job.dgamma = new_doubles(channels, 0);
+    if (e->operation != BNFAST_MOMENTS && e->operation != BNFAST_FORWARD && (e->outer + channels) % 3 == 0) {
+        job.narrow_mean = narrow_of(mean, given_mean, channels);
+        job.narrow_inv_std = narrow_of(inv_std, given_inv_std, channels);
+        if (job.var)
+            job.narrow_var = narrow_of((double *)job.var, NULL, channels);
+    }
     job.count = 1.5 * (double)(e->outer * e->inner); /* of an apply: there are other parts */
     /* caches of any size: they decide about blocks, and about copying them together */
     bnfast_set_caches((ptrdiff_t)1 << (15 + e->channels % 6), (ptrdiff_t)1 << (15 + e->outer % 11));
