@@ -63,9 +63,11 @@ static ALWAYS_INLINE struct FN(places) FN(further)(struct FN(places) at, ptrdiff
     return at;
 }
 
-/* Coefficients of columns j .. j + n - 1 */
+/* Coefficients of columns j .. j + n - 1. rectifier: theirs, made once; what c shows is read again after each store, which
+ * may be anywhere */
 static ALWAYS_INLINE struct FN(map)
-    FN(map_of_columns)(const bnfast_coefficients *c, ptrdiff_t j, ptrdiff_t n, int flags)
+    FN(map_of_columns)(const bnfast_coefficients *c, const struct FN(rectifier) * rectifier, ptrdiff_t j, ptrdiff_t n,
+                       int flags)
 {
     const FN(vec) zero = FN(set1)(0);
     struct FN(map) map = {zero, zero, zero, zero, zero, zero, zero, zero, {zero, zero, 0}};
@@ -82,7 +84,7 @@ static ALWAYS_INLINE struct FN(map)
         map.y_shift = FN(load_up_to)((const T *)c->y_shift + j, n, zero);
     }
     if (flags & BNFAST_RECTIFY)
-        map.rectifier = FN(rectifier_of)(&c->rectifier);
+        map.rectifier = *rectifier;
     return map;
 }
 
@@ -260,45 +262,32 @@ enough:
     w->end = end;
 }
 
-/* One body for each combination of flags there is. */
-#define FOR_EACH_MAP(flags, DO) \
-    switch (flags) { \
-    case 0: \
-        DO(0); \
-        break; \
-    case BNFAST_ADD: \
-        DO(BNFAST_ADD); \
-        break; \
-    case BNFAST_RECTIFY: \
-        DO(BNFAST_RECTIFY); \
-        break; \
-    case BNFAST_ADD | BNFAST_RECTIFY: \
-        DO(BNFAST_ADD | BNFAST_RECTIFY); \
-        break; \
-    case BNFAST_ADD | BNFAST_RECTIFY | BNFAST_MARK: \
-        DO(BNFAST_ADD | BNFAST_RECTIFY | BNFAST_MARK); \
-        break; \
-    case BNFAST_GRADIENT | BNFAST_RECTIFY | BNFAST_MARK: \
-        DO(BNFAST_GRADIENT | BNFAST_RECTIFY | BNFAST_MARK); \
-        break; \
-    case BNFAST_GRADIENT: \
-        DO(BNFAST_GRADIENT); \
-        break; \
-    default: \
-        DO(BNFAST_GRADIENT | BNFAST_RECTIFY); \
-    }
+/* One body for each combination of flags there is; each has a name. */
+#define FOR_EACH_MAP(DO) \
+    DO(plain, 0) \
+    DO(added, BNFAST_ADD) \
+    DO(rectified, BNFAST_RECTIFY) \
+    DO(added_rectified, BNFAST_ADD | BNFAST_RECTIFY) \
+    DO(added_marked, BNFAST_ADD | BNFAST_RECTIFY | BNFAST_MARK) \
+    DO(gradient_marked, BNFAST_GRADIENT | BNFAST_RECTIFY | BNFAST_MARK) \
+    DO(gradient, BNFAST_GRADIENT) \
+    DO(gradient_rectified, BNFAST_GRADIENT | BNFAST_RECTIFY)
 
 static void FN(write_some)(bnfast_writer *w, ptrdiff_t n)
 {
-#define WRITE(flags) \
-    if (!SPECIALISES) \
-        FN(write_map)(w, n, flags, w->stream); \
-    else if (w->stream) \
-        FN(write_map)(w, n, flags, 1); \
-    else \
-        FN(write_map)(w, n, flags, 0)
-    FOR_EACH_MAP(w->map, WRITE)
+    switch (w->map) {
+#define WRITE(name, flags) \
+    case flags: \
+        if (!SPECIALISES) \
+            FN(write_map)(w, n, flags, w->stream); \
+        else if (w->stream) \
+            FN(write_map)(w, n, flags, 1); \
+        else \
+            FN(write_map)(w, n, flags, 0); \
+        break;
+        FOR_EACH_MAP(WRITE)
 #undef WRITE
+    }
 }
 
 static void FN(write_rest)(bnfast_writer *w) { FN(write_some)(w, PTRDIFF_MAX); }
@@ -308,11 +297,12 @@ static ALWAYS_INLINE void FN(map_rows)(struct FN(places) at, const S *next_x, co
                                        const bnfast_columns *columns, const bnfast_coefficients *c, int flags,
                                        int stream)
 {
+    const struct FN(rectifier) rectifier = FN(rectifier_of)(&c->rectifier);
     const ptrdiff_t n_columns = columns->n_columns, out_stride = columns->out_stride;
     ptrdiff_t j = 0;
 #define ELEMENTS(n, stream) \
     do { \
-        const struct FN(map) map = FN(map_of_columns)(c, j, n, flags); \
+        const struct FN(map) map = FN(map_of_columns)(c, &rectifier, j, n, flags); \
         FN(map_elements)(&map, &at, rows, columns->stride, columns->u_stride, out_stride, n, flags, stream); \
         FN(go_on)(&at, n, n, n, flags); \
         j += (n); \
@@ -354,21 +344,22 @@ static ALWAYS_INLINE void FN(map_rows)(struct FN(places) at, const S *next_x, co
 static ALWAYS_INLINE void FN(map_run)(struct FN(places) at, ptrdiff_t n, ptrdiff_t n_columns,
                                       const bnfast_coefficients *c, int flags, int stream)
 {
+    const struct FN(rectifier) rectifier = FN(rectifier_of)(&c->rectifier);
     const ptrdiff_t head = FN(to_aligned)(at.out, n);
     ptrdiff_t j = head, column = head; /* column: j modulo n_columns */
-    struct FN(map) map = FN(map_of_columns)(c, 0, head, flags);
+    struct FN(map) map = FN(map_of_columns)(c, &rectifier, 0, head, flags);
     if (head > 0)
         FN(map_elements)(&map, &at, 1, 0, 0, 0, head, flags, 0);
     FN(go_on)(&at, head, head, head, flags);
     for (; j + VN <= n; j += VN, FN(go_on)(&at, VN, VN, VN, flags)) {
-        map = FN(map_of_columns)(c, column, VN, flags);
+        map = FN(map_of_columns)(c, &rectifier, column, VN, flags);
         FN(map_elements)(&map, &at, 1, 0, 0, 0, VN, flags, stream);
         column += VN;
         if (column >= n_columns)
             column -= n_columns;
     }
     if (j < n) {
-        map = FN(map_of_columns)(c, column, n - j, flags);
+        map = FN(map_of_columns)(c, &rectifier, column, n - j, flags);
         FN(map_elements)(&map, &at, 1, 0, 0, 0, n - j, flags, 0);
     }
 }
@@ -378,11 +369,12 @@ static ALWAYS_INLINE void FN(map_run)(struct FN(places) at, ptrdiff_t n, ptrdiff
 static ALWAYS_INLINE void FN(map_shifted_rows)(struct FN(places) at, const bnfast_columns *columns,
                                                const bnfast_coefficients *c, int flags)
 {
+    const struct FN(rectifier) rectifier = FN(rectifier_of)(&c->rectifier);
     const ptrdiff_t n_columns = columns->n_columns;
     ptrdiff_t n_rows = columns->n_rows;
     const ptrdiff_t head = FN(to_aligned)(at.out, n_columns);
     if (head > 0) {
-        const struct FN(map) map = FN(map_of_columns)(c, 0, head, flags);
+        const struct FN(map) map = FN(map_of_columns)(c, &rectifier, 0, head, flags);
         FN(map_elements)(&map, &at, 1, 0, 0, 0, head, flags, 0);
         FN(go_on)(&at, head, head, head, flags);
         n_rows--; /* of the last row the part behind `head` is left */
@@ -390,7 +382,7 @@ static ALWAYS_INLINE void FN(map_shifted_rows)(struct FN(places) at, const bnfas
 #define SHIFTED_ROWS(rows, width) \
     do { \
         for (ptrdiff_t j = 0; j + VN <= (width); j += VN) { \
-            const struct FN(map) map = FN(map_of_columns)(c, head + j, VN, flags); \
+            const struct FN(map) map = FN(map_of_columns)(c, &rectifier, head + j, VN, flags); \
             const struct FN(places) from_j = FN(further)(at, j, flags); \
             FN(map_elements)(&map, &from_j, rows, n_columns, n_columns, n_columns, VN, flags, 0); \
         } \
@@ -409,7 +401,7 @@ static ALWAYS_INLINE void FN(map_shifted_rows)(struct FN(places) at, const bnfas
         const ptrdiff_t left = n_columns - head, whole = left / VN * VN;
         for (ptrdiff_t j = 0; j < left; j += VN) {
             const ptrdiff_t n = j < whole ? VN : left - j;
-            const struct FN(map) map = FN(map_of_columns)(c, head + j, n, flags);
+            const struct FN(map) map = FN(map_of_columns)(c, &rectifier, head + j, n, flags);
             FN(map_elements)(&map, &at, 1, 0, 0, 0, n, flags, 0);
             FN(go_on)(&at, n, n, n, flags);
         }
@@ -464,17 +456,34 @@ static ALWAYS_INLINE void FN(map_columns)(struct FN(places) at, const bnfast_col
 #undef DO_ROWS
 }
 
+/* A function for each: in one that held all bodies the compiler ran out of registers for pointers. */
+#define MAPS(name, flags) \
+    static NEVER_INLINE void FN(map_##name##_to_cache)(struct FN(places) at, const bnfast_columns *columns, \
+                                                       const bnfast_coefficients *c) \
+    { \
+        FN(map_columns)(at, columns, c, flags, 0); \
+    } \
+    static NEVER_INLINE void FN(map_##name##_to_memory)(struct FN(places) at, const bnfast_columns *columns, \
+                                                        const bnfast_coefficients *c) \
+    { \
+        FN(map_columns)(at, columns, c, flags, 1); \
+    }
+FOR_EACH_MAP(MAPS)
+#undef MAPS
+
 static void FN(map_interleaved)(const void *x, const void *u, void *out, const bnfast_marked *marked,
                                 const bnfast_columns *columns, const bnfast_coefficients *c, int map, int stream)
 {
     const struct FN(places) at = FN(places_of)(x, u, out, marked);
-#define MAP(flags) \
-    if (!SPECIALISES) \
-        FN(map_columns)(at, columns, c, flags, stream); \
-    else if (stream) \
-        FN(map_columns)(at, columns, c, flags, 1); \
-    else \
-        FN(map_columns)(at, columns, c, flags, 0)
-    FOR_EACH_MAP(map, MAP)
+    switch (map) {
+#define MAP(name, flags) \
+    case flags: \
+        if (stream) \
+            FN(map_##name##_to_memory)(at, columns, c); \
+        else \
+            FN(map_##name##_to_cache)(at, columns, c); \
+        break;
+        FOR_EACH_MAP(MAP)
 #undef MAP
+    }
 }
