@@ -39,9 +39,9 @@ static ALWAYS_INLINE void FN(mark_inside)(unsigned char *marks, ptrdiff_t number
             FN(add_bits)(marks, number, n, bits);
         else if (VN == 16) {
             const uint16_t both = (uint16_t)bits;
-            memcpy(marks + number / 8, &both, sizeof both);
+            memcpy(marks + (size_t)number / 8, &both, sizeof both);
         } else
-            marks[number / 8] = (unsigned char)bits;
+            marks[(size_t)number / 8] = (unsigned char)bits;
         return;
     }
 #endif
@@ -64,8 +64,8 @@ static ALWAYS_INLINE FN(vec)
 #if ISA_HAS_BITS
     if (MARKS_PER_BYTE == 8) {
         uint32_t bits; /* there are MARKS_PAD bytes behind the last */
-        memcpy(&bits, marks + number / 8, sizeof bits);
-        return FN(if_bits)(bits >> number % 8, yes, no);
+        memcpy(&bits, marks + (size_t)number / 8, sizeof bits);
+        return FN(if_bits)(bits >> (size_t)number % 8, yes, no);
     }
 #endif
 #if defined(__GNUC__) && VBYTES > 8

@@ -232,12 +232,13 @@ static void cut_interleaved_phases(bnfast_job *job)
 
 /* Whether the map goes through each whole row by itself, as one stream of memory, or through some at once, which share the
  * loads of their coefficients. Where the last level is far one stream takes 0.55 to 1 of the time: these are CPUs that load two
- * vectors a cycle. Of a gradient, whose coefficients are twice as many, only where it comes from there and rows are not of
- * whole lines (0.8 to 0.9). (Measured with AVX-512 and AVX2, 2 MiB of L2 and 300 MiB behind it.) */
+ * vectors a cycle. Where a map reads two arrays, only if they come from there and rows are not of whole lines (0.8 to 0.9;
+ * else up to 1.4). (Measured with AVX-512 and AVX2, 2 MiB of L2 and 300 MiB behind it.) */
 static int goes_row_by_row(const bnfast_job *job)
 {
     const int whole_lines = folded_stride(job) * job->kernels->itemsize % 64 == 0;
-    return last_level_is_far() && !(maps_gradient(job) && (job->near || whole_lines));
+    const int reads_two = maps_gradient(job) || job->residual;
+    return last_level_is_far() && !(reads_two && (job->near || whole_lines));
 }
 
 static void choose_interleaved(bnfast_job *job)
@@ -305,6 +306,7 @@ static int is_streamed(const bnfast_job *job)
  * enough elsewhere for what it decides. */
 static ptrdiff_t nanoseconds(const bnfast_job *job)
 {
+    enum { SECOND_RESULT = 200 };
     static const struct {
         int element, channel; /* picoseconds; of float32 */
     } costs[] = {
@@ -320,11 +322,12 @@ static ptrdiff_t nanoseconds(const bnfast_job *job)
         [BNFAST_BACKWARD_SUMS] = {125, 1000},
         [BNFAST_BACKWARD_APPLY] = {125, 2000},
     };
+    const int second = job->passed ? SECOND_RESULT : 0;
     /* float64 sums of float32 take half as long again */
     const double elements = (double)bytes_of_array(job) / 4 * (job->exact && job->kernels->narrow ? 1.5 : 1.0);
-    return (
-        ptrdiff_t)((elements * costs[job->operation].element + (double)job->channels * costs[job->operation].channel) /
-                   1000);
+    return (ptrdiff_t)((elements * (costs[job->operation].element + second) +
+                        (double)job->channels * costs[job->operation].channel) /
+                       1000);
 }
 
 /* A team that is awake costs one to two microseconds a call, and more the larger it is; four to six where the cores are
