@@ -339,11 +339,6 @@ void bnfast_find_careful(const bnfast_job *job, const bnfast_block *block, ptrdi
         if (job->lifted && job->lifted[block->first + c])
             continue;
         const bnfast_channels one = bnfast_channels_of(job, block, c);
-        if (job->operation == BNFAST_EVAL) { /* soon told, in calls where it matters most */
-            const channel given = channel_of(job, &one);
-            if (is_only_gamma(job, &given, 0.0))
-                continue;
-        }
         if (is_at_edge(job, &one))
             block->careful[c] = again(job, block, c, one);
     }

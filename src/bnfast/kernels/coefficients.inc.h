@@ -270,6 +270,21 @@ static ptrdiff_t FN(edges_of_m2)(ptrdiff_t n, const bnfast_channels *of)
     return (ptrdiff_t)found;
 }
 
+/* How many of n scales are zero, but their gammas are not. */
+static ptrdiff_t FN(vanished)(ptrdiff_t n, const T *restrict scale, const bnfast_parameter *of_gamma)
+{
+    double gamma[GROUP];
+    int64_t found = 0;
+    for (ptrdiff_t first = 0; first < n; first += GROUP) {
+        const ptrdiff_t some = n - first < GROUP ? n - first : GROUP;
+        FN(read_parameter)(of_gamma, 1.0, first, some, gamma);
+        for (ptrdiff_t i = 0; i < some; i++)
+            found += (scale[first + i] == 0) & (gamma[i] != 0.0);
+    }
+    return (ptrdiff_t)found;
+}
+
+/* A gamma of 0 is no edge: layers that begin so are trained as the others are. */
 static ptrdiff_t FN(edges)(ptrdiff_t n, const bnfast_channels *of, ptrdiff_t *small)
 {
     const T *restrict const center = of->c.center, *restrict const scale = of->c.scale,
@@ -277,7 +292,7 @@ static ptrdiff_t FN(edges)(ptrdiff_t n, const bnfast_channels *of, ptrdiff_t *sm
                             *restrict const u_scale = of->c.u_scale, *restrict const hat_scale = of->c.hat_scale;
     const double *restrict const b = of->b;
     const double lost = of->count * LEAST_M2;
-    TI maps = 0, scales = 0;
+    TI maps = 0, scales = 0, zeros = 0;
     int64_t sums = 0;
     *small = 0;
     switch (of->operation) {
@@ -299,26 +314,26 @@ static ptrdiff_t FN(edges)(ptrdiff_t n, const bnfast_channels *of, ptrdiff_t *sm
     }
     if (of->operation == BNFAST_BACKWARD_SUMS)
         return (ptrdiff_t)sums;
+    const T *restrict by_gamma = scale; /* what gamma is a factor of */
     if (of->operation == BNFAST_FORWARD || of->operation == BNFAST_BACKWARD_EVAL)
-        for (ptrdiff_t i = 0; i < n; i++) {
-            maps += !(WITHIN(scale[i], LEAST_NORMAL, MOST_SCALE) & UP_TO(shift[i], NO_PART));
-            scales += IS_SMALL(scale[i]);
-        }
+        for (ptrdiff_t i = 0; i < n; i++)
+            maps += !UP_TO(shift[i], NO_PART);
     else if (of->operation == BNFAST_EVAL)
-        for (ptrdiff_t i = 0; i < n; i++) {
-            maps +=
-                !(WITHIN(scale[i], LEAST_NORMAL, MOST_SCALE) & UP_TO(shift[i], NO_PART) & UP_TO(center[i], NO_PART));
-            scales += IS_SMALL(scale[i]);
-        }
-    else
-        for (ptrdiff_t i = 0; i < n; i++) {
+        for (ptrdiff_t i = 0; i < n; i++)
+            maps += !(UP_TO(shift[i], NO_PART) & UP_TO(center[i], NO_PART));
+    else {
+        by_gamma = u_scale;
+        for (ptrdiff_t i = 0; i < n; i++)
             maps += !(WITHIN(scale[i], (T)(NARROW ? 1e-30 : 1e-290), MOST_SCALE) & UP_TO(shift[i], NO_PART) &
-                      WITHIN(u_scale[i], LEAST_NORMAL, MOST_SCALE) & UP_TO(hat_scale[i], MOST_SCALE) &
-                      UP_TO(u_center[i], NO_PART));
-            scales += IS_SMALL(u_scale[i]);
-        }
+                      UP_TO(hat_scale[i], MOST_SCALE) & UP_TO(u_center[i], NO_PART));
+    }
+    for (ptrdiff_t i = 0; i < n; i++) {
+        maps += !(WITHIN(by_gamma[i], LEAST_NORMAL, MOST_SCALE) | (by_gamma[i] == 0));
+        scales += IS_SMALL(by_gamma[i]);
+        zeros += by_gamma[i] == 0;
+    }
     *small = (ptrdiff_t)scales;
-    return (ptrdiff_t)maps + (ptrdiff_t)sums;
+    return (ptrdiff_t)maps + (ptrdiff_t)sums + (zeros ? FN(vanished)(n, by_gamma, &of->gamma) : 0);
 }
 
 static ptrdiff_t FN(usable_variances)(ptrdiff_t n, const bnfast_parameter *of, double eps)

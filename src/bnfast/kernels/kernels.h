@@ -208,9 +208,9 @@ typedef struct {
     void (*make_y_coefficients)(ptrdiff_t n, const bnfast_channels *of);
     /* The results of n channels, and their coefficients. */
     void (*make_coefficients)(ptrdiff_t n, const bnfast_channels *of);
-    /* How many of n channels, whose coefficients are made, lie at the edges of a dtype's range: what they are made of, or
-     * what the map makes with them, may not be what it should (careful.c). small: how many have so small a scale that
-     * results may be subnormal OUT */
+    /* Whether some of n channels, whose coefficients are made, lie at the edges of a dtype's range: what they are made of,
+     * or what the map makes with them, may not be what it should (careful.c); 0: none. small: how many have so small a
+     * scale that results may be subnormal OUT */
     ptrdiff_t (*edges)(ptrdiff_t n, const bnfast_channels *of, ptrdiff_t *small);
     ptrdiff_t (*edges_of_m2)(ptrdiff_t n, const bnfast_channels *of); /* the same of a forward's or moments' m2 alone */
     /* How many of n variances are finite and, with eps, above 0. */
