@@ -145,12 +145,12 @@ def update_running(running: tuple[Tensor, Tensor], mean: Any, var: Any, count: i
             _core.update_average(average, batch, 1.0 - momentum, weight)
 
 
-def activated(w: Tensor, options: Options) -> Tensor:
-    """The activation by PyTorch's code."""
+def activated(w: Tensor, options: Options, *, in_place: bool = False) -> Tensor:
+    """The activation by PyTorch's code; in place where that has a backward for every argument."""
     if options.activation == "relu":
-        return theirs.relu(w)
+        return theirs.relu(w, inplace=in_place)
     if options.activation == "relu6":
-        return theirs.relu6(w)
+        return theirs.relu6(w, inplace=in_place)
     if options.activation == "leaky_relu":
         return theirs.leaky_relu(w, options.negative_slope)
     return w
