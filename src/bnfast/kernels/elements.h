@@ -67,3 +67,19 @@ static inline ptrdiff_t FN(to_line)(const S *p, ptrdiff_t n)
     const ptrdiff_t head = (ptrdiff_t)((-(uintptr_t)p & 63) / sizeof(S));
     return head < n ? head : n;
 }
+
+/* n elements, `step` apart, as they are computed with: where they lie, if they do so beside each other, or in `copy`. */
+static ALWAYS_INLINE const T *FN(values)(const S *x, ptrdiff_t step, ptrdiff_t n, T *copy)
+{
+#ifndef HALF
+    if (step == 1)
+        return x;
+#endif
+    if (step == 1)
+        for (ptrdiff_t i = 0; i < n; i += VN)
+            FN(store_part)(copy + i, n - i, FN(read_part)(x + i, n - i, FN(set1)(0)));
+    else
+        for (ptrdiff_t i = 0; i < n; i++)
+            copy[i] = FN(value)(x[i * step]);
+    return copy;
+}

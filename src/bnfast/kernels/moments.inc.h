@@ -151,19 +151,24 @@ static void FN(moments_interleaved_wide)(const S *x, ptrdiff_t n_rows, ptrdiff_t
 {
     const double n = (double)n_rows, inverse = FN(exact_inverse)(n);
     double pivot[COLUMNS], sum[COLUMNS], square[COLUMNS];
+    T copy[COLUMNS];
     for (ptrdiff_t c = 0; c < n_columns; c++)
         pivot[c] = sum[c] = square[c] = 0.0;
-    for (ptrdiff_t r = 0; r < n_rows; r++)
+    for (ptrdiff_t r = 0; r < n_rows; r++) {
+        const T *const row = FN(values)(x + r * stride, 1, n_columns, copy);
         for (ptrdiff_t c = 0; c < n_columns; c++)
-            pivot[c] += (double)FN(value)(x[r * stride + c]);
+            pivot[c] += (double)row[c];
+    }
     for (ptrdiff_t c = 0; c < n_columns; c++)
         pivot[c] = FN(quotient)(pivot[c], n, inverse);
-    for (ptrdiff_t r = 0; r < n_rows; r++)
+    for (ptrdiff_t r = 0; r < n_rows; r++) {
+        const T *const row = FN(values)(x + r * stride, 1, n_columns, copy);
         for (ptrdiff_t c = 0; c < n_columns; c++) {
-            const double d = (double)FN(value)(x[r * stride + c]) - pivot[c];
+            const double d = (double)row[c] - pivot[c];
             sum[c] += d;
             square[c] += d * d;
         }
+    }
     for (ptrdiff_t c = 0; c < n_columns; c++)
         if (wanted == NULL || wanted[c]) {
             const double shift = FN(quotient)(sum[c], n, inverse), rest = square[c] - sum[c] * shift;
@@ -172,16 +177,20 @@ static void FN(moments_interleaved_wide)(const S *x, ptrdiff_t n_rows, ptrdiff_t
         }
 }
 
-/* Pivots of n_columns <= COLUMNS columns, in P: the mean of a few rows of each, as a tree */
+/* Pivots of n_columns <= COLUMNS columns, in P: the mean of a few rows of each, as a tree. Of halves some at a time, widened
+ * together. */
+#define PIVOTS_AT_ONCE (sizeof(S) == sizeof(T) ? COLUMNS : PIVOT_CHANNELS)
 #define COLUMN_PIVOTS(name, P) \
-    static void FN(name)(const S *x, ptrdiff_t n_rows, ptrdiff_t stride, ptrdiff_t n_columns, P *restrict pivots) \
+    static ALWAYS_INLINE void FN(name##_of)(const S *x, ptrdiff_t n_rows, ptrdiff_t stride, ptrdiff_t n_columns, \
+                                            P *restrict pivots) \
     { \
         ptrdiff_t samples = COLUMN_SAMPLES; \
         while (samples > n_rows) \
             samples /= 2; \
-        const S *row[COLUMN_SAMPLES]; \
-        for (ptrdiff_t i = 0; i < COLUMN_SAMPLES; i++) \
-            row[i] = x + i % samples * n_rows / samples * stride; \
+        const T *row[COLUMN_SAMPLES]; \
+        T copy[COLUMN_SAMPLES][PIVOT_CHANNELS]; \
+        for (ptrdiff_t i = 0; i < samples; i++) \
+            row[i] = FN(values)(x + i * n_rows / samples * stride, 1, n_columns, copy[i]); \
         if (samples == 8) \
             for (ptrdiff_t c = 0; c < n_columns; c++) \
                 pivots[c] = (P)((((SAMPLE(0) + SAMPLE(4)) + (SAMPLE(2) + SAMPLE(6))) + \
@@ -195,13 +204,20 @@ static void FN(moments_interleaved_wide)(const S *x, ptrdiff_t n_rows, ptrdiff_t
                 pivots[c] = (P)((SAMPLE(0) + SAMPLE(1)) / 2.0); \
         else \
             for (ptrdiff_t c = 0; c < n_columns; c++) \
-                pivots[c] = (P)FN(value)(row[0][c]); \
+                pivots[c] = (P)row[0][c]; \
+    } \
+    static void FN(name)(const S *x, ptrdiff_t n_rows, ptrdiff_t stride, ptrdiff_t n_columns, P *pivots) \
+    { \
+        for (ptrdiff_t c = 0; c < n_columns; c += PIVOTS_AT_ONCE) \
+            FN(name##_of)(x + c, n_rows, stride, n_columns - c < PIVOTS_AT_ONCE ? n_columns - c : PIVOTS_AT_ONCE, \
+                          pivots + c); \
     }
-#define SAMPLE(i) ((double)FN(value)(row[i][c]))
+#define SAMPLE(i) ((double)row[i][c])
 COLUMN_PIVOTS(column_pivots, T)
 COLUMN_PIVOTS(column_pivots_wide, double)
 #undef SAMPLE
 #undef COLUMN_PIVOTS
+#undef PIVOTS_AT_ONCE
 
 static void FN(moments_interleaved_block)(const S *x, const bnfast_rows *rows, S *packed, ptrdiff_t n_columns,
                                           ptrdiff_t next, const T *restrict center, double *restrict mean,
@@ -269,17 +285,21 @@ static ALWAYS_INLINE T FN(greater)(T a, T b) { return a > b ? a : b; }
 
 static void FN(typical_values)(ptrdiff_t n, ptrdiff_t step, const void *data, const ptrdiff_t *offsets, void *out)
 {
-    const S *const x = data, *const p0 = x + offsets[0], *const p1 = x + offsets[1], *const p2 = x + offsets[2],
-                   *const p3 = x + offsets[3], *const p4 = x + offsets[4];
-    T *restrict const typical = out;
-    for (ptrdiff_t i = 0; i < n; i++) {
-        const ptrdiff_t at = i * step;
-        /* neither the least nor the greatest of four is the middle one of five */
-        const T low = FN(greater)(FN(lesser)(FN(value)(p0[at]), FN(value)(p1[at])),
-                                  FN(lesser)(FN(value)(p2[at]), FN(value)(p3[at])));
-        const T high = FN(lesser)(FN(greater)(FN(value)(p0[at]), FN(value)(p1[at])),
-                                  FN(greater)(FN(value)(p2[at]), FN(value)(p3[at])));
-        const T middle = FN(greater)(FN(lesser)(low, high), FN(lesser)(FN(greater)(low, high), FN(value)(p4[at])));
-        typical[i] = middle - middle == 0 ? middle : 0;
+    const S *const x = data;
+    T *const typical = out;
+    for (ptrdiff_t first = 0; first < n; first += PIVOT_CHANNELS) {
+        const ptrdiff_t some = n - first < PIVOT_CHANNELS ? n - first : PIVOT_CHANNELS;
+        const T *p[BNFAST_SAMPLES];
+        T copy[BNFAST_SAMPLES][PIVOT_CHANNELS];
+        for (int i = 0; i < BNFAST_SAMPLES; i++)
+            p[i] = FN(values)(x + offsets[i] + first * step, step, some, copy[i]);
+        for (ptrdiff_t i = 0; i < some; i++) {
+            /* neither the least nor the greatest of four is the middle one of five */
+            const T low = FN(greater)(FN(lesser)(p[0][i], p[1][i]), FN(lesser)(p[2][i], p[3][i]));
+            const T high = FN(lesser)(FN(greater)(p[0][i], p[1][i]), FN(greater)(p[2][i], p[3][i]));
+            const T middle = FN(greater)(FN(lesser)(low, high), FN(lesser)(FN(greater)(low, high), p[4][i]));
+            typical[first + i] = middle - middle == 0 ? middle : 0;
+        }
     }
 }
+_Static_assert(BNFAST_SAMPLES == 5, "typical_values takes the middle of five");

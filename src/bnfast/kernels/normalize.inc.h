@@ -417,7 +417,7 @@ static ALWAYS_INLINE void FN(map_columns)(struct FN(places) at, const bnfast_col
     ptrdiff_t r = 0;
     const int dense = stride == columns->n_columns && out_stride == stride && stride >= VN &&
                       (!READS_U(flags) || columns->u_stride == stride);
-    if (SPECIALISES && dense && !stream && stride % VN == 0) {
+    if (dense && !stream && stride % VN == 0) {
         FN(map_shifted_rows)(at, columns, c, flags);
         return;
     }

@@ -323,8 +323,9 @@ static ptrdiff_t nanoseconds(const bnfast_job *job)
         [BNFAST_BACKWARD_APPLY] = {125, 2000},
     };
     const int second = job->passed ? SECOND_RESULT : 0;
-    /* float64 sums of float32 take half as long again */
-    const double elements = (double)bytes_of_array(job) / 4 * (job->exact && job->kernels->narrow ? 1.5 : 1.0);
+    /* halves are computed with as float32; float64 sums of float32 take half as long again */
+    const double floats = (double)bytes_of_array(job) / (double)least(job->kernels->itemsize, 4);
+    const double elements = floats * (job->exact && job->kernels->narrow ? 1.5 : 1.0);
     return (ptrdiff_t)((elements * (costs[job->operation].element + second) +
                         (double)job->channels * costs[job->operation].channel) /
                        1000);
