@@ -169,8 +169,8 @@ def test_every_phase_of_work_for_two_threads_has_tasks_for_both(caches):
 
 
 def test_threads_are_for_work_that_is_worth_them(caches):
-    def worth(shape, operation, dtype=np.float32):
-        return _core.explain(shape, 1, dtype, operation, 1)["worth"]
+    def worth(shape, operation, dtype=np.float32, residual=False):
+        return _core.explain(shape, 1, dtype, operation, 1, residual)["worth"]
 
     caches(2**21, 480 * 2**20)  # cores far from each other
     assert [worth((256, 256), operation) for operation in ("eval", "backward")] == [1, 1]
@@ -181,6 +181,8 @@ def test_threads_are_for_work_that_is_worth_them(caches):
     assert [worth((1024, 64), operation) for operation in ("moments", "forward", "eval", "backward")] == [2, 2, 2, 3]
     assert worth((512, 64), "forward") == 1
     assert worth((512, 64), "forward", np.float64) == 2
+    assert worth((1024, 64), "forward", np.float16) == 2  # computed as float32
+    assert [worth((320, 64), "backward", residual=residual) for residual in (False, True)] == [1, 2]  # a second result
     assert worth((8, 4096), "forward") == 3 > worth((4096, 8), "forward")  # each channel costs, too
     assert worth((4096, 4096), "forward") > 500
 
@@ -223,16 +225,20 @@ def test_rows_that_fall_on_the_same_lines_of_l1_are_planned_without_asking_ahead
 
 
 def test_rows_are_mapped_one_by_one_where_the_last_level_is_far(caches):
-    """And a gradient's where that pays: from there, in rows that are not of whole lines of memory."""
+    """And where a map reads two arrays, where that pays: from there, in rows that are not of whole lines of memory."""
 
-    def one_by_one(shape):
-        found = [_core.explain(shape, 1, np.float32, operation, 2) for operation in ("forward", "eval", "backward")]
+    def one_by_one(shape, residual=False):
+        operations = ("forward", "eval", "backward")
+        found = [_core.explain(shape, 1, np.float32, operation, 2, residual) for operation in operations]
         return [plan["row_by_row"] for plan in found]
 
     caches(2**21, 480 * 2**20)
     assert one_by_one((5000, 200)) == [True, True, True]
     assert one_by_one((5000, 256)) == [True, True, False]
     assert one_by_one((500, 200)) == [True, True, False]
+    assert one_by_one((5000, 200), residual=True) == [True, True, True]
+    assert one_by_one((5000, 256), residual=True) == [False, False, False]
+    assert one_by_one((500, 200), residual=True) == [False, False, False]
     caches(2**20, 2**25)
     assert one_by_one((5000, 200)) == [False] * 3
 

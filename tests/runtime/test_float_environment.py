@@ -74,6 +74,25 @@ def mxcsr(tmp_path_factory):
     return c_library(tmp_path_factory.mktemp("mxcsr"), MXCSR, "-O1")
 
 
+def test_inverse_roots_are_rounded_as_the_caller_rounds(mxcsr):
+    """Alone, or beside others, which may be made together: exact roots, and inverses between two numbers."""
+    body = """
+from bnfast import _core, functional as F
+v = np.array([1, 4, 9, 2, 3, 4 - 2.0**-51, 4 - 2.0**-50, 1 + 2.0**-52, 2.25, 1e-5, 6, 7, 8, 10, 11, 12])
+for isa, (compiled, supported) in _core.isas().items():
+    if not (compiled and supported):
+        continue
+    _core.select_isa(isa)
+    for name, control in CONTROLS.items():
+        library.set(control)
+        together = F.batch_norm_eval(np.ones((1, 16)), np.zeros(16), v, eps=0.0)[0]
+        alone = [F.batch_norm_eval(np.ones((1, 1)), np.zeros(1), v[i : i + 1], eps=0.0)[0, 0] for i in range(16)]
+        library.set(DEFAULT)
+        assert together.tolist() == alone, (isa, name)
+"""
+    run_script(HEAD + body, mxcsr)
+
+
 @needs_openmp
 def test_every_thread_computes_as_the_caller_would(mxcsr):
     """And the environment matters: different controls give different bits."""

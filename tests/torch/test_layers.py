@@ -5,12 +5,14 @@ of which), not of ours. Whether the kernels were used is asked, not assumed: `ke
 """
 
 import copy
+import functools
 import io
 import pickle
 
 import numpy as np
 import pytest
 import torch_layers
+from torch.utils import checkpoint
 from torch_layers import LAYERS, close, data, pair, torch
 
 import bnfast.torch
@@ -749,23 +751,80 @@ def test_the_values_of_bnfasts_own_layer():
 # --- little data, large memory ---------------------------------------------------------------------------------------
 
 
-def test_little_data_goes_to_pytorchs_code(monkeypatch, kernels):
+@pytest.mark.parametrize(
+    ("least", "sizes"),
+    [
+        (layers.LEAST_NEAR, (400_000, 300_000, 300_000, 3_000_000, 900_000)),
+        (layers.LEAST_FROM_AFAR, (200_000, 200_000, 150_000, 1_000_000, 900_000)),
+    ],
+    ids=["near", "far"],
+)
+def test_little_data_goes_to_pytorchs_code(monkeypatch, kernels, least, sizes):
     monkeypatch.undo()
     kernels = torch_layers.counted(monkeypatch)
-    far = _core.cache_bytes()[1] > layers.NEAR_BYTES
-    plain, *fused = (bnfast.torch.BatchNorm2d(6, activation=each) for each in (None, "relu", "relu6"))
-    for least, layer, channels_last in (
-        (200_000 if far else 400_000, plain, False),
-        (200_000 if far else 300_000, fused[0], False),
-        (1_000_000 if far else 3_000_000, fused[0], True),
-        (900_000, fused[1], True),
-    ):
-        for elements, expected in ((least - 600, 0), (least + 600, 1)):
+    monkeypatch.setattr(layers, "LEAST", least)
+    monkeypatch.setattr(layers, "SMALL", 0)
+    plain, relu, relu6 = (bnfast.torch.BatchNorm2d(6, activation=each) for each in (None, "relu", "relu6"))
+    calls_of = ((plain, False), (relu, False), (relu6, False), (relu, True), (relu6, True))
+    for size, (layer, channels_last) in zip(sizes, calls_of, strict=True):
+        for elements, expected in ((size - 600, 0), (size + 600, 1)):
             x = torch.randn(1, 6, elements // 600, 100)
             x = x.contiguous(memory_format=torch.channels_last) if channels_last else x
             kernels.clear()
             layer(x)
             assert kernels["forward"] == expected
+
+
+def test_thresholds_are_those_of_this_machine():
+    assert layers.LEAST is (layers.LEAST_FROM_AFAR if _core.last_level_is_far() else layers.LEAST_NEAR)
+
+
+@pytest.mark.parametrize("activation", [None, "relu", "relu6", "leaky_relu"])
+@pytest.mark.parametrize("kind", ["none", "like x", "x itself", "a number a channel", "float64"])
+def test_what_goes_to_pytorchs_code_is_completed_as_it_would_be(monkeypatch, activation, kind):
+    """In y's own memory where that may be, and never in that of an argument."""
+    monkeypatch.setattr(layers, "pays", lambda *_: False)
+    ours, theirs = bnfast.torch.BatchNorm2d(6, activation=activation), torch.nn.BatchNorm2d(6)
+    x, other = data(4).requires_grad_(), data(4, seed=1)
+    residual = {
+        "none": None, "like x": other, "x itself": x, "a number a channel": other[:1, :, :1, :1],
+        "float64": other.double(),
+    }[kind]  # fmt: skip
+    kept = [t.detach().clone() for t in (x, other)]
+    y = ours(x, residual)
+    w = theirs(x)
+    w = w if residual is None else w + residual
+    expected = calls.activated(w, calls.Options(1e-5, activation, 0.01))
+    assert y.dtype is expected.dtype
+    torch.testing.assert_close(y, expected, rtol=0, atol=0)
+    dy = torch.randn_like(y)
+    found, wanted = (torch.autograd.grad(each, x, dy) for each in (y, expected))
+    torch.testing.assert_close(found, wanted, rtol=0, atol=0)
+    for tensor, before in zip((x.detach(), other), kept, strict=True):
+        assert torch.equal(tensor, before)
+
+
+def test_of_what_others_see_or_keep_nothing_is_changed_in_place(monkeypatch):
+    """A residual for each of many, a cache of what PyTorch's batch norm gave, a graph that is exported."""
+    monkeypatch.setattr(layers, "pays", lambda *_: False)
+    layer = bnfast.torch.BatchNorm2d(6, activation="relu").eval()
+    x, residuals = data(4), torch.stack([data(4, seed=1), data(4, seed=2)])
+    many = torch.func.vmap(layer, in_dims=(None, 0))(x, residuals)
+    torch.testing.assert_close(many, torch.stack([layer(x, residual) for residual in residuals]))
+
+    def saves_batch_norms(_, function, *arguments, **options):
+        kept = "batch_norm" in str(function)
+        return checkpoint.CheckpointPolicy.MUST_SAVE if kept else checkpoint.CheckpointPolicy.PREFER_RECOMPUTE
+
+    leaf = x.clone().requires_grad_()
+    contexts = functools.partial(checkpoint.create_selective_checkpoint_contexts, saves_batch_norms)
+    y = checkpoint.checkpoint(layer.train(), leaf, use_reentrant=False, context_fn=contexts)
+    (found,) = torch.autograd.grad(y.sum(), leaf)
+    (wanted,) = torch.autograd.grad(layer(leaf).sum(), leaf)
+    torch.testing.assert_close(found, wanted)
+
+    exported = torch.export.export(layer.eval(), (x, residuals[0]), strict=True)
+    torch.testing.assert_close(exported.module()(x, residuals[0]), layer(x, residuals[0]))
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")

@@ -106,6 +106,7 @@ cdef extern from "kernels/job.h" nogil:
         char *workspace
 
     Py_ssize_t bnfast_threads_worth(const bnfast_job *job) noexcept
+    int bnfast_last_level_is_far() noexcept
     void bnfast_plan(bnfast_job *job) noexcept
     int bnfast_is_subnormal(const bnfast_job *job) noexcept
     int bnfast_is_planar(const bnfast_job *job) noexcept

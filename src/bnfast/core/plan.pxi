@@ -10,8 +10,10 @@ cdef dict OPERATIONS = {
 }
 
 
-def explain(shape, axis, dtype, str operation, int n_threads):
+def explain(shape, axis, dtype, str operation, int n_threads, bint residual=False):
     """What is done, in which pieces, for C-contiguous arrays of a shape and a result in memory of its own.
+
+    residual: with one, which is read forward and whose gradient is written backward.
 
     -> dict: layout ("planar", "interleaved"), outer, channels, inner, plan ("blocks", "phases"), threads, worth (how
     many threads at most, where they are free), stream, bytes_of_arrays, workspace_bytes, segments (a channel),
@@ -41,6 +43,10 @@ def explain(shape, axis, dtype, str operation, int n_threads):
     job.x, job.out = <const void *>64, <void *>128
     if operation in ("backward", "backward_eval", "jvp"):
         job.u = <const void *>192
+    if residual and job.u == NULL:
+        job.residual = <const void *>256
+    elif residual:
+        job.passed = <void *>256
     job.kernels = bnfast_active(dtype_of(np.empty(0, dtype)))
     job.n_threads = n_threads
     bnfast_plan(&job)

@@ -93,6 +93,11 @@ def cache_bytes():
     return bnfast_l2_bytes(), bnfast_last_level_bytes()
 
 
+def last_level_is_far():
+    """Whether plans take the last level of cache for slow to reach: it is said to be large."""
+    return bool(bnfast_last_level_is_far())
+
+
 def set_cache_bytes(Py_ssize_t l2, Py_ssize_t last_level):
     """For tests: as if this CPU had such caches. They decide what is done in which order, never a bit of a result."""
     bnfast_set_caches(l2, last_level)

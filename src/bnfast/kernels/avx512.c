@@ -90,9 +90,11 @@ static inline __m512d if_bits_f64_avx512(unsigned bits, __m512d yes, __m512d no)
 /* 1 / sqrt(variance + eps) of eight channels, to the bits of a root and a division, in a third of their time: from an estimate
  * of 14 bits by Newton's steps for g = sqrt(v) and h = 1 / (2 sqrt(v)), whose last, on an exact remainder, is rounded rightly
  * (Markstein 1990, "Computation of elementary functions on the IBM RISC System/6000 processor"; the arguments that come
- * nearest to the middle of two numbers are in the tests). */
+ * nearest to the middle of two numbers are in the tests). That holds where numbers are rounded to nearest. */
 #define ISA_HAS_INVERSE_ROOT 1
 #define INVERSE_ROOTS 8
+
+static inline int rounds_to_nearest(void) { return (_mm_getcsr() & _MM_ROUND_MASK) == _MM_ROUND_NEAREST; }
 
 static inline void inverse_root(const double *variance, double eps, double *inv_std)
 {
@@ -100,7 +102,7 @@ static inline void inverse_root(const double *variance, double eps, double *inv_
     const __m512d half = _mm512_set1_pd(0.5), one = _mm512_set1_pd(1.0);
     const __mmask8 within = _mm512_mask_cmp_pd_mask(_mm512_cmp_pd_mask(v, _mm512_set1_pd(0x1p-500), _CMP_GE_OQ), v,
                                                     _mm512_set1_pd(0x1p500), _CMP_LE_OQ);
-    if (within != 0xff) { /* zero, a NaN, or a square that leaves the range */
+    if (within != 0xff) { /* zero, a NaN, or so far from 1 that a step might leave the range */
         _mm512_storeu_pd(inv_std, _mm512_div_pd(one, _mm512_sqrt_pd(v)));
         return;
     }

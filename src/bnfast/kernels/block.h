@@ -65,8 +65,8 @@ void bnfast_merge_pair(const bnfast_job *job, ptrdiff_t n, double count, double 
 void bnfast_choose_centers(const bnfast_job *job, const bnfast_block *block);
 
 /* From the merged reductions a[i], b[i] of the block's channels to the results a channel (mean, variance, inv_std;
- * dgamma, dbeta), and to its coefficients. Returns how many lie at the edges of the dtype's range, or may be lifted: none is
- * careful yet. */
+ * dgamma, dbeta), and to its coefficients. Returns whether some lie at the edges of the dtype's range, or may be lifted
+ * (0: none); none is careful yet. */
 ptrdiff_t bnfast_make_coefficients(const bnfast_job *job, const bnfast_block *block, ptrdiff_t i, ptrdiff_t n);
 
 /* Of the block's channels from the i-th on, as the leaves take them. */

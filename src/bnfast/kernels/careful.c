@@ -286,7 +286,7 @@ static unsigned char again(const bnfast_job *job, const bnfast_block *block, ptr
             const int lost = narrow ? job->operation == BNFAST_MOMENTS && !is_finite(*of.mean)
                                     : job->kernels->edges_of_m2(1, &of) > 0;
             *a = 0.0;                                           /* no rest */
-            if (!lost && applies(job) && is_finite(*of.mean)) { /* a gamma of 0, perhaps: its statistics stay */
+            if (!lost && applies(job) && is_finite(*of.mean)) { /* a gamma near 0, perhaps: its statistics stay */
                 const channel c = channel_of(job, &of);
                 if (is_only_gamma(job, &c, *b))
                     return 0;

@@ -106,8 +106,9 @@ static ALWAYS_INLINE void FN(inverse_roots)(ptrdiff_t n, const double *restrict 
 {
     ptrdiff_t i = 0;
 #if ISA_HAS_INVERSE_ROOT
-    for (; i + INVERSE_ROOTS <= n; i += INVERSE_ROOTS)
-        inverse_root(variance + i, eps, inv_std + i);
+    if (n >= INVERSE_ROOTS && rounds_to_nearest())
+        for (; i + INVERSE_ROOTS <= n; i += INVERSE_ROOTS)
+            inverse_root(variance + i, eps, inv_std + i);
 #endif
     for (; i < n; i++)
         inv_std[i] = 1.0 / sqrt(variance[i] + eps);

@@ -68,18 +68,27 @@ static inline ptrdiff_t FN(to_line)(const S *p, ptrdiff_t n)
     return head < n ? head : n;
 }
 
-/* n elements, `step` apart, as they are computed with: where they lie, if they do so beside each other, or in `copy`. */
+static void FN(widen_values)(ptrdiff_t n, const void *data, void *out)
+{
+    const S *x = data;
+    T *values = out;
+    for (ptrdiff_t i = 0; i < n; i += VN)
+        FN(store_part)(values + i, n - i, FN(read_part)(x + i, n - i, FN(set1)(0)));
+}
+
+/* n elements, `step` apart, as they are computed with: where they lie, if they do so beside each other and are no halves;
+ * else in `copy`. */
 static ALWAYS_INLINE const T *FN(values)(const S *x, ptrdiff_t step, ptrdiff_t n, T *copy)
 {
-#ifndef HALF
-    if (step == 1)
-        return x;
-#endif
-    if (step == 1)
-        for (ptrdiff_t i = 0; i < n; i += VN)
-            FN(store_part)(copy + i, n - i, FN(read_part)(x + i, n - i, FN(set1)(0)));
-    else
+    if (step != 1) {
         for (ptrdiff_t i = 0; i < n; i++)
             copy[i] = FN(value)(x[i * step]);
+        return copy;
+    }
+#ifdef HALF
+    FN(widen_values)(n, x, copy);
     return copy;
+#else
+    return x;
+#endif
 }

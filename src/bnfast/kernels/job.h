@@ -108,6 +108,7 @@ struct bnfast_job {
 };
 
 ptrdiff_t bnfast_threads_worth(const bnfast_job *job); /* before the plan: how many threads the work is worth */
+int bnfast_last_level_is_far(void);
 void bnfast_plan(bnfast_job *job);
 int bnfast_is_subnormal(const bnfast_job *job); /* whether a backward's u is in places, by some elements of it */
 int bnfast_is_planar(const bnfast_job *job);    /* the layout that a plan is made for */

@@ -11,7 +11,8 @@
 #define NARROW (sizeof(T) == 4)
 
 /* Whether there are bodies for special cases: a map in one loop with sums, for every kind of map; for each kind of store; for
- * some rows at once. Of halves, whose time is that of the conversions, only for the most frequent: less to compile. */
+ * some rows at once that end in parts of vectors. Of halves, whose time is that of the conversions, only for the most
+ * frequent: less to compile. */
 #ifdef HALF
 #define SPECIALISES 0
 #else
@@ -64,14 +65,6 @@ static void FN(floor)(const void *data, const void *data_u, void *result, ptrdif
         else
             FN(write_stream)(out + i, v);
     }
-}
-
-static void FN(widen_values)(ptrdiff_t n, const void *data, void *out)
-{
-    const S *x = data;
-    T *values = out;
-    for (ptrdiff_t i = 0; i < n; i += VN)
-        FN(store_part)(values + i, n - i, FN(read_part)(x + i, n - i, FN(set1)(0)));
 }
 
 static void FN(narrow_values)(ptrdiff_t n, const void *data, void *out)

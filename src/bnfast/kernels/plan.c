@@ -21,7 +21,7 @@ enum { L1_WAY_BYTES = 4096 };
 static ptrdiff_t believed_last_level(void) { return least(bnfast_last_level_bytes(), MOST_LAST_LEVEL); }
 
 /* Whether it is slow to read twice from, and what one core has written slow to reach another: it is said to be larger. */
-static int last_level_is_far(void) { return bnfast_last_level_bytes() > MOST_LAST_LEVEL; }
+int bnfast_last_level_is_far(void) { return bnfast_last_level_bytes() > MOST_LAST_LEVEL; }
 
 static bnfast_choices forced = {-1, -1, -1, -1, -1, -1};
 
@@ -49,7 +49,7 @@ static int is_near(const bnfast_job *job)
                     row_bytes = folded_stride(job) * job->kernels->itemsize;
     if (bytes_of_array(job) <= bnfast_l2_bytes() / 2 * job->n_threads)
         return 1;
-    return !last_level_is_far() && (bytes <= bnfast_last_level_bytes() / 8 || row_bytes % L1_WAY_BYTES == 0);
+    return !bnfast_last_level_is_far() && (bytes <= bnfast_last_level_bytes() / 8 || row_bytes % L1_WAY_BYTES == 0);
 }
 
 /* Channels that a task of the phase of coefficients makes: about one task a thread, of at least FEWEST. */
@@ -80,7 +80,7 @@ static ptrdiff_t enough_of_a_row(const bnfast_job *job, ptrdiff_t channel_bytes)
     const ptrdiff_t written = applies(job) ? job->outer * job->inner * job->kernels->itemsize : 0;
     if (channel_bytes * job->channels > believed_last_level() / 4 * 3)
         return RUN_BYTES_FROM_MEMORY;
-    if (last_level_is_far())
+    if (bnfast_last_level_is_far())
         return channel_bytes + written <= bnfast_l2_bytes() ? RUN_BYTES_FROM_AFAR : RUN_BYTES_OUT_OF_L2;
     return channel_bytes <= bnfast_l2_bytes() / 4 ? RUN_BYTES : RUN_BYTES_OUT_OF_L2;
 }
@@ -103,7 +103,7 @@ static int is_written_later(const bnfast_job *job)
 {
     return applies(job) && !job->exact && job->inner * job->kernels->itemsize >= LONG_ROW &&
            (job->u == NULL ||
-            (maps_gradient(job) && !job->asked_for && (comes_from_memory(job) || !last_level_is_far())));
+            (maps_gradient(job) && !job->asked_for && (comes_from_memory(job) || !bnfast_last_level_is_far())));
 }
 
 /* Blocks keep their channels in L2, and what comes next: a quarter each, as more displaces itself (measured: half
@@ -237,8 +237,8 @@ static void cut_interleaved_phases(bnfast_job *job)
 static int goes_row_by_row(const bnfast_job *job)
 {
     const int whole_lines = folded_stride(job) * job->kernels->itemsize % 64 == 0;
-    const int reads_two = maps_gradient(job) || job->residual;
-    return last_level_is_far() && !(reads_two && (job->near || whole_lines));
+    const int reads_two = (map_flags(job) & (BNFAST_GRADIENT | BNFAST_ADD)) != 0;
+    return bnfast_last_level_is_far() && !(reads_two && (job->near || whole_lines));
 }
 
 static void choose_interleaved(bnfast_job *job)
@@ -306,7 +306,7 @@ static int is_streamed(const bnfast_job *job)
  * enough elsewhere for what it decides. */
 static ptrdiff_t nanoseconds(const bnfast_job *job)
 {
-    enum { SECOND_RESULT = 200 };
+    enum { SECOND_RESULT = 200 }; /* picoseconds an element, too */
     static const struct {
         int element, channel; /* picoseconds; of float32 */
     } costs[] = {
@@ -322,7 +322,7 @@ static ptrdiff_t nanoseconds(const bnfast_job *job)
         [BNFAST_BACKWARD_SUMS] = {125, 1000},
         [BNFAST_BACKWARD_APPLY] = {125, 2000},
     };
-    const int second = job->passed ? SECOND_RESULT : 0;
+    const int second = job->passed && job->passed != job->out ? SECOND_RESULT : 0;
     /* halves are computed with as float32; float64 sums of float32 take half as long again */
     const double floats = (double)bytes_of_array(job) / (double)least(job->kernels->itemsize, 4);
     const double elements = floats * (job->exact && job->kernels->narrow ? 1.5 : 1.0);
@@ -337,7 +337,7 @@ static ptrdiff_t nanoseconds(const bnfast_job *job)
 ptrdiff_t bnfast_threads_worth(const bnfast_job *job)
 {
     enum { ENOUGH = 8000, ENOUGH_FROM_AFAR = 18000, SHARE = 5000 };
-    const ptrdiff_t enough = last_level_is_far() && !bnfast_is_planar(job) ? ENOUGH_FROM_AFAR : ENOUGH;
+    const ptrdiff_t enough = bnfast_last_level_is_far() && !bnfast_is_planar(job) ? ENOUGH_FROM_AFAR : ENOUGH;
     const ptrdiff_t time = nanoseconds(job);
     return time < enough ? 1 : most(2, time / SHARE);
 }

@@ -31,14 +31,13 @@ LEAST_NEAR = {
     (False, "channels last"): (600_000, 400_000, 400_000),
     (False, "rows"): (600_000, 400_000, 400_000),
 }
-# Where the last level of cache is said to be larger than this, being far from the cores, PyTorch's passes cost more.
-NEAR_BYTES = 96 << 20
+# The same where the last level of cache is far from the cores: PyTorch's passes cost more there.
 LEAST_FROM_AFAR = {
     **LEAST_NEAR,
     (True, "planar"): (200_000, 200_000, 150_000),
     (True, "channels last"): (1_000_000, 1_000_000, 900_000),
 }
-LEAST = LEAST_NEAR if _core.cache_bytes()[1] <= NEAR_BYTES else LEAST_FROM_AFAR
+LEAST = LEAST_FROM_AFAR if _core.last_level_is_far() else LEAST_NEAR
 SMALL = min(min(each) for each in LEAST.values())  # what cannot pay, whatever it is
 PLAIN = (Tensor, Parameter)  # not their subclasses: these do something of their own
 
@@ -158,11 +157,16 @@ class _Layer(nn.modules.batchnorm._BatchNorm):
         return self._completed(super().forward(input), residual)
 
     def _completed(self, y: Tensor, residual: Tensor | None) -> Tensor:
-        """In y's memory, which is nobody else's, and which PyTorch's batch norm does not need for its backward."""
+        """In y's memory where it is nobody else's: PyTorch's batch norm does not need it for its backward."""
+        own = type(y) is Tensor and not (
+            torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None or _is_transformed()
+        )
         if residual is not None:
-            in_place = self.adds_in_place or (self._suits_residual(y, residual) and not _is_transformed())
+            in_place = self.adds_in_place or (own and self._suits_residual(y, residual))
             y = y.add_(residual) if in_place else y + residual
-        return y if self.activation is None else calls.activated(y, self._options(), in_place=True)
+        if self.activation is None:
+            return y
+        return calls.activated(y, self._options(), in_place=own and type(y) is Tensor)
 
     def _by_kernels(self, input: Tensor, residual: Tensor | None, state: "_State") -> Tensor:
         weight, bias, mean, var = state
@@ -267,7 +271,7 @@ class _Layer(nn.modules.batchnorm._BatchNorm):
     _check_non_zero_input_channels = nn.SyncBatchNorm._check_non_zero_input_channels
 
     def _scripted(self, input: Tensor, residual: Tensor | None) -> Tensor:
-        """For `torch.jit.script`: what `_by_pytorch` does, written out, as TorchScript knows no `super()`."""
+        """For `torch.jit.script`: what `_by_pytorch` does in a graph, as TorchScript knows no `super()`."""
         self._check_input_dim(input)
         if self.training and self._asks_others:
             raise RuntimeError("TorchScript knows no process group: script a layer in eval mode, or one without")
