@@ -123,11 +123,16 @@ static inline H round_bf16(__m256 v)
 {
     const __m256i bits = _mm256_castps_si256(v),
                   odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-    const __m256i number = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
-    const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(1 << 22));
-    const __m256 any =
-        _mm256_blendv_ps(_mm256_castsi256_ps(number), _mm256_castsi256_ps(quiet), _mm256_cmp_ps(v, v, _CMP_UNORD_Q));
-    return halves_of((words_avx2)_mm256_srli_epi32(_mm256_castps_si256(any), 16));
+    __m256i number = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
+    const __m256 nan = _mm256_cmp_ps(v, v, _CMP_UNORD_Q);
+    if (__builtin_expect(_mm256_movemask_ps(nan), 0)) {
+        const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(1 << 22));
+        number = _mm256_blendv_epi8(number, quiet, _mm256_castps_si256(nan));
+    }
+    /* the upper halves of the words, side by side in each half of the vector, then in the lower one */
+    const __m256i upper = _mm256_setr_epi8(2, 3, 6, 7, 10, 11, 14, 15, -1, -1, -1, -1, -1, -1, -1, -1, 2, 3, 6, 7, 10,
+                                           11, 14, 15, -1, -1, -1, -1, -1, -1, -1, -1);
+    return _mm256_castsi256_si128(_mm256_permute4x64_epi64(_mm256_shuffle_epi8(number, upper), 0x08));
 }
 
 #include "isa.inc.h"
