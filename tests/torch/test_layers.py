@@ -804,8 +804,19 @@ def test_what_goes_to_pytorchs_code_is_completed_as_it_would_be(monkeypatch, act
         assert torch.equal(tensor, before)
 
 
+def test_what_goes_to_pytorchs_code_takes_no_more_memory(monkeypatch):
+    """Than PyTorch's batch norm itself: the residual and the activation go into its y."""
+    monkeypatch.setattr(layers, "pays", lambda *_: False)
+    x, residual, given = data(4).requires_grad_(), data(4, seed=1), []
+    theirs = F.batch_norm
+    monkeypatch.setattr(F, "batch_norm", lambda *arguments: given.append(theirs(*arguments)) or given[-1])
+    for activation in (None, "relu", "relu6"):
+        y = bnfast.torch.BatchNorm2d(6, activation=activation)(x, residual)
+        assert y.data_ptr() == given.pop().data_ptr()
+
+
 def test_of_what_others_see_or_keep_nothing_is_changed_in_place(monkeypatch):
-    """A residual for each of many, a cache of what PyTorch's batch norm gave, a graph that is exported."""
+    """A residual for each of many, what a checkpoint, a mode or a class between has kept, a graph that is exported."""
     monkeypatch.setattr(layers, "pays", lambda *_: False)
     layer = bnfast.torch.BatchNorm2d(6, activation="relu").eval()
     x, residuals = data(4), torch.stack([data(4, seed=1), data(4, seed=2)])
@@ -822,6 +833,30 @@ def test_of_what_others_see_or_keep_nothing_is_changed_in_place(monkeypatch):
     (found,) = torch.autograd.grad(y.sum(), leaf)
     (wanted,) = torch.autograd.grad(layer(leaf).sum(), leaf)
     torch.testing.assert_close(found, wanted)
+
+    class Keep(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, function, types, arguments=(), options=None):
+            result = function(*arguments, **(options or {}))
+            if function is F.batch_norm:
+                kept.append((result, result.detach().clone()))
+            return result
+
+    class Tap(nn.BatchNorm2d):
+        def forward(self, input):
+            y = super().forward(input)
+            kept.append((y, y.detach().clone()))
+            return y
+
+    class Tapped(bnfast.torch.BatchNorm2d, Tap):
+        pass
+
+    kept = []
+    with Keep():
+        layer(x, residuals[0])
+    Tapped(6, activation="relu")(x, residuals[0])
+    assert len(kept) == 2
+    for seen, as_it_was in kept:
+        assert torch.equal(seen, as_it_was)
 
     exported = torch.export.export(layer.eval(), (x, residuals[0]), strict=True)
     torch.testing.assert_close(exported.module()(x, residuals[0]), layer(x, residuals[0]))

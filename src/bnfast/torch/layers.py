@@ -158,9 +158,7 @@ class _Layer(nn.modules.batchnorm._BatchNorm):
 
     def _completed(self, y: Tensor, residual: Tensor | None) -> Tensor:
         """In y's memory where it is nobody else's: PyTorch's batch norm does not need it for its backward."""
-        own = type(y) is Tensor and not (
-            torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None or _is_transformed()
-        )
+        own = type(y) is Tensor and type(self) in OURS.values() and not _is_seen()
         if residual is not None:
             in_place = self.adds_in_place or (own and self._suits_residual(y, residual))
             y = y.add_(residual) if in_place else y + residual
@@ -346,6 +344,16 @@ def _as_leaf(layer: nn.Module, input: fx.Proxy, residual: Any) -> fx.Proxy:
     """In a graph that `torch.fx` traces the layer is one node, as PyTorch's are."""
     arguments = (input,) if residual is None else (input, residual)
     return input.tracer.create_proxy("call_module", input.tracer.path_of_module(layer), arguments, {})
+
+
+def _is_seen() -> bool:
+    """Whether something may keep what passes between operations: a graph, a mode, a transform."""
+    return bool(
+        torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None
+        or torch._C._len_torch_function_stack() > 0
+        or _is_transformed()
+    )
 
 
 def _is_transformed() -> bool:
