@@ -113,10 +113,6 @@ static inline void store_part_halves(uint16_t *p, ptrdiff_t n, H halves)
 typedef uint32_t words_avx2 __attribute__((vector_size(32)));
 static inline int any_word(words_avx2 w) { return _mm256_movemask_ps((__m256)w) != 0; }
 static inline words_avx2 words_of(H halves) { return (words_avx2)_mm256_cvtepu16_epi32(halves); }
-static inline H halves_of(words_avx2 w)
-{
-    return _mm_packus_epi32(_mm256_castsi256_si128((__m256i)w), _mm256_extracti128_si256((__m256i)w, 1));
-}
 static inline __m256 widen_f16(H halves) { return _mm256_cvtph_ps(halves); }
 static inline H round_f16(__m256 v) { return _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT); }
 static inline H round_bf16(__m256 v)

@@ -144,7 +144,6 @@ static inline void store_part_halves(uint16_t *p, ptrdiff_t n, H halves)
 typedef uint32_t words_avx512 __attribute__((vector_size(64)));
 static inline int any_word(words_avx512 w) { return _mm512_test_epi32_mask((__m512i)w, (__m512i)w) != 0; }
 static inline words_avx512 words_of(H halves) { return (words_avx512)_mm512_cvtepu16_epi32(halves); }
-static inline H halves_of(words_avx512 w) { return _mm512_cvtepi32_epi16((__m512i)w); }
 static inline __m512 widen_f16(H halves) { return _mm512_cvtph_ps(halves); }
 static inline H round_f16(__m512 v) { return _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT); }
 static inline H round_bf16(__m512 v)
