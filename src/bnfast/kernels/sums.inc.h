@@ -143,7 +143,9 @@ static ALWAYS_INLINE void FN(sums_of_rows)(const S *x, const S *u, ptrdiff_t n_r
     FN(wide) wide_v[VU * WIDE_PER_VEC], wide_vd[VU * WIDE_PER_VEC];
     memset(wide_v, 0, sizeof wide_v);
     memset(wide_vd, 0, sizeof wide_vd);
-    memset(chain, 0, sizeof chain);
+    for (int k = 0; k < VU; k++)
+        for (int i = 0; i < 2; i++)
+            chain[i][k].sum_v = chain[i][k].sum_vd = zero;
     ptrdiff_t room = CHAIN; /* terms a chain may still take */
     const ptrdiff_t reach = !with_u && length > 2 * AHEAD ? 2 * AHEAD : AHEAD;
 #define FLUSH_CHAINS \
@@ -151,8 +153,9 @@ static ALWAYS_INLINE void FN(sums_of_rows)(const S *x, const S *u, ptrdiff_t n_r
         for (int k = 0; k < VU; k++) { \
             FN(widen_add)(wide_v + k * WIDE_PER_VEC, chain[0][k].sum_v + chain[1][k].sum_v); \
             FN(widen_add)(wide_vd + k * WIDE_PER_VEC, chain[0][k].sum_vd + chain[1][k].sum_vd); \
+            for (int i = 0; i < 2; i++) \
+                chain[i][k].sum_v = chain[i][k].sum_vd = zero; \
         } \
-        memset(chain, 0, sizeof chain); \
         room = CHAIN; \
     }
     for (ptrdiff_t r = 0; r < n_rows; r++) {
