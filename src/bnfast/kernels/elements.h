@@ -68,6 +68,9 @@ static inline ptrdiff_t FN(to_line)(const S *p, ptrdiff_t n)
     return head < n ? head : n;
 }
 
+/* Elements of whole lines among n from p on. */
+static inline ptrdiff_t FN(lines_of)(const S *p, ptrdiff_t n) { return (n - FN(to_line)(p, n)) / LINE * LINE; }
+
 static void FN(widen_values)(ptrdiff_t n, const void *data, void *out)
 {
     const S *x = data;
