@@ -158,7 +158,7 @@ def test_maps_whose_channels_stay_in_l2_are_taken_channel_by_channel(caches):
 
 
 def test_channels_that_leave_l2_for_a_near_last_level_are_written_later_where_rows_are_shorter_too(caches):
-    """With such caches as the first that took 0.65 to 0.9 of the time; rows of a KB are better read in the order of memory."""
+    """With such caches as the first that took 0.65 to 0.9 of the time; rows of a KB are better taken as they lie."""
 
     def plans(shape):
         found = [_core.explain(shape, 1, np.float32, operation, 2) for operation in ("forward", "backward")]

@@ -68,8 +68,16 @@ static inline ptrdiff_t FN(to_line)(const S *p, ptrdiff_t n)
     return head < n ? head : n;
 }
 
-/* Elements of whole lines among n from p on. */
-static inline ptrdiff_t FN(lines_of)(const S *p, ptrdiff_t n) { return (n - FN(to_line)(p, n)) / LINE * LINE; }
+/* The whole lines of memory among n elements from p on: elements `begin` to before `end`. */
+struct FN(lines) {
+    ptrdiff_t begin, end;
+};
+
+static inline struct FN(lines) FN(lines_of)(const S *p, ptrdiff_t n)
+{
+    const ptrdiff_t begin = FN(to_line)(p, n);
+    return (struct FN(lines)){begin, begin + (n - begin) / LINE * LINE};
+}
 
 static void FN(widen_values)(ptrdiff_t n, const void *data, void *out)
 {

@@ -188,7 +188,7 @@ static ALWAYS_INLINE void FN(map_elements)(const struct FN(map) * map, const str
 /* Full vectors that the writer's channel still has in this row. */
 static ALWAYS_INLINE ptrdiff_t FN(vectors_left)(const bnfast_writer *w) { return (w->end - w->at) / VN; }
 
-/* Elements to the next line of memory, from which on the writer may go around the caches. */
+/* Elements to the next line of memory, where the writer goes around the caches; else 0. */
 static ALWAYS_INLINE ptrdiff_t FN(written_to_line)(const bnfast_writer *w)
 {
     return w->stream ? FN(to_line)((const S *)w->out + w->at, LINE) : 0;
@@ -197,8 +197,9 @@ static ALWAYS_INLINE ptrdiff_t FN(written_to_line)(const bnfast_writer *w)
 static ALWAYS_INLINE int FN(written)(const bnfast_writer *w) { return w->row == w->runs.n_rows; }
 
 /* At least n elements more, or all that is left. A row is written as one run: a vector may begin in one channel and end
- * in the next, so that no line of memory is written in two parts. Channels have at least VN elements, but for one that
- * is alone. */
+ * in the next, so that no line of memory is written in two parts. Of a row only whole lines go around the caches: one that
+ * is written half around them and half through them costs as much as many others. Channels have at least VN elements, but
+ * for one that is alone. */
 static ALWAYS_INLINE void FN(write_map)(bnfast_writer *w, ptrdiff_t n, int flags, int stream)
 {
     const bnfast_coefficients *c = &w->coefficients;
@@ -206,8 +207,8 @@ static ALWAYS_INLINE void FN(write_map)(bnfast_writer *w, ptrdiff_t n, int flags
     const ptrdiff_t length = w->runs.length, stride = w->runs.stride, row_length = w->runs.n_channels * length;
     struct FN(places) at = FN(places_of)(w->x, w->u, w->out, &w->marked);
     ptrdiff_t row = w->row, i = w->channel, j = w->at, end = w->end;
-    ptrdiff_t lines = FN(to_line)(at.out, row_length), in_lines = FN(lines_of)(at.out, row_length);
-#define IN_LINES (stream && (VN == LINE || (size_t)(j - lines) < (size_t)in_lines))
+    struct FN(lines) lines = FN(lines_of)(at.out, row_length);
+#define IN_LINES (stream && (VN == LINE || (size_t)(j - lines.begin) < (size_t)(lines.end - lines.begin)))
 #define ASK_AHEAD \
     if (stream && ahead) { \
         PREFETCH_L2(at.x + j, ahead); \
@@ -235,8 +236,8 @@ static ALWAYS_INLINE void FN(write_map)(bnfast_writer *w, ptrdiff_t n, int flags
             while (n > 0 && end - j >= VN) {
                 const int to_memory = IN_LINES;
                 ptrdiff_t until = end;
-                if (stream && VN < LINE && until > lines)
-                    until = j < lines ? lines : to_memory && until > lines + in_lines ? lines + in_lines : until;
+                if (stream && VN < LINE && lines.begin < end)
+                    until = j < lines.begin ? lines.begin : to_memory && lines.end < end ? lines.end : end;
                 for (; n > 0 && until - j >= VN; n -= VN, j += VN) {
                     ASK_AHEAD
                     MAP_AT(&map, VN, to_memory);
@@ -261,8 +262,7 @@ static ALWAYS_INLINE void FN(write_map)(bnfast_writer *w, ptrdiff_t n, int flags
             MAP_AT(&map, row_length - j, 0);
         n -= row_length - j;
         FN(go_on)(&at, stride, stride, stride, flags);
-        lines = FN(to_line)(at.out, row_length);
-        in_lines = FN(lines_of)(at.out, row_length);
+        lines = FN(lines_of)(at.out, row_length);
     }
 enough:
 #undef IN_LINES
