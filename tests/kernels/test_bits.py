@@ -157,19 +157,50 @@ def test_maps_whose_channels_stay_in_l2_are_taken_channel_by_channel(caches):
     assert kinds((32, 12, 56, 56), (32, 64, 28, 28), *short_runs) == ["phases"] * 4
 
 
-def test_channels_that_leave_l2_for_a_near_last_level_are_written_later_where_rows_are_shorter_too(caches):
-    """With such caches as the first that took 0.65 to 0.9 of the time; rows of a KB are better taken as they lie."""
+def test_large_arrays_are_written_later_where_rows_are_shorter_too_if_the_last_level_is_near(caches):
+    """With such caches as the first that took 0.65 to 1 of the time."""
 
-    def plans(shape):
+    def later(shape):
         found = [_core.explain(shape, 1, np.float32, operation, 2) for operation in ("forward", "backward")]
-        return [plan["written_later"] if plan["plan"] == "blocks" else "phases" for plan in found]
+        assert [plan["plan"] for plan in found] == ["blocks"] * 2
+        return [plan["written_later"] for plan in found]
 
     caches(2**19, 2**25)
-    assert plans((64, 512, 28, 28)) == plans((128, 256, 20, 20)) == [True, True]
-    assert plans((32, 512, 28, 28)) == [False, True]  # the channels of one array stay
-    assert plans((256, 512, 16, 16)) == ["phases", "phases"]
+    assert later((64, 512, 28, 28)) == later((128, 256, 20, 20)) == later((128, 256, 16, 24)) == [True, True]
+    assert later((32, 512, 28, 28)) == [False, True]  # of one array a channel is less than a quarter of L2
+    assert later((256, 512, 16, 23)) == [False, False]
+    assert not _core.explain((128, 4, 20, 20), 1, np.float32, "forward", 2)["written_later"]  # all stays in cache
     caches(2**21, 480 * 2**20)
-    assert plans((512, 512, 28, 28)) == [False, False]
+    assert later((512, 512, 28, 28)) == [False, False]
+
+
+@pytest.mark.parametrize("name", ["float32", "float64", "float16", "bfloat16"])
+@pytest.mark.parametrize("inner", [16, 25, 49, 70])
+def test_results_around_the_caches_lie_anywhere(name, inner):
+    """Whole lines alone go around the caches, whatever parts of lines are at both ends of a row."""
+    dtype = np.dtype(name if name != "bfloat16" else pytest.importorskip("ml_dtypes").bfloat16)
+    x, dy = np.random.default_rng(inner).standard_normal((2, 3, 5, inner), dtype=np.float32).astype(dtype)
+    gamma, beta = np.linspace(-1, 1, 10, dtype=np.float32).reshape(2, 5)
+    at_once = F.batch_norm(x, gamma, beta)[0], F.batch_norm_backward(dy, x, beta, gamma**2, gamma)[0]
+    size, line, before = x.size, 64 // x.itemsize, _core.isa()
+    memory = np.empty(size + 3 * line, dtype)
+    memory = memory[-memory.ctypes.data % 64 // x.itemsize :]
+    try:
+        for isa in ISAS:
+            _core.select_isa(isa)
+            for plan in ({"kind": "phases"}, {"written_later": False}, {"written_later": True}):
+                _core.force_plan(**{"kind": "blocks", "stream": True} | plan)
+                for offset in range(line):
+                    memory[...] = 7
+                    out = memory[offset : offset + size].reshape(x.shape)
+                    y = F.batch_norm(x, gamma, beta, out=out)[0].copy()
+                    dx = F.batch_norm_backward(dy, x, beta, gamma**2, gamma, out=out)[0]
+                    assert digest((y, dx)) == digest(at_once), (isa, plan, offset)
+                    around = np.delete(memory, slice(offset, offset + size))
+                    assert (around == 7).all(), (isa, plan, offset)
+    finally:
+        _core.select_isa(before)
+        _core.force_plan()
 
 
 def test_every_phase_of_work_for_two_threads_has_tasks_for_both(caches):

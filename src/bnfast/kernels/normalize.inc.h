@@ -3,7 +3,7 @@
  * The mean is subtracted before the scale, never folded into the shift: x*scale + shift loses every digit once
  * |mean| >> std. What rounding the mean to the data's dtype leaves is in the shift (round_map). Error of
  * normalize, float32: four roundings, at most 2.4e-7 * |gamma * x_hat| + 6e-8 * |y|.
- * Memory traffic: read x (and u), write out; with `stream` the written lines are not read first. */
+ * Memory traffic: read x (and u), write out; with `stream` whole lines that are written are not read first. */
 
 /* Rows that share a load of interleaved coefficients; fewer where they lie a multiple of 2 KiB apart, so that their
  * lines stay in L1. */
@@ -189,7 +189,7 @@ static ALWAYS_INLINE void FN(map_elements)(const struct FN(map) * map, const str
 static ALWAYS_INLINE ptrdiff_t FN(vectors_left)(const bnfast_writer *w) { return (w->end - w->at) / VN; }
 
 /* Elements to the next line of memory, where the writer goes around the caches; else 0. */
-static ALWAYS_INLINE ptrdiff_t FN(written_to_line)(const bnfast_writer *w)
+static ALWAYS_INLINE ptrdiff_t FN(left_to_line)(const bnfast_writer *w)
 {
     return w->stream ? FN(to_line)((const S *)w->out + w->at, LINE) : 0;
 }

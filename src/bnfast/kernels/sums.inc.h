@@ -166,7 +166,7 @@ static ALWAYS_INLINE void FN(sums_of_rows)(const S *x, const S *u, ptrdiff_t n_r
         while (left >= 2 * VL) {
             ptrdiff_t steps = left / (2 * VL) < room ? left / (2 * VL) : room;
             const ptrdiff_t ahead = left > reach ? reach : to_next;
-            const ptrdiff_t to_line = w && flags != BY_TURNS ? FN(written_to_line)(w) : 0;
+            const ptrdiff_t to_line = w && flags != BY_TURNS ? FN(left_to_line)(w) : 0;
             const ptrdiff_t together = w && flags != BY_TURNS && to_line == 0 ? FN(vectors_left)(w) / (2 * VU) : 0;
             if (together > 0) {
                 const struct FN(map) map = FN(map_of_channel)(&w->coefficients, w->channel, flags);
@@ -188,7 +188,7 @@ static ALWAYS_INLINE void FN(sums_of_rows)(const S *x, const S *u, ptrdiff_t n_r
                 if (w && !FN(written)(w)) {
                     const ptrdiff_t turn = flags == BY_TURNS ? TURN : 1;
                     steps = turn < steps ? turn : steps;
-                    FN(write_some)(w, to_line > 0 ? to_line : steps * 2 * VL);
+                    FN(write_some)(w, to_line + steps * 2 * VL);
                 }
                 TAKE_STEPS()
             }
