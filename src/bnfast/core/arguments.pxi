@@ -111,11 +111,16 @@ cdef cnp.ndarray new_statistics(Py_ssize_t channels):
     return cnp.PyArray_EMPTY(1, shape, cnp.NPY_FLOAT64, 0)
 
 
-cdef cnp.ndarray new_block(Py_ssize_t rows, Py_ssize_t channels, bint zero):
-    """(rows, channels) float64."""
+cdef cnp.ndarray new_block(Py_ssize_t rows, Py_ssize_t channels):
+    """(rows, channels) float64, not set."""
     cdef cnp.npy_intp shape[2]
     shape[0], shape[1] = rows, channels
-    return cnp.PyArray_ZEROS(2, shape, cnp.NPY_FLOAT64, 0) if zero else cnp.PyArray_EMPTY(2, shape, cnp.NPY_FLOAT64, 0)
+    return cnp.PyArray_EMPTY(2, shape, cnp.NPY_FLOAT64, 0)
+
+
+cdef cnp.ndarray new_vector(cnp.npy_intp channels, int dtype, bint zero):
+    """(channels,) of NumPy's dtype of this number."""
+    return cnp.PyArray_ZEROS(1, &channels, dtype, 0) if zero else cnp.PyArray_EMPTY(1, &channels, dtype, 0)
 
 
 cdef bint same_shape(cnp.ndarray a, cnp.ndarray b) noexcept:

@@ -93,6 +93,8 @@ cdef extern from "kernels/job.h" nogil:
         double *mean_rest
         double *dbeta
         double *dgamma
+        float *narrow_dbeta
+        float *narrow_dgamma
         double count
         int *infinite
         unsigned char *lifted

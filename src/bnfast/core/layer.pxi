@@ -270,7 +270,7 @@ cdef class Running:
             if some_skipped:
                 new.skipped = skipped
                 skips = <long long *>cnp.PyArray_DATA(<cnp.ndarray>skipped)
-        new.block = new_block(2, channels, False)
+        new.block = new_block(2, channels)
         new_mean, new_var = new.row(0), new.row(1)
         if 0.0 < weight < 1.0 and counts == NULL:
             for i in range(channels):  # all alike, without branches
@@ -426,7 +426,7 @@ cdef Forward new_forward(AtomicReference contents, Options options, x, gamma, be
     b = as_parameter(beta, "beta", options.channels, None)
     forward.has_gamma, forward.has_beta = g is not None, b is not None
     exact = exact or cnp.PyArray_TYPE(forward.x) == cnp.NPY_FLOAT64
-    forward.block = new_block(ROWS_WITH_REST if exact else ROWS, options.channels, False)
+    forward.block = new_block(ROWS_WITH_REST if exact else ROWS, options.channels)
     with cython.critical_section(contents):
         if g is not None:
             widen(g, forward.row(GAMMA))
@@ -642,8 +642,7 @@ def backward_of(Forward forward, dy, out, tuple living, dtype, out_residual=None
     if forward.processes is not None:
         return backward_together(forward, dy, out, living, dtype, out_residual)
     cdef bnfast_job job = new_job(BNFAST_BACKWARD if forward.running is None else BNFAST_BACKWARD_EVAL)
-    cdef cnp.ndarray x = forward.x, u, given_out, given_out_residual
-    cdef cnp.ndarray sums = new_block(3, forward.channels, True)
+    cdef cnp.ndarray x = forward.x, u, given_out, given_out_residual, inv_std
     cdef int type_number = cnp.NPY_FLOAT32 if dtype.itemsize == 4 else cnp.NPY_FLOAT64, axis = forward.axis
     cdef Py_ssize_t i
     cdef Positions there
@@ -652,15 +651,16 @@ def backward_of(Forward forward, dy, out, tuple living, dtype, out_residual=None
     u = as_companion(dy, "dy", x)
     given_out = as_out(out, x)
     given_out_residual = as_out_residual(out_residual, given_out, forward.has_residual, x)
-    job.dgamma, job.dbeta = values(sums), values(sums) + forward.channels
+    there = forward.positions()
+    dgamma, dbeta = new_gradients(&job, forward.channels, type_number, there is not None or cnp.PyArray_SIZE(x) == 0)
     forward.set_parameters(&job)
     if forward.running is None:
         job.mean, job.inv_std, job.mean_rest = forward.row(MEAN), forward.row(INV_STD), forward.mean_rest()
     else:
-        job.mean, job.inv_std = forward.running.row(0), values(sums) + 2 * forward.channels
+        inv_std = new_block(1, forward.channels)
+        job.mean, job.inv_std = forward.running.row(0), values(inv_std)
         for i in range(forward.channels):
             job.inv_std[i] = 1.0 / sqrt(forward.running.row(1)[i] + forward.eps)
-    there = forward.positions()
     if there is not None:  # x first, while dy is still there
         if forward.has_residual and (given_out is None or not may_overlap(given_out, u)):
             home_of_x = there.home(given_out, x)
@@ -671,8 +671,7 @@ def backward_of(Forward forward, dy, out, tuple living, dtype, out_residual=None
     dx, dresidual = mapped_back_there(forward, &job, there, x, u, axis, given_out, given_out_residual, home_of_x,
                                       home_of_u)
     note_gradients(forward, out, out_residual, living)
-    return (dx, dresidual, rounded(job.dgamma, forward.channels, type_number),
-            rounded(job.dbeta, forward.channels, type_number))
+    return dx, dresidual, dgamma, dbeta
 
 
 cdef int commit_training(AtomicReference contents, Options options, Forward forward, int keep, momentum) except -1:

@@ -326,11 +326,24 @@ def affine(x, center, scale, shift, out, bint search):
 cdef cnp.ndarray rounded(const double *statistics, cnp.npy_intp channels, int dtype):
     """(C,) float64 as a new array of dtype NPY_FLOAT32 or NPY_FLOAT64."""
     cdef cnp.ndarray result = cnp.PyArray_EMPTY(1, &channels, dtype, 0)
-    if dtype == cnp.NPY_FLOAT64:
-        memcpy(cnp.PyArray_DATA(result), statistics, channels * sizeof(double))
-    else:
-        bnfast_active(BNFAST_FLOAT32).round_values(channels, statistics, cnp.PyArray_DATA(result))
+    round_or_copy(statistics, channels, float64s_of(result), float32s_of(result))
     return result
+
+
+cdef void round_or_copy(const double *statistics, Py_ssize_t channels, double *wide, const float *narrow) noexcept:
+    """To whichever there is."""
+    if wide != NULL:
+        memcpy(wide, statistics, channels * sizeof(double))
+    else:
+        bnfast_active(BNFAST_FLOAT32).round_values(channels, statistics, <void *>narrow)
+
+
+cdef tuple new_gradients(bnfast_job *job, cnp.npy_intp channels, int dtype, bint zero):
+    """-> (dgamma, dbeta): arrays of dtype NPY_FLOAT32 or NPY_FLOAT64 for the job to write; zero: it might not be run."""
+    cdef cnp.ndarray dgamma = new_vector(channels, dtype, zero), dbeta = new_vector(channels, dtype, zero)
+    job.dgamma, job.narrow_dgamma = float64s_of(dgamma), <float *>float32s_of(dgamma)
+    job.dbeta, job.narrow_dbeta = float64s_of(dbeta), <float *>float32s_of(dbeta)
+    return dgamma, dbeta
 
 
 cdef void set_statistics(bnfast_job *job, cnp.ndarray mean, cnp.ndarray inv_std) noexcept:
@@ -348,7 +361,7 @@ def batch_norm_backward(dy, x, mean, inv_std, gamma, axis, training, out, beta=N
     cdef int channel_axis = as_axis(axis, data)
     cdef Py_ssize_t channels = cnp.PyArray_DIM(data, channel_axis)
     cdef cnp.ndarray u = as_companion(dy, "dy", data)
-    cdef cnp.ndarray given_out, given_out_residual, g, b, m, s, r, sums = new_block(2, channels, True)
+    cdef cnp.ndarray given_out, given_out_residual, g, b, m, s, r
     set_activation(&job, activation, negative_slope)
     given_out = as_out(out, data)
     r = as_residual(residual, data)
@@ -362,15 +375,13 @@ def batch_norm_backward(dy, x, mean, inv_std, gamma, axis, training, out, beta=N
 
     job.gamma, job.beta = parameter(g), parameter(b)
     set_statistics(&job, m, s)
-    job.dgamma, job.dbeta = values(sums), values(sums) + channels
+    dgamma, dbeta = new_gradients(&job, channels, gradient_type(data), cnp.PyArray_SIZE(data) == 0)
     if stores_passed(&job, r is not None):
         dx, dresidual = mapped_back(&job, data, u, r, channel_axis, channels, given_out, given_out_residual,
                                     r is not None)
     else:
         dx = mapped(&job, data, u, channel_axis, channels, given_out)
-    gradients = (dx, rounded(job.dgamma, channels, gradient_type(data)),
-                 rounded(job.dbeta, channels, gradient_type(data)))
-    return gradients if residual is None else (*gradients, dresidual)
+    return (dx, dgamma, dbeta) if residual is None else (dx, dgamma, dbeta, dresidual)
 
 
 def batch_norm_backward_sums(dy, x, mean, inv_std, gamma, axis, beta, residual, activation, negative_slope):

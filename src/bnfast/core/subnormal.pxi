@@ -46,10 +46,11 @@ cdef int compute_lifted(bnfast_job *given, cnp.ndarray x) except -1:
     they are there. If some of u, or of them, is too large for that, as it is."""
     cdef bnfast_job job = given[0], lift = new_job(BNFAST_LIFT)
     cdef Py_ssize_t channels = job.channels
-    cdef bint gives_sums = job.operation != BNFAST_BACKWARD_APPLY
+    cdef bint has_sums = given.dbeta != NULL or given.narrow_dbeta != NULL
+    cdef bint gives_sums = has_sums and job.operation != BNFAST_BACKWARD_APPLY
     cdef bint written_over = job.u == job.out or job.u == job.passed  # u, in the end
     cdef int beyond = 0, exponent = job.kernels.lift_exponent
-    cdef cnp.ndarray buffer, apart = None, sums = new_block(2, channels, False)
+    cdef cnp.ndarray buffer, apart = None, sums = new_block(2, channels)
     if job.passed != NULL and job.passed == job.residual:
         return plan_and_run(given)  # what is read for it could not be read again
     if job.out != NULL and (job.out == job.x or job.out == job.residual):  # nor that
@@ -68,14 +69,15 @@ cdef int compute_lifted(bnfast_job *given, cnp.ndarray x) except -1:
     if beyond:
         return plan_and_run(given)
     job.u = lift.out
-    if job.dbeta != NULL:
+    if has_sums:
         if not gives_sums:
             memcpy(values(sums), job.dbeta, channels * sizeof(double))
             memcpy(values(sums) + channels, job.dgamma, channels * sizeof(double))
             scale_sums(values(sums), 2 * channels, exponent)
         job.dbeta, job.dgamma = values(sums), values(sums) + channels
+        job.narrow_dbeta = job.narrow_dgamma = NULL
     plan_and_run(&job)
-    if job.dbeta != NULL:
+    if has_sums:
         beyond = not scale_sums(values(sums), 2 * channels, -exponent)
     if job.out != NULL:
         beyond = lower_all(&job, job.out) or beyond
@@ -88,7 +90,7 @@ cdef int compute_lifted(bnfast_job *given, cnp.ndarray x) except -1:
         return plan_and_run(given)
     if apart is not None:
         memcpy(given.out, job.out, cnp.PyArray_NBYTES(apart))
-    if gives_sums and job.dbeta != NULL:
-        memcpy(given.dbeta, job.dbeta, channels * sizeof(double))
-        memcpy(given.dgamma, job.dgamma, channels * sizeof(double))
+    if gives_sums:
+        round_or_copy(job.dbeta, channels, given.dbeta, given.narrow_dbeta)
+        round_or_copy(job.dgamma, channels, given.dgamma, given.narrow_dgamma)
     return 0

@@ -162,7 +162,7 @@ static void FN(sums_interleaved)(const void *data, const void *data_u, const bnf
             FN(sums_of_columns)(&some, n, next, RECTIFIED, rows->near);
         else
             FN(sums_of_columns)(&some, n, next, PASSED, rows->near);
-        int n_outside = 0;
+        int64_t n_outside = 0;
         for (ptrdiff_t c = 0; c < n; c++)
             n_outside += !IN_RANGE(least, sum[c], product[c]);
         for (ptrdiff_t c = 0; n_outside > 0 && c < n; c += VN) {

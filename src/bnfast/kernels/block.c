@@ -12,7 +12,8 @@ static ptrdiff_t whole_lines(ptrdiff_t bytes) { return round_up(bytes, 64); }
 
 static int n_narrow(const bnfast_job *job)
 {
-    return (job->narrow_mean != NULL) + (job->narrow_inv_std != NULL) + (job->narrow_var != NULL);
+    return (job->narrow_mean != NULL) + (job->narrow_inv_std != NULL) + (job->narrow_var != NULL) +
+           (job->narrow_dbeta != NULL) + (job->narrow_dgamma != NULL);
 }
 
 ptrdiff_t bnfast_block_bytes(const bnfast_job *job, ptrdiff_t n, ptrdiff_t columns)
@@ -67,6 +68,10 @@ bnfast_block bnfast_block_in(const bnfast_job *job, char *scratch, ptrdiff_t fir
         scratch = values_in(scratch, n, &block.inv_std);
     if (job->narrow_var)
         scratch = values_in(scratch, n, &block.var);
+    if (job->narrow_dbeta)
+        scratch = values_in(scratch, n, &block.dbeta);
+    if (job->narrow_dgamma)
+        scratch = values_in(scratch, n, &block.dgamma);
     block.careful = (unsigned char *)scratch;
     return block;
 }
@@ -136,8 +141,8 @@ bnfast_channels bnfast_channels_of(const bnfast_job *job, const bnfast_block *bl
         .mean = block->mean ? block->mean + i : values_from(job->mean, at),
         .inv_std = block->inv_std ? block->inv_std + i : values_from(job->inv_std, at),
         .m2 = values_from(job->m2, at),
-        .dbeta = values_from(job->dbeta, at),
-        .dgamma = values_from(job->dgamma, at),
+        .dbeta = block->dbeta ? block->dbeta + i : values_from(job->dbeta, at),
+        .dgamma = block->dgamma ? block->dgamma + i : values_from(job->dgamma, at),
         .mean_rest = values_from(job->mean_rest, at),
         .c = bnfast_coefficients_at(job, &block->channel, i),
     };
@@ -160,6 +165,21 @@ static void widen_statistics(const bnfast_job *job, const bnfast_block *block, p
         widen(job->narrow_inv_std + at, n, block->inv_std + i);
     if (job->narrow_var)
         widen(job->narrow_var + at, n, block->var + i);
+}
+
+static void narrow(const double *wide, ptrdiff_t n, float *narrow)
+{
+    for (ptrdiff_t k = 0; k < n; k++)
+        narrow[k] = (float)wide[k];
+}
+
+void bnfast_narrow_gradients(const bnfast_job *job, const bnfast_block *block, ptrdiff_t i, ptrdiff_t n)
+{
+    const ptrdiff_t at = block->first + i;
+    if (job->narrow_dbeta)
+        narrow(block->dbeta + i, n, job->narrow_dbeta + at);
+    if (job->narrow_dgamma)
+        narrow(block->dgamma + i, n, job->narrow_dgamma + at);
 }
 
 void bnfast_choose_centers(const bnfast_job *job, const bnfast_block *block)

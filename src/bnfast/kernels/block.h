@@ -29,10 +29,10 @@ static inline void add_phase(bnfast_job *job, void (*task)(const bnfast_job *, p
  * a, b: (n_segments + 1, width); what the reductions give: mean less center and m2, or sums of u and of u * d. Merged,
  * they are row 0.
  * channel: coefficients a channel; column: coefficients a column (may be the same memory)
- * mean, inv_std, var: (n,) of the job's narrow ones, once they are widened; or NULL */
+ * mean, inv_std, var, dbeta, dgamma: (n,) of the job's narrow ones, as float64; or NULL */
 typedef struct {
     ptrdiff_t first, n, width;
-    double *a, *b, *mean, *inv_std, *var;
+    double *a, *b, *mean, *inv_std, *var, *dbeta, *dgamma;
     bnfast_coefficients channel, column;
     unsigned char *careful;    /* (n,) whether careful.c maps the channel; once its coefficients are made */
     void *packed_x, *packed_u; /* interleaved: (rows, width), what was reduced once more, lying together; or NULL */
@@ -68,6 +68,9 @@ void bnfast_choose_centers(const bnfast_job *job, const bnfast_block *block);
  * dgamma, dbeta), and to its coefficients. Returns whether some lie at the edges of the dtype's range, or may be lifted
  * (0: none); none is careful yet. */
 ptrdiff_t bnfast_make_coefficients(const bnfast_job *job, const bnfast_block *block, ptrdiff_t i, ptrdiff_t n);
+
+/* Rounds the gradients of n channels from the block's i-th on to the job's narrow ones, if it has them. */
+void bnfast_narrow_gradients(const bnfast_job *job, const bnfast_block *block, ptrdiff_t i, ptrdiff_t n);
 
 /* Of the block's channels from the i-th on, as the leaves take them. */
 bnfast_channels bnfast_channels_of(const bnfast_job *job, const bnfast_block *block, ptrdiff_t i);

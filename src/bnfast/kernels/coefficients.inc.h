@@ -16,21 +16,25 @@
 
 #define GROUP 128
 
-/* n values from the first-th channel on; `otherwise` where the parameter is left out. */
-static ALWAYS_INLINE void FN(read_parameter)(const bnfast_parameter *parameter, double otherwise, ptrdiff_t first,
-                                             ptrdiff_t n, double *restrict values)
+/* What stands for parameters that are left out. */
+static const double FN(zeros)[GROUP] = {0};
+#define ONE_8 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0
+#define ONE_64 ONE_8, ONE_8, ONE_8, ONE_8, ONE_8, ONE_8, ONE_8, ONE_8
+static const double FN(ones)[GROUP] = {ONE_64, ONE_64};
+
+/* n <= GROUP values from the first-th channel on, as they are or widened to `room`; `otherwise` where the parameter is left
+ * out. */
+static ALWAYS_INLINE const double *FN(values_of)(const bnfast_parameter *parameter, const double *otherwise,
+                                                 ptrdiff_t first, ptrdiff_t n, double *restrict room)
 {
-    const double *restrict wide = parameter->wide ? parameter->wide + first : NULL;
-    const float *restrict narrow = parameter->narrow ? parameter->narrow + first : NULL;
-    if (wide)
-        for (ptrdiff_t i = 0; i < n; i++)
-            values[i] = wide[i];
-    else if (narrow)
-        for (ptrdiff_t i = 0; i < n; i++)
-            values[i] = (double)narrow[i];
-    else
-        for (ptrdiff_t i = 0; i < n; i++)
-            values[i] = otherwise;
+    if (parameter->wide)
+        return parameter->wide + first;
+    if (parameter->narrow == NULL)
+        return otherwise;
+    const float *restrict narrow = parameter->narrow + first;
+    for (ptrdiff_t i = 0; i < n; i++)
+        room[i] = (double)narrow[i];
+    return room;
 }
 
 /* A scale that float32 cannot hold would make 0 * inf of a constant channel. */
@@ -41,6 +45,15 @@ static ALWAYS_INLINE double FN(in_range)(double scale)
     return scale > (double)FLT_MAX ? (double)FLT_MAX : scale < -(double)FLT_MAX ? -(double)FLT_MAX : scale;
 }
 
+/* The same, rounded: what is out of range is infinite first, as a comparison of floats is cheaper than of doubles. */
+static ALWAYS_INLINE T FN(round_scale)(double scale)
+{
+    const T rounded = (T)scale, largest = (T)FLT_MAX;
+    if (!NARROW)
+        return rounded;
+    return rounded > largest ? largest : rounded < -largest ? -largest : rounded;
+}
+
 static void FN(round_values)(ptrdiff_t n, const double *restrict values, void *out)
 {
     T *restrict rounded = out;
@@ -48,37 +61,41 @@ static void FN(round_values)(ptrdiff_t n, const double *restrict values, void *o
         rounded[i] = (T)values[i];
 }
 
-/* shift: what rounding `center` leaves is taken off; slope: derivative of the result by what is centred */
-static ALWAYS_INLINE void FN(round_center)(ptrdiff_t n, const double *restrict center, const double *restrict slope,
-                                           double *restrict shift, T *restrict rounded)
+/* Centre, scale and shift of a map whose scale is the slope of what is centred: what rounding the centre leaves is taken off
+ * the shift. rest: what rounding `center` to float64 has left, where float64 are the data: to float32 it is nothing; or NULL */
+static ALWAYS_INLINE void FN(round_map)(ptrdiff_t n, const double *restrict center, const double *restrict rest,
+                                        const double *restrict slope, const double *restrict shift,
+                                        T *restrict rounded_center, T *restrict rounded_scale,
+                                        T *restrict rounded_shift)
 {
     for (ptrdiff_t i = 0; i < n; i++) {
         const T hi = (T)center[i];
-        rounded[i] = hi;
-        shift[i] -= (center[i] - (double)hi) * slope[i];
-    }
-}
-
-/* The same, and the slope is the scale of what is centred: centre, scale and shift of the map. */
-static ALWAYS_INLINE void FN(round_map)(ptrdiff_t n, const double *restrict center, const double *restrict slope,
-                                        const double *restrict shift, T *restrict rounded_center,
-                                        T *restrict rounded_scale, T *restrict rounded_shift)
-{
-    for (ptrdiff_t i = 0; i < n; i++) {
-        const T hi = (T)center[i];
+        const double left = !NARROW && rest ? shift[i] - rest[i] * slope[i] : shift[i];
         rounded_center[i] = hi;
-        rounded_scale[i] = (T)FN(in_range)(slope[i]);
-        rounded_shift[i] = (T)(shift[i] - (center[i] - (double)hi) * slope[i]);
+        rounded_scale[i] = FN(round_scale)(slope[i]);
+        rounded_shift[i] = (T)(left - (center[i] - (double)hi) * slope[i]);
     }
 }
 
-/* shift: what rounding a mean to float64 has left is taken off, where float64 are the data: to float32 it is nothing */
-static ALWAYS_INLINE void FN(take_rest)(ptrdiff_t n, const double *restrict rest, const double *restrict slope,
-                                        double *restrict shift)
+/* The same of a gradient's map, and of jvp's: scale is inv_std, u's its own. */
+static ALWAYS_INLINE void FN(round_gradient)(ptrdiff_t n, const double *restrict mean, const double *restrict rest,
+                                             const double *restrict inv_std, const double *restrict gamma,
+                                             const double *restrict u_mean, const double *restrict hat_mean,
+                                             const double *restrict vgamma, const double *restrict vbeta,
+                                             T *restrict center, T *restrict scale, T *restrict u_center,
+                                             T *restrict u_scale, T *restrict hat_scale, T *restrict shift)
 {
-    if (!NARROW && rest)
-        for (ptrdiff_t i = 0; i < n; i++)
-            shift[i] -= rest[i] * slope[i];
+    for (ptrdiff_t i = 0; i < n; i++) {
+        const double by_u = gamma[i] * inv_std[i], by_hat = vgamma[i] - by_u * hat_mean[i], by_x = inv_std[i] * by_hat;
+        const double left = !NARROW && rest ? vbeta[i] - rest[i] * by_x : vbeta[i];
+        const T hi = (T)mean[i], u_hi = (T)u_mean[i];
+        center[i] = hi;
+        scale[i] = FN(round_scale)(inv_std[i]);
+        u_center[i] = u_hi;
+        u_scale[i] = FN(round_scale)(by_u);
+        hat_scale[i] = (T)by_hat;
+        shift[i] = (T)(left - (mean[i] - (double)hi) * by_x - (u_mean[i] - (double)u_hi) * FN(in_range)(by_u));
+    }
 }
 
 /* mean of the batch: the centre of the reduction and what was found relative to it */
@@ -100,6 +117,14 @@ static ALWAYS_INLINE void FN(rests_of_means)(ptrdiff_t n, const T *restrict cent
     }
 }
 
+static ALWAYS_INLINE void FN(quotients)(ptrdiff_t n, const double *restrict sums, double count,
+                                        double *restrict quotients)
+{
+    const double inverse = FN(exact_inverse)(count);
+    for (ptrdiff_t i = 0; i < n; i++)
+        quotients[i] = FN(quotient)(sums[i], count, inverse);
+}
+
 /* 1 / sqrt(variance + eps), both the root and the quotient rounded */
 static ALWAYS_INLINE void FN(inverse_roots)(ptrdiff_t n, const double *restrict variance, double eps,
                                             double *restrict inv_std)
@@ -114,6 +139,24 @@ static ALWAYS_INLINE void FN(inverse_roots)(ptrdiff_t n, const double *restrict 
         inv_std[i] = 1.0 / sqrt(variance[i] + eps);
 }
 
+/* slope: may be inv_std itself */
+static ALWAYS_INLINE void FN(multiply)(ptrdiff_t n, const double *restrict gamma, const double *inv_std, double *slope)
+{
+    for (ptrdiff_t i = 0; i < n; i++)
+        slope[i] = gamma[i] * inv_std[i];
+}
+
+/* sum(u * x_hat) from sum(u) and sum(u * d), d = x - center: of the mean, its rounding, or what that left, is taken off */
+static ALWAYS_INLINE void FN(sums_of_hats)(ptrdiff_t n, const double *restrict u_sum, const double *restrict ud_sum,
+                                           const double *restrict mean, const double *restrict rest,
+                                           const double *restrict inv_std, double *restrict u_hat)
+{
+    for (ptrdiff_t i = 0; i < n; i++) {
+        const double left = !NARROW && rest ? rest[i] : mean[i] - (double)(T)mean[i];
+        u_hat[i] = (ud_sum[i] - left * u_sum[i]) * inv_std[i];
+    }
+}
+
 static ALWAYS_INLINE void FN(copy_values)(ptrdiff_t n, const double *restrict values, double *restrict out)
 {
     for (ptrdiff_t i = 0; i < n; i++)
@@ -123,10 +166,11 @@ static ALWAYS_INLINE void FN(copy_values)(ptrdiff_t n, const double *restrict va
 /* Channels first .. first + n - 1, n <= GROUP */
 static void FN(make_group)(const bnfast_channels *of, ptrdiff_t first, ptrdiff_t n)
 {
-    double gamma[GROUP], variance[GROUP], slope[GROUP], scale[GROUP], shift[GROUP], rest[GROUP];
+    double room[4][GROUP], slope[GROUP], u_mean[GROUP], hat_mean[GROUP];
     double *restrict const mean = of->mean + first;
     const double *restrict const a = of->a + first, *restrict const b = of->b + first;
-    T *const center = (T *)of->c.center + first;
+    T *restrict const center = (T *)of->c.center + first, *restrict const scale = (T *)of->c.scale + first,
+                      *restrict const shift = (T *)of->c.shift + first;
     const double count = of->count, eps = of->eps;
 
     if (of->operation == BNFAST_MOMENTS) {
@@ -136,108 +180,81 @@ static void FN(make_group)(const bnfast_channels *of, ptrdiff_t first, ptrdiff_t
             FN(rests_of_means)(n, center, a, mean, of->mean_rest + first);
         return;
     }
-    FN(read_parameter)(&of->gamma, 1.0, first, n, gamma);
+    const double *restrict const gamma = FN(values_of)(&of->gamma, FN(ones), first, n, room[0]);
     const double *restrict const mean_rest = of->mean_rest ? of->mean_rest + first : NULL;
     if (of->operation == BNFAST_FORWARD || of->operation == BNFAST_EVAL) {
+        const double *restrict const beta = FN(values_of)(&of->beta, FN(zeros), first, n, room[1]);
         const double *restrict const m2 = of->operation == BNFAST_FORWARD ? b : of->m2 ? of->m2 + first : NULL;
+        const double *restrict rest = mean_rest;
+        double *restrict inv_std = slope;
         if (m2 != NULL) {
-            double *restrict const inv_std = of->inv_std + first;
-            const double inverse = FN(exact_inverse)(count);
-            for (ptrdiff_t i = 0; i < n; i++) /* of the batch as it is, the population's; never negative */
-                variance[i] = FN(quotient)(m2[i], count, inverse);
-            FN(inverse_roots)(n, variance, eps, inv_std);
-            for (ptrdiff_t i = 0; i < n; i++)
-                slope[i] = gamma[i] * inv_std[i];
-        } else if (of->var != NULL) {
-            FN(inverse_roots)(n, of->var + first, eps, slope);
-            for (ptrdiff_t i = 0; i < n; i++)
-                slope[i] = gamma[i] * slope[i];
-        } else
-            FN(copy_values)(n, gamma, slope);
-        FN(read_parameter)(&of->beta, 0.0, first, n, shift);
+            FN(quotients)(n, m2, count, room[2]); /* of the batch as it is, the population's; never negative */
+            inv_std = of->inv_std + first;
+            FN(inverse_roots)(n, room[2], eps, inv_std);
+        } else if (of->var != NULL)
+            FN(inverse_roots)(n, of->var + first, eps, inv_std);
+        if (m2 != NULL || of->var != NULL)
+            FN(multiply)(n, gamma, inv_std, slope);
         if (of->operation == BNFAST_FORWARD) {
             FN(means_of_centers)(n, center, a, mean);
             if (of->m2 != NULL)
                 FN(copy_values)(n, b, of->m2 + first);
-            if (of->mean_rest != NULL || !NARROW)
-                FN(rests_of_means)(n, center, a, mean, rest);
+            if (of->mean_rest != NULL || !NARROW) {
+                FN(rests_of_means)(n, center, a, mean, room[3]);
+                rest = room[3];
+            }
             if (of->mean_rest != NULL)
                 FN(copy_values)(n, rest, of->mean_rest + first);
-            FN(take_rest)(n, rest, slope, shift);
-        } else
-            FN(take_rest)(n, mean_rest, slope, shift);
-        FN(round_map)(n, mean, slope, shift, center, (T *)of->c.scale + first, (T *)of->c.shift + first);
+        }
+        FN(round_map)(n, mean, rest, m2 || of->var ? slope : gamma, beta, center, scale, shift);
         return;
     }
 
     /* backward, its parts, jvp */
     const int constant = of->operation == BNFAST_BACKWARD_EVAL;
     const double *restrict const inv_std = of->inv_std + first;
-    double u_sum[GROUP], u_hat[GROUP], u_center[GROUP], hat_scale[GROUP]; /* sum(u), sum(u * x_hat), ... */
+    const double *restrict u_sum = a, *restrict u_hat = room[1]; /* sum(u), sum(u * x_hat) */
     if (of->operation == BNFAST_BACKWARD_APPLY) {
-        FN(copy_values)(n, of->dbeta + first, u_sum);
-        FN(copy_values)(n, of->dgamma + first, u_hat);
+        u_sum = of->dbeta + first;
+        u_hat = of->dgamma + first;
     } else {
-        FN(copy_values)(n, a, u_sum);
-        for (ptrdiff_t i = 0; i < n; i++)
-            u_hat[i] = (b[i] - (mean[i] - (double)(T)mean[i]) * a[i]) * inv_std[i];
-        if (!NARROW && mean_rest)
-            for (ptrdiff_t i = 0; i < n; i++)
-                u_hat[i] = (b[i] - mean_rest[i] * a[i]) * inv_std[i];
-        if (of->dgamma != NULL) {
-            FN(copy_values)(n, u_sum, of->dbeta + first);
-            FN(copy_values)(n, u_hat, of->dgamma + first);
-        }
+        double *restrict const found = of->dgamma ? of->dgamma + first : room[1];
+        FN(sums_of_hats)(n, a, b, mean, mean_rest, inv_std, found);
+        if (of->dbeta != NULL)
+            FN(copy_values)(n, a, of->dbeta + first);
+        u_hat = found;
     }
     if (of->operation == BNFAST_BACKWARD_SUMS)
         return;
     if (constant) {
         /* v + -0.0 is v, the sign of a zero included */
-        T *restrict const rounded_center = center, *restrict const rounded_scale = (T *)of->c.scale + first,
-                          *restrict const rounded_shift = (T *)of->c.shift + first;
-        FN(read_parameter)(&of->vbeta, -0.0, first, n, shift);
+        const double *restrict const vbeta = FN(values_of)(&of->vbeta, NULL, first, n, room[2]);
         for (ptrdiff_t i = 0; i < n; i++) {
-            rounded_center[i] = 0;
-            rounded_scale[i] = (T)FN(in_range)(gamma[i] * inv_std[i]);
-            rounded_shift[i] = (T)shift[i];
+            center[i] = 0;
+            scale[i] = FN(round_scale)(gamma[i] * inv_std[i]);
+            shift[i] = vbeta ? (T)vbeta[i] : (T)-0.0;
         }
         return;
     }
-    FN(read_parameter)(&of->vbeta, 0.0, first, n, shift);
-    FN(read_parameter)(&of->vgamma, 0.0, first, n, hat_scale);
-    const double inverse = FN(exact_inverse)(count);
-    for (ptrdiff_t i = 0; i < n; i++) {
-        const double u_scale = gamma[i] * inv_std[i];
-        u_center[i] = FN(quotient)(u_sum[i], count, inverse);
-        hat_scale[i] -= u_scale * FN(quotient)(u_hat[i], count, inverse);
-        scale[i] = FN(in_range)(u_scale);
-        slope[i] = inv_std[i] * hat_scale[i];
-    }
-    FN(take_rest)(n, mean_rest, slope, shift);
-    FN(round_center)(n, mean, slope, shift, center);
-    FN(round_map)(n, u_center, scale, shift, (T *)of->c.u_center + first, (T *)of->c.u_scale + first,
-                  (T *)of->c.shift + first);
-    T *restrict const rounded_hat = (T *)of->c.hat_scale + first;
-    T *restrict const rounded_scale = (T *)of->c.scale + first;
-    for (ptrdiff_t i = 0; i < n; i++) {
-        rounded_hat[i] = (T)hat_scale[i];
-        rounded_scale[i] = (T)FN(in_range)(inv_std[i]);
-    }
+    const double *restrict const vbeta = FN(values_of)(&of->vbeta, FN(zeros), first, n, room[2]);
+    const double *restrict const vgamma = FN(values_of)(&of->vgamma, FN(zeros), first, n, room[3]);
+    FN(quotients)(n, u_sum, count, u_mean);
+    FN(quotients)(n, u_hat, count, hat_mean);
+    FN(round_gradient)(n, mean, mean_rest, inv_std, gamma, u_mean, hat_mean, vgamma, vbeta, center, scale,
+                       (T *)of->c.u_center + first, (T *)of->c.u_scale + first, (T *)of->c.hat_scale + first, shift);
 }
 
 static void FN(make_y_coefficients)(ptrdiff_t n_channels, const bnfast_channels *of)
 {
-    double gamma[GROUP], slope[GROUP], shift[GROUP];
+    double room[2][GROUP], slope[GROUP];
     for (ptrdiff_t first = 0; first < n_channels; first += GROUP) {
         const ptrdiff_t n = n_channels - first < GROUP ? n_channels - first : GROUP;
         const double *restrict const inv_std = of->inv_std + first;
-        FN(read_parameter)(&of->gamma, 1.0, first, n, gamma);
-        FN(read_parameter)(&of->beta, 0.0, first, n, shift);
-        for (ptrdiff_t i = 0; i < n; i++)
-            slope[i] = gamma[i] * inv_std[i];
-        FN(take_rest)(n, of->mean_rest ? of->mean_rest + first : NULL, slope, shift);
-        FN(round_map)(n, of->mean + first, slope, shift, (T *)of->c.center + first, (T *)of->c.y_scale + first,
-                      (T *)of->c.y_shift + first);
+        const double *restrict const gamma = FN(values_of)(&of->gamma, FN(ones), first, n, room[0]);
+        const double *restrict const beta = FN(values_of)(&of->beta, FN(zeros), first, n, room[1]);
+        FN(multiply)(n, gamma, inv_std, slope);
+        FN(round_map)(n, of->mean + first, of->mean_rest ? of->mean_rest + first : NULL, slope, beta,
+                      (T *)of->c.center + first, (T *)of->c.y_scale + first, (T *)of->c.y_shift + first);
     }
 }
 
@@ -286,11 +303,11 @@ static ptrdiff_t FN(edges_of_m2)(ptrdiff_t n, const bnfast_channels *of)
 /* How many of n scales are zero, but their gammas are not. */
 static ptrdiff_t FN(vanished)(ptrdiff_t n, const T *restrict scale, const bnfast_parameter *of_gamma)
 {
-    double gamma[GROUP];
+    double room[GROUP];
     int64_t found = 0;
     for (ptrdiff_t first = 0; first < n; first += GROUP) {
         const ptrdiff_t some = n - first < GROUP ? n - first : GROUP;
-        FN(read_parameter)(of_gamma, 1.0, first, some, gamma);
+        const double *restrict const gamma = FN(values_of)(of_gamma, FN(ones), first, some, room);
         for (ptrdiff_t i = 0; i < some; i++)
             found += (scale[first + i] == 0) & (gamma[i] != 0.0);
     }
@@ -351,11 +368,11 @@ static ptrdiff_t FN(edges)(ptrdiff_t n, const bnfast_channels *of, ptrdiff_t *sm
 
 static ptrdiff_t FN(usable_variances)(ptrdiff_t n, const bnfast_parameter *of, double eps)
 {
-    double var[GROUP];
+    double room[GROUP];
     int64_t usable = 0;
     for (ptrdiff_t first = 0; first < n; first += GROUP) {
         const ptrdiff_t some = n - first < GROUP ? n - first : GROUP;
-        FN(read_parameter)(of, 0.0, first, some, var);
+        const double *restrict const var = FN(values_of)(of, FN(zeros), first, some, room);
         for (ptrdiff_t i = 0; i < some; i++)
             usable += (var[i] + eps > 0.0) & (var[i] - var[i] == 0.0);
     }

@@ -121,6 +121,7 @@ static void merge_and_make(const bnfast_job *job, const bnfast_block *block, ptr
     }
     if (bnfast_make_coefficients(job, block, i, n) > 0)
         bnfast_find_careful(job, block, i, n);
+    bnfast_narrow_gradients(job, block, i, n);
     if (applies(job) && i == 0) {
         spread(job, block, block->channel.center, block->column.center);
         spread(job, block, block->channel.scale, block->column.scale);

@@ -72,6 +72,8 @@ struct bnfast_job {
                                        eval, backward and jvp; or NULL */
     double *dbeta, *dgamma;      /* (channels,) OUT of backward: sums of u and of u * x_hat; jvp: may be NULL;
                                        * IN of BNFAST_BACKWARD_APPLY */
+    /* (channels,) OUT, the same rounded, in place of dbeta and dgamma, where those are not IN; or NULL */
+    float *narrow_dbeta, *narrow_dgamma;
     double count;                /* values a channel that sums or m2 are of which are given */
     int *infinite;               /* OUT of eval, NULL: not asked for; set to 1 if x has an infinity */
     unsigned char *lifted;       /* (channels,) OUT, 0 before: whose results are left times a power of two, for

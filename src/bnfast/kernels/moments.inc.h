@@ -231,7 +231,8 @@ static void FN(moments_interleaved_block)(const S *x, const bnfast_rows *rows, S
     }
     T pivots[COLUMNS];
     double sum[COLUMNS], square[COLUMNS];
-    int untrusted[COLUMNS], n_untrusted = 0;
+    int untrusted[COLUMNS];
+    int64_t n_untrusted = 0; /* as wide as what is compared */
     FN(column_pivots)(x, n_rows, stride, n_columns, pivots);
     const struct FN(tile) all = {.x = x,
                                  .u = x,

@@ -101,6 +101,7 @@ static void merge_and_make(const bnfast_job *job, const bnfast_block *block, ptr
         bnfast_merge(job, block->a + i, block->b + i, block->width, n, 0, job->n_segments, segment_count);
     if (bnfast_make_coefficients(job, block, i, n) > 0)
         bnfast_find_careful(job, block, i, n);
+    bnfast_narrow_gradients(job, block, i, n);
 }
 
 /* What a thread has reduced but not written yet, and which half of its scratch the next block gets. */
