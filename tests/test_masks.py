@@ -7,6 +7,7 @@ import pytest
 from activations import LIKE_X, SLOPE, batch, fused, one_after_another
 from digests import case_name
 from layouts import channels_last_view
+from memory import leave_nan
 from tolerances import assert_same_bits, check_batch_norm, check_moments, wide
 
 import bnfast
@@ -406,6 +407,18 @@ def test_an_empty_batch_takes_a_mask(dtype):
         assert_same_bits(dx, x)
         assert_same_bits(dgamma, zeros.astype(dtype))
     assert_same_bits(F.batch_norm_eval(x, [], [], mask=[True, False, True, False]), x)
+
+
+@pytest.mark.parametrize("parameter_dtype", [np.float32, np.float64])
+@pytest.mark.parametrize(("n", "mask"), [(5, np.zeros((5, 3), bool)), (0, None)])
+def test_gradients_a_channel_are_zero_where_nothing_takes_part(dtype, parameter_dtype, n, mask):
+    bn = bnfast.BatchNorm(7, dtype=parameter_dtype).eval()
+    x = np.ones((n, 7, 3), dtype)
+    bn(x, mask=mask)
+    leave_nan(7, parameter_dtype)
+    assert not bn.backward(x).any()
+    assert not bn.grad_gamma.any()
+    assert not bn.grad_beta.any()
 
 
 # --- the oracle, and differences -------------------------------------------------------------------------------
