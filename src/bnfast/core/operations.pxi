@@ -339,7 +339,7 @@ cdef void round_or_copy(const double *statistics, Py_ssize_t channels, double *w
 
 
 cdef tuple new_gradients(bnfast_job *job, cnp.npy_intp channels, int dtype, bint zero):
-    """-> (dgamma, dbeta): arrays of dtype NPY_FLOAT32 or NPY_FLOAT64 for the job to write; zero: it might not be run."""
+    """-> (dgamma, dbeta): arrays of dtype NPY_FLOAT32 or NPY_FLOAT64 for the job to write; zero: it may not be run."""
     cdef cnp.ndarray dgamma = new_vector(channels, dtype, zero), dbeta = new_vector(channels, dtype, zero)
     job.dgamma, job.narrow_dgamma = float64s_of(dgamma), <float *>float32s_of(dgamma)
     job.dbeta, job.narrow_dbeta = float64s_of(dbeta), <float *>float32s_of(dbeta)

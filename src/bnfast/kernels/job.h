@@ -74,11 +74,11 @@ struct bnfast_job {
                                        * IN of BNFAST_BACKWARD_APPLY */
     /* (channels,) OUT, the same rounded, in place of dbeta and dgamma, where those are not IN; or NULL */
     float *narrow_dbeta, *narrow_dgamma;
-    double count;                /* values a channel that sums or m2 are of which are given */
-    int *infinite;               /* OUT of eval, NULL: not asked for; set to 1 if x has an infinity */
-    unsigned char *lifted;       /* (channels,) OUT, 0 before: whose results are left times a power of two, for
+    double count;          /* values a channel that sums or m2 are of which are given */
+    int *infinite;         /* OUT of eval, NULL: not asked for; set to 1 if x has an infinity */
+    unsigned char *lifted; /* (channels,) OUT, 0 before: whose results are left times a power of two, for
                                      * BNFAST_LOWER (subnormal.c); NULL: none may be */
-    int n_threads;               /* threads that will run the tasks, >= 1 */
+    int n_threads;         /* threads that will run the tasks, >= 1 */
 
     /* set by bnfast_plan */
     bnfast_plan_kind kind;
