@@ -326,20 +326,20 @@ def affine(x, center, scale, shift, out, bint search):
 cdef cnp.ndarray rounded(const double *statistics, cnp.npy_intp channels, int dtype):
     """(C,) float64 as a new array of dtype NPY_FLOAT32 or NPY_FLOAT64."""
     cdef cnp.ndarray result = cnp.PyArray_EMPTY(1, &channels, dtype, 0)
-    round_or_copy(statistics, channels, float64s_of(result), float32s_of(result))
+    round_or_copy(statistics, channels, float64s_of(result), <float *>float32s_of(result))
     return result
 
 
-cdef void round_or_copy(const double *statistics, Py_ssize_t channels, double *wide, const float *narrow) noexcept:
+cdef void round_or_copy(const double *statistics, Py_ssize_t channels, double *wide, float *narrow) noexcept:
     """To whichever there is."""
     if wide != NULL:
         memcpy(wide, statistics, channels * sizeof(double))
     else:
-        bnfast_active(BNFAST_FLOAT32).round_values(channels, statistics, <void *>narrow)
+        bnfast_active(BNFAST_FLOAT32).round_values(channels, statistics, narrow)
 
 
 cdef tuple new_gradients(bnfast_job *job, cnp.npy_intp channels, int dtype, bint zero):
-    """-> (dgamma, dbeta): arrays of dtype NPY_FLOAT32 or NPY_FLOAT64 for the job to write; zero: it may not be run."""
+    """-> (dgamma, dbeta), of dtype NPY_FLOAT32 or NPY_FLOAT64, for the job to write; zero: it might not be run."""
     cdef cnp.ndarray dgamma = new_vector(channels, dtype, zero), dbeta = new_vector(channels, dtype, zero)
     job.dgamma, job.narrow_dgamma = float64s_of(dgamma), <float *>float32s_of(dgamma)
     job.dbeta, job.narrow_dbeta = float64s_of(dbeta), <float *>float32s_of(dbeta)

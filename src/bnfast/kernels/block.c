@@ -167,10 +167,10 @@ static void widen_statistics(const bnfast_job *job, const bnfast_block *block, p
         widen(job->narrow_var + at, n, block->var + i);
 }
 
-static void narrow(const double *wide, ptrdiff_t n, float *narrow)
+static void narrow(const double *wide, ptrdiff_t n, float *rounded)
 {
     for (ptrdiff_t k = 0; k < n; k++)
-        narrow[k] = (float)wide[k];
+        rounded[k] = (float)wide[k];
 }
 
 void bnfast_narrow_gradients(const bnfast_job *job, const bnfast_block *block, ptrdiff_t i, ptrdiff_t n)

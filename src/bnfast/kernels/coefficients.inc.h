@@ -146,7 +146,7 @@ static ALWAYS_INLINE void FN(multiply)(ptrdiff_t n, const double *restrict gamma
         slope[i] = gamma[i] * inv_std[i];
 }
 
-/* sum(u * x_hat) from sum(u) and sum(u * d), d = x - center: of the mean, its rounding, or what that left, is taken off */
+/* sum(u * x_hat) from sum(u) and sum(u * d), d = x - center: what rounding the mean left is taken off */
 static ALWAYS_INLINE void FN(sums_of_hats)(ptrdiff_t n, const double *restrict u_sum, const double *restrict ud_sum,
                                            const double *restrict mean, const double *restrict rest,
                                            const double *restrict inv_std, double *restrict u_hat)
@@ -186,7 +186,7 @@ static void FN(make_group)(const bnfast_channels *of, ptrdiff_t first, ptrdiff_t
         const double *restrict const beta = FN(values_of)(&of->beta, FN(zeros), first, n, room[1]);
         const double *restrict const m2 = of->operation == BNFAST_FORWARD ? b : of->m2 ? of->m2 + first : NULL;
         const double *restrict rest = mean_rest;
-        double *restrict inv_std = slope;
+        double *inv_std = slope;
         if (m2 != NULL) {
             FN(quotients)(n, m2, count, room[2]); /* of the batch as it is, the population's; never negative */
             inv_std = of->inv_std + first;
@@ -213,12 +213,12 @@ static void FN(make_group)(const bnfast_channels *of, ptrdiff_t first, ptrdiff_t
     /* backward, its parts, jvp */
     const int constant = of->operation == BNFAST_BACKWARD_EVAL;
     const double *restrict const inv_std = of->inv_std + first;
-    const double *restrict u_sum = a, *restrict u_hat = room[1]; /* sum(u), sum(u * x_hat) */
+    const double *u_sum = a, *u_hat = room[1]; /* sum(u), sum(u * x_hat) */
     if (of->operation == BNFAST_BACKWARD_APPLY) {
         u_sum = of->dbeta + first;
         u_hat = of->dgamma + first;
     } else {
-        double *restrict const found = of->dgamma ? of->dgamma + first : room[1];
+        double *const found = of->dgamma ? of->dgamma + first : room[1];
         FN(sums_of_hats)(n, a, b, mean, mean_rest, inv_std, found);
         if (of->dbeta != NULL)
             FN(copy_values)(n, a, of->dbeta + first);

@@ -32,7 +32,7 @@ static int choice(int forced_one, int own) { return forced_one < 0 ? own : force
 /* Whether the arrays of a call fill half of the last level of cache, so that what is read or written first is gone from it by
  * the end, or by the next call: from there on results are better written around the caches, whether a call finds its data in
  * cache or not and whether the result is read next or not (0.5 to 1 of the time, seldom 1.02; measured with 32 MiB, and with
- * what is believed of 480). */
+ * what is believed of 480). The rest of a plan takes the arrays to come from memory, too. */
 static int comes_from_memory(const bnfast_job *job)
 {
     const ptrdiff_t arrays =
@@ -80,14 +80,14 @@ enum {
     RUN_BYTES_FROM_MEMORY = 1024,
 };
 
-/* Whether blocks read from memory but once what phases read twice: the next block is asked for while one is written, or
- * reduced. (0.7 to 1 of the time where a call does not find its arrays in cache; 0.75 to 1.2 where it does. Halves, whose time
+/* Whether blocks read from memory but once what phases read twice: the next one is asked for while one is written, or one is
+ * written while the next is reduced. (0.6 to 1 of the time where a call does not find its arrays in cache; 0.75 to 1.2 where it does. Halves, whose time
  * is that of their conversions, gain nothing.) */
 static int is_read_once(const bnfast_job *job, ptrdiff_t channel_bytes)
 {
     const ptrdiff_t row = job->inner * job->kernels->itemsize;
     const int halves = job->kernels->itemsize < job->kernels->coefficient_size;
-    return !halves && (job->u ? channel_bytes <= bnfast_l2_bytes() / 4 : row >= LONG_ROW_FROM_NEARBY);
+    return applies(job) && !halves && (job->u ? channel_bytes <= bnfast_l2_bytes() / 4 : row >= LONG_ROW_FROM_NEARBY);
 }
 
 static ptrdiff_t enough_of_a_row(const bnfast_job *job, ptrdiff_t channel_bytes)
