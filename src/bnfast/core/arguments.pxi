@@ -106,9 +106,7 @@ cdef tuple shape_of(cnp.ndarray array):
 
 
 cdef cnp.ndarray new_statistics(Py_ssize_t channels):
-    cdef cnp.npy_intp shape[1]
-    shape[0] = channels
-    return cnp.PyArray_EMPTY(1, shape, cnp.NPY_FLOAT64, 0)
+    return new_vector(channels, cnp.NPY_FLOAT64, False)
 
 
 cdef cnp.ndarray new_block(Py_ssize_t rows, Py_ssize_t channels):

@@ -657,7 +657,7 @@ def backward_of(Forward forward, dy, out, tuple living, dtype, out_residual=None
     if forward.running is None:
         job.mean, job.inv_std, job.mean_rest = forward.row(MEAN), forward.row(INV_STD), forward.mean_rest()
     else:
-        inv_std = new_block(1, forward.channels)
+        inv_std = new_statistics(forward.channels)
         job.mean, job.inv_std = forward.running.row(0), values(inv_std)
         for i in range(forward.channels):
             job.inv_std[i] = 1.0 / sqrt(forward.running.row(1)[i] + forward.eps)

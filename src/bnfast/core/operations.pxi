@@ -325,7 +325,7 @@ def affine(x, center, scale, shift, out, bint search):
 
 cdef cnp.ndarray rounded(const double *statistics, cnp.npy_intp channels, int dtype):
     """(C,) float64 as a new array of dtype NPY_FLOAT32 or NPY_FLOAT64."""
-    cdef cnp.ndarray result = cnp.PyArray_EMPTY(1, &channels, dtype, 0)
+    cdef cnp.ndarray result = new_vector(channels, dtype, False)
     round_or_copy(statistics, channels, float64s_of(result), <float *>float32s_of(result))
     return result
 

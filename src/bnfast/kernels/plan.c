@@ -81,8 +81,8 @@ enum {
 };
 
 /* Whether blocks read from memory but once what phases read twice: the next one is asked for while one is written, or one is
- * written while the next is reduced. (0.6 to 1 of the time where a call does not find its arrays in cache; 0.75 to 1.2 where it does. Halves, whose time
- * is that of their conversions, gain nothing.) */
+ * written while the next is reduced. (0.6 to 1 of the time where a call does not find its arrays in cache; 0.75 to 1.2 where
+ * it does. Halves, whose time is that of their conversions, gain nothing.) */
 static int is_read_once(const bnfast_job *job, ptrdiff_t channel_bytes)
 {
     const ptrdiff_t row = job->inner * job->kernels->itemsize;
