@@ -1,10 +1,12 @@
 """A whole training step of a PyTorch network: what its batch norms cost, and what bnfast saves of it.
 
-`python benchmarks/torch_steps.py [--network resnet18] [--layout planar] [--dtype float32] [--threads 2] [--compiled]`
+`python benchmarks/torch_steps.py [--network resnet18] [--layout planar] [--dtype float32] [--threads 2] [--compiled]
+[--side 224]`
 
 Each contender has a process, and they take turns. Times in milliseconds, medians over the turns: of the whole step, and
 of batch norms, activations and additions in it, forward and backward (from when the gradient of their result is there
-until that of their input is). `saved` is of the latter; in brackets torch's step over this one. Contenders:
+until that of their input is). `saved` is of the latter, the median over the turns and its quartiles; in brackets
+torch's step over this one. Contenders:
 
 - torch: PyTorch's batch norms, ReLU and additions in place, as torchvision writes them
 - bnfast: `bnfast.torch`'s layers in the place of PyTorch's, nothing else changed
@@ -25,12 +27,8 @@ from typing import Any
 
 CONTENDERS = ("torch", "bnfast", "fused", "bare")
 TURNS = 15
-SHAPES = {  # (batch, side)
-    "resnet18": (16, 224),
-    "mobilenet": (16, 160),
-    "densenet": (16, 128),
-    "small maps": (16, 32),
-}
+BATCH = 16
+SIDES = {"resnet18": 224, "mobilenet": 224, "densenet": 224, "small maps": 32}  # of the images, in pixels
 
 
 class Clock:
@@ -190,13 +188,13 @@ def step_of(contender: str, options: Any) -> Callable[[], tuple[float, float]]:
 
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    batch, side = SHAPES[options.network]
+    side = options.side or SIDES[options.network]
     order = torch.channels_last if options.layout == "channels_last" else torch.contiguous_format
     dtype = getattr(torch, options.dtype)
     clock = Clock()
     model = network(options.network, contender, None if options.compiled else clock).to(memory_format=order)
-    x = torch.randn(batch, 3, side, side).to(memory_format=order)
-    labels = torch.randint(0, 10, (batch,))
+    x = torch.randn(BATCH, 3, side, side).to(memory_format=order)
+    labels = torch.randint(0, 10, (BATCH,))
     criterion = nn.CrossEntropyLoss()
     with_autocast = torch.autocast("cpu", dtype, enabled=dtype is not torch.float32)
     model = torch.compile(model) if options.compiled else model
@@ -225,11 +223,12 @@ def serve(contender: str, options: Any) -> None:
 
 def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--network", choices=SHAPES, default="resnet18")
+    parser.add_argument("--network", choices=SIDES, default="resnet18")
     parser.add_argument("--layout", choices=("planar", "channels_last"), default="planar")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--compiled", action="store_true")
+    parser.add_argument("--side", type=int, help=f"of the images, in pixels; {SIDES}")
     parser.add_argument("--turns", type=int, default=TURNS)
     parser.add_argument("--serve", choices=CONTENDERS, help=argparse.SUPPRESS)
     return parser
@@ -255,13 +254,18 @@ def main(options: Any) -> None:
                     took = json.loads(worker.stdout.readline())
                 times[contender].append(took)
     mode = "compiled" if options.compiled else "eager"
-    print(f"{options.network}, {options.layout}, {options.dtype}, {options.threads} threads, {mode}")
+    side = options.side or SIDES[options.network]
+    print(f"{options.network} of {side} x {side}, {options.layout}, {options.dtype}, {options.threads} threads, {mode}")
     medians = {name: [statistics.median(part) for part in zip(*found, strict=True)] for name, found in times.items()}
     whole, share = medians["torch"]
     for name, (median, norms) in medians.items():
         line = f"    {name:<8} step {median:8.1f} ms ({whole / median:.2f})"
         if share and name != "bare":
-            line += f", of which batch norms ... {norms:6.1f} ms ({norms / median:.0%}), saved {1 - norms / share:.0%}"
+            line += f", of which batch norms ... {norms:6.1f} ms ({norms / median:.0%})"
+        if share and name in ("bnfast", "fused"):
+            saved = [1 - ours / theirs for (_, ours), (_, theirs) in zip(times[name], times["torch"], strict=True)]
+            low, middle, high = statistics.quantiles(saved)
+            line += f", saved {middle:.0%} ({low:.0%} to {high:.0%})"
         print(line)
 
 
