@@ -566,7 +566,7 @@ def test_calls_whose_result_is_read_take_longer(tqdm, tmp_path, capsys):
         ("--quick", {"bnfast", "floor", "onednn", "torch", "numpy"}),
         ("--cold", {"bnfast", "bnfast-1", "onednn", "torch"}),
         ("--sizes --quick", {"bnfast", "onednn", "torch"}),
-        ("--block", {"bnfast", "bnfast+numpy", "floor", "onednn", "torch", "torch.compile", "numpy"}),
+        ("--block", {"bnfast", "batch-norm", "bnfast+numpy", "floor", "onednn", "torch", "torch.compile", "numpy"}),
         ("--cold --only numpy", {"bnfast", "numpy"}),
     ],
 )
@@ -618,6 +618,7 @@ def test_a_missing_contender_is_named(tqdm, tmp_path, monkeypatch, capsys):
         ("--block --fresh", "--block"),
         ("--block --sizes", "--block"),
         ("--only bnfast+numpy", "bnfast+numpy"),
+        ("--only batch-norm", "batch-norm"),
         ("--cold --consumer", "--consumer"),
         ("--sizes --shapes 8x16", "--sizes"),
         ("--means f.png --quick", "--means"),

@@ -115,6 +115,22 @@ class BlockBnfast:
         }
 
 
+class BlockNormalisation:
+    """Batch normalisation without addition and ReLU: what the block takes when these cost nothing."""
+
+    def __init__(self, threads: int) -> None:
+        self.about = f"batch normalisation alone, {Bnfast(threads).about}"
+
+    def operations(self, case: BlockCase) -> dict[str, Operation]:
+        layer = BatchNorm(len(case.gamma), axis=case.axis, eps=EPS, dtype=case.dtype)
+        layer.gamma, layer.beta = case.gamma, case.beta
+        _, pullback = layer.vjp(case.x, case.out)
+        return {
+            "block": Operation({"": partial(layer, case.x, case.out)}, lambda _: {}),
+            "block backward": Operation({"": partial(pullback, case.dy, case.dx)}, lambda _: {}),
+        }
+
+
 class Steps:
     """Batch normalisation of another contender, the rest by NumPy: every step passes over the arrays."""
 
@@ -336,6 +352,7 @@ BLOCK_CONTENDERS: dict[str, Callable[[int], BlockContender]] = {
     "floor": BlockFloor,
     "bnfast": BlockBnfast,
     ALONE: BlockBnfast,
+    "batch-norm": BlockNormalisation,
     "bnfast+numpy": lambda threads: Steps(Bnfast(threads)),
     "onednn": BlockOneDnn,
     "torch": BlockTorch,
