@@ -658,6 +658,23 @@ class HasArray:
         return self.array if dtype is None else self.array.astype(dtype)
 
 
+class Tensor:
+    """As PyTorch's with a graph: it has detach, and refuses to become an array."""
+
+    def __array__(self, dtype=None, copy=None):
+        raise RuntimeError("call detach")
+
+    def detach(self):
+        return self
+
+
+def test_what_does_not_become_an_array_is_named():
+    with pytest.raises(TypeError, match="x: expected an array, got Tensor .*call detach.*through bnfast.torch"):
+        F.batch_norm(Tensor())
+    with pytest.raises(TypeError, match="dy: expected an array, got Tensor"):
+        F.batch_norm_backward(Tensor(), np.ones((2, 3)), np.ones(3), np.ones(3))
+
+
 class Subclass(np.ndarray):
     """With an __array_wrap__ and a __getitem__ that must not be called."""
 

@@ -113,7 +113,7 @@ def channel_array(
     value_error: type[Exception] = ValueError,
 ) -> NDArray[Any]:
     """A new (channels,) array of `dtype` from real numbers that it can hold."""
-    array = as_real(_as_array(value, name, "an array", type_error))
+    array = as_real(as_array(value, name, "an array", type_error))
     if isinstance(value, np.ma.MaskedArray):
         raise type_error(f"{name}: expected an array without a mask, got {type(value).__name__}")
     if array.dtype.kind not in "fiu":
@@ -129,14 +129,20 @@ def channel_array(
 
 def whole_number(value: ArrayLike, name: str, error: type[Exception]) -> int:
     """One integer of at least 0 that int64 holds."""
-    array = _as_array(value, name, "one integer", error)
+    array = as_array(value, name, "one integer", error)
     if array.dtype.kind not in "iu" or array.size != 1 or not 0 <= array.item() <= np.iinfo(np.int64).max:
         raise error(f"{name}: expected one integer of at least 0 and below 2**63, got {value!r:.80}")
     return int(array.item())
 
 
-def _as_array(value: ArrayLike, name: str, expected: str, error: type[Exception]) -> NDArray[Any]:
+def as_array(value: Any, name: str, expected: str, error: type[Exception]) -> NDArray[Any]:
+    """`numpy.asarray`; of PyTorch's tensors without their graph, bfloat16 as float32, as NumPy has none."""
+    if isinstance(value, np.ma.MaskedArray):
+        raise error(f"{name}: expected an array without a mask, got {type(value).__name__}")
     try:
+        if hasattr(value, "detach"):
+            value = value.detach().cpu()
+            value = value.float() if str(value.dtype) == "torch.bfloat16" else value
         return np.asarray(value)
     except MemoryError:
         raise

@@ -205,7 +205,7 @@ def batch_norm_backward(
     """See `bnfast.functional.batch_norm_backward`."""
     given: dict[str, Any] = {"beta": beta, "axis": axis, "residual": residual, "activation": activation}
     sums = batch_norm_backward_sums(dy, x, mean, inv_std, gamma, negative_slope=negative_slope, **given)
-    through_statistics = sums if training else Sums(1, 0 * sums.dgamma, 0 * sums.dbeta)
+    through_statistics = sums if training else None
     found = batch_norm_backward_apply(
         dy, x, mean, inv_std, gamma, through_statistics, negative_slope=negative_slope, out=out,
         out_residual=out_residual, **given,
@@ -244,7 +244,7 @@ def batch_norm_backward_apply(
     mean: ArrayLike,
     inv_std: ArrayLike,
     gamma: ArrayLike | None,
-    sums: Sums,
+    sums: Sums | None,
     *,
     beta: ArrayLike | None = None,
     axis: int = 1,
@@ -255,14 +255,16 @@ def batch_norm_backward_apply(
     out: NDArray[Any] | None = None,
     out_residual: NDArray[Any] | None = None,
 ) -> Wide | tuple[Wide, Wide]:
-    """See `bnfast.functional.batch_norm_backward_apply`."""
+    """See `bnfast.functional.batch_norm_backward_apply`; sums None: of statistics that do not depend on x."""
     dy, x = _wide(dy), _wide(x)
     scale = _along(inv_std, x, axis, 1.0)
     x_hat = (x - _along(mean, x, axis, 0.0)) * scale
     dy = _passed(dy, _before_activation(x_hat, gamma, beta, residual, axis), activation, negative_slope)
-    dgamma, dbeta = _along(sums.dgamma, x, axis, 0.0), _along(sums.dbeta, x, axis, 0.0)
-    dx = _along(gamma, x, axis, 1.0) * scale * (dy - (dbeta + x_hat * dgamma) / max(1, sums.count))
-    dx = _written(dx, out)
+    centred = dy
+    if sums is not None:
+        dgamma, dbeta = _along(sums.dgamma, x, axis, 0.0), _along(sums.dbeta, x, axis, 0.0)
+        centred = dy - (dbeta + x_hat * dgamma) / max(1, sums.count)
+    dx = _written(_along(gamma, x, axis, 1.0) * scale * centred, out)
     return dx if residual is None else (dx, _written(dy, out_residual))
 
 

@@ -263,6 +263,36 @@ def test_memory_order_and_other_libraries_tensors(rng):
         assert bnfast.fold(bn, tensor.detach().bfloat16())[0].dtype == np.float32
 
 
+def test_channel_axes_in_the_middle(rng):
+    bn, w = batch_norm(5, rng), rng.normal(size=(5, 3, 2, 4))  # PyTorch's (out, in, kernel)
+    expected = bnfast.fold(bn, w)
+    found = bnfast.fold(bn, w.transpose(2, 1, 0, 3), axis=2)  # (kernel, in, out, kernel)
+    np.testing.assert_array_equal(found[0].transpose(2, 1, 0, 3), expected[0])
+    np.testing.assert_array_equal(found[1], expected[1])
+
+
+def test_the_bias_keeps_its_own_dtype(rng):
+    bn, w = batch_norm(3, rng), rng.normal(size=(3, 4)).astype(np.float32)
+    for dtype in (np.float32, np.float64):
+        new_w, new_b = bnfast.fold(bn, w, np.zeros(3, dtype))
+        assert (new_w.dtype, new_b.dtype) == (np.float32, dtype)
+
+
+def test_what_is_not_finite_stays_and_hides_nothing():
+    """A NaN is where it was; beside it what overflows is refused all the same."""
+    bn = BatchNorm(2, eps=0.0).eval()
+    bn.running_var = [0.25, 0.25]
+    w = np.float32([[np.nan, 1.0], [1.0, 2.0]])
+    new_w, new_b = bnfast.fold(bn, w)
+    np.testing.assert_array_equal(new_w, 2 * w)
+    np.testing.assert_array_equal(new_b, [0.0, 0.0])
+    _, new_b = bnfast.fold(bn, w, position="before")
+    np.testing.assert_array_equal(np.isnan(new_b), [True, False])
+    w[1, 0] = 3e38
+    with pytest.raises(ValueError, match=r"weight: the folded value at \[1, 0\] is beyond float32"):
+        bnfast.fold(bn, w)
+
+
 # --- what cannot be folded -----------------------------------------------------------------------------------------
 
 
@@ -277,6 +307,10 @@ def test_a_layer_that_is_no_fixed_map_is_refused(rng):
         bn(rng.normal(size=(4, 3)))
     with pytest.raises(ValueError, match="track_running_stats=False"):
         bnfast.fold(BatchNorm(3, track_running_stats=False).eval(), w)
+    spoilt = BatchNorm(3)
+    spoilt(np.float32([[np.inf, 1, 1], [1, 2, 3]]))
+    with pytest.raises(ValueError, match="finite running statistics"):
+        bnfast.fold(spoilt.eval(), w)
     with pytest.raises(TypeError, match="bn: expected a BatchNorm, got object"):
         bnfast.fold(object(), w)
 
@@ -296,6 +330,7 @@ def test_an_activation_is_the_callers_behind_and_refused_before(rng):
         ((3, 4, 3, 3), {"padding": (0, 1)}, "only padding=0"),
         ((3, 4, 3, 3), {"padding": [(0, 0), (1, 0)]}, "only padding=0"),
         ((3, 4, 3, 3), {"padding": "same"}, "only padding=0"),
+        ((3, 4, 3, 3), {"padding": np.array([0, 1])}, "only padding=0"),
         ((3, 4, 3, 3), {}, "say padding=0"),
         ((4, 3, 3, 3), {"padding": 0, "transposed": True}, "before a transposed convolution"),
     ],

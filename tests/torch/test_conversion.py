@@ -2,6 +2,7 @@
 
 import copy
 import operator
+import pickle
 
 import pytest
 from torch_layers import close, torch
@@ -225,6 +226,38 @@ def test_graphs_there_and_back(make):
     assert_same_model(ours, theirs)
 
 
+HOOKS = (
+    "register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook",
+    "register_full_backward_pre_hook",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("place", [0, 1], ids=["batch norm", "activation"])
+@pytest.mark.parametrize("hook", HOOKS)
+def test_nothing_is_taken_in_where_hooks_see_it(hook, place):
+    for of in (nn.Sequential, lambda *parts: fx.symbolic_trace(nn.Sequential(*parts))):
+        model = of(nn.BatchNorm2d(3), nn.ReLU())
+        getattr(list(model.children())[place], hook)(lambda *arguments: None)
+        layer = next(bnfast.torch.convert(model).children())
+        assert type(layer) is bnfast.torch.BatchNorm2d
+        assert layer.activation is None
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_a_part_that_is_reverted_alone():
+    """The other models that hold its layers compute what they did; so does all of it, reverted later."""
+    torch.manual_seed(0)
+    theirs = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(inplace=True), nn.Conv2d(6, 2, 1)).eval()
+    ours = bnfast.torch.convert(copy.deepcopy(theirs))
+    bnfast.torch.revert(ours[1:])
+    x = torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        for model in (ours, copy.deepcopy(ours), pickle.loads(pickle.dumps(ours)), torch.jit.trace(ours, x)):
+            close(model(x), theirs(x))
+        assert [type(each) for each in bnfast.torch.revert(ours)] == [type(each) for each in theirs]
+        close(ours(x), theirs(x))
+
+
 def test_a_block_is_taken_in_whole():
     graph = graph_of(Basic(6, 8))
     assert targets(graph) == ["conv1", "bn1", "conv2", "downsample.0", "downsample.1", "bn2"]
@@ -267,6 +300,8 @@ LEFT = {
     "called twice": lambda bn, x: F.relu(bn(F.relu(bn(x)))),
     "with alpha": lambda bn, x: torch.add(bn(x * 2), x, alpha=2),
     "a number": lambda bn, x: bn(x * 2) + 1,
+    "written into the other": lambda bn, x: (lambda h: h.add_(bn(x * 2)).relu() + h)(x * 1),
+    "other written later": lambda bn, x: (lambda h: F.relu(bn(x * 2) + h) + F.relu(h, inplace=True))(x * 1),
     "to itself": lambda bn, x: (lambda y: y + y)(bn(x * 2)),
     "slope": lambda bn, x: F.leaky_relu(bn(x), 2.0),
     "broadcast": lambda bn, x: F.relu(bn(x * 2) + x.mean((2, 3), keepdim=True)),
@@ -302,7 +337,26 @@ def test_a_batch_norm_is_not_moved_behind_a_change_of_its_input():
         close(ours(x), theirs(x))
 
 
-INPLACE = nn.ReLU(inplace=True)
+def foreign(h):
+    """Nothing that a graph shows, nor its name, says that it writes."""
+    h.mul_(h)
+    return h
+
+
+fx.wrap("foreign")
+
+
+class Foreign(nn.Module):
+    def forward(self, h):
+        return foreign(h)
+
+
+class Tracer(fx.Tracer):
+    def is_leaf_module(self, module, name):
+        return isinstance(module, Foreign) or super().is_leaf_module(module, name)
+
+
+INPLACE, FOREIGN = nn.ReLU(inplace=True), Foreign()
 BETWEEN = {
     "method": lambda h: h.mul_(h),
     "function": lambda h: torch.relu_(h),
@@ -312,6 +366,8 @@ BETWEEN = {
     "out": lambda h: torch.neg(h, out=h),
     "overload": lambda h: torch.ops.aten.neg_.default(h),
     "module": lambda h: INPLACE(h),
+    "foreign function": lambda h: foreign(h),
+    "foreign module": lambda h: FOREIGN(h),
 }
 
 
@@ -321,7 +377,7 @@ def test_a_batch_norm_is_not_moved_behind_what_writes(name, written):
     class Block(nn.Module):
         def __init__(self):
             super().__init__()
-            self.bn, self.inplace = nn.BatchNorm2d(3), INPLACE
+            self.bn, self.inplace, self.foreign = nn.BatchNorm2d(3), INPLACE, FOREIGN
 
         def forward(self, x):
             h = x * 1
@@ -330,7 +386,7 @@ def test_a_batch_norm_is_not_moved_behind_what_writes(name, written):
             return torch.relu(out)
 
     theirs = Block().eval()
-    traced = fx.symbolic_trace(theirs)
+    traced = fx.GraphModule(theirs, Tracer().trace(theirs))
     if name == "operator":  # the tracer takes it as a product; other graphs have it
         (product,) = (node for node in traced.graph.nodes if node.target is operator.mul and node.args[1] == 2)
         product.target = operator.imul

@@ -24,6 +24,7 @@ F = torch.nn.functional
 
 WIDE = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 HALF = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+pays = layers.pays  # the tests put another in its place
 ACTIVATIONS = {None: lambda w: w, "relu": F.relu, "relu6": F.relu6, "leaky_relu": lambda w: F.leaky_relu(w, 0.2)}
 
 
@@ -289,6 +290,121 @@ def test_gradient_of_the_forward_that_was():
     y = ours(x)
     ours.running_var.mul_(4)
     torch.testing.assert_close(torch.autograd.grad(y, x, dy)[0], expected, rtol=0, atol=0)
+
+
+@WIDE
+def test_gradient_of_the_weight_that_was(dtype):
+    ours, _ = pair(4, dtype=dtype, activation="relu")
+    x, dy = data(4, dtype), data(4, dtype, seed=1)
+    expected = torch.autograd.grad(ours.eval()(x), list(ours.parameters()), dy)
+    y = ours(x)
+    with torch.no_grad():
+        ours.running_mean.add_(5)
+        ours.bias.add_(1)  # (PyTorch's ReLU goes by its result)
+    found = torch.autograd.grad(y, list(ours.parameters()), dy)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+ORDERS = {
+    "planar": lambda x: x, "channels_last": lambda x: x.contiguous(memory_format=torch.channels_last),
+    "transposed": lambda x: x.transpose(2, 3), "batch in the middle": lambda x: x.transpose(0, 1),
+    "reversed": lambda x: x.permute(3, 2, 1, 0), "gaps": lambda x: x[:, :, ::2],
+    "expanded": lambda x: x[:1].expand_as(x),
+    "part of channels_last": lambda x: x.contiguous(memory_format=torch.channels_last)[:, :5],
+    "the same of one image": lambda x: x.contiguous(memory_format=torch.channels_last)[:1, :5],
+    "one pixel": lambda x: x[:, :, :1, :1].contiguous(memory_format=torch.channels_last),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ORDERS)
+@pytest.mark.parametrize("training", [True, False])
+def test_y_has_the_strides_of_pytorchs(name, training, kernels):
+    """So what takes a view of PyTorch's result takes one of ours."""
+    x = ORDERS[name](data(4))
+    ours, theirs = bnfast.torch.BatchNorm2d(x.shape[1]), nn.BatchNorm2d(x.shape[1])
+    mine, its = ours.train(training)(x), theirs.train(training)(x)
+    assert mine.stride() == its.stride()
+    close(mine, its)
+    assert kernels["forward"] == 1
+    if name in ("planar", "channels_last", "transposed"):
+        compiled = torch.compile(ours, backend="aot_eager")(x)
+        assert compiled.stride() == its.stride()
+
+
+def test_y_of_sequences_may_be_viewed():
+    x = torch.randn(4, 7, 6).transpose(1, 2)
+    assert bnfast.torch.BatchNorm1d(6)(x).view(4, -1).shape == (4, 42)
+
+
+def test_zeros_without_memory():
+    ours, theirs = pair(4)
+    zero = torch._efficientzerotensor(data(4).shape)
+    for layer in (ours, theirs):
+        layer(data(4)).backward(zero)
+    assert (ours.weight.grad == 0).all()
+    close(ours(zero), theirs(zero))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # PyTorch's own, in forward-mode differentiation
+def test_transforms_of_a_backward():
+    """The forward was without them, so the kernels did it."""
+    x, several = data(4).requires_grad_(), torch.stack([data(4, seed=1), data(4, seed=2)])
+    found = []
+    for layer, activation in zip(pair(4, activation="relu"), (lambda w: w, F.relu), strict=True):
+        y = activation(layer(x))
+
+        def backward(dy, y=y):
+            return torch.autograd.grad(y, x, dy, retain_graph=True)[0]
+
+        with torch.autograd.forward_ad.dual_level():
+            dual = torch.autograd.forward_ad.make_dual(several[0], several[1])
+            forward_over_reverse = torch.autograd.forward_ad.unpack_dual(backward(dual)).tangent
+        found.append((
+            torch.func.vmap(backward)(several), torch.func.jvp(backward, (several[0],), (several[1],))[1],
+            forward_over_reverse,
+        ))  # fmt: skip
+        assert not torch._C._functorch.get_inplace_requires_grad_allowed()
+    for mine, its in zip(*found, strict=True):
+        close(mine, its)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # PyTorch's own, in forward-mode differentiation
+@pytest.mark.parametrize("name", ["jvp", "grad", "vmap", "dual"])
+def test_transforms_under_compile(name):
+    """They go to PyTorch's code, with its results or its refusal."""
+
+    def transformed(layer, x):
+        if name == "jvp":
+            return torch.func.jvp(layer, (x,), (x,))[1]
+        if name == "grad":
+            return torch.func.grad(lambda v: layer(v).square().sum())(x)
+        return torch.func.vmap(layer)(x[None]) if name == "vmap" else layer(x)
+
+    def outcome(layer, x):
+        torch._dynamo.reset()
+        try:
+            return torch.compile(transformed, backend="eager")(layer, x)
+        except Exception as error:
+            return type(error)
+
+    ours, theirs = pair(4)
+    x = data(4)
+    with torch.autograd.forward_ad.dual_level():
+        x = torch.autograd.forward_ad.make_dual(x, x) if name == "dual" else x
+        mine, its = outcome(ours.eval(), x), outcome(theirs.eval(), x)
+    if isinstance(its, type):
+        assert mine is its
+    else:
+        close(mine, its)
+
+
+def test_an_activation_that_was_set_to_another_is_refused_at_any_size(monkeypatch):
+    layer = bnfast.torch.BatchNorm2d(6)
+    layer.activation = "gelu"
+    for large in (True, False):
+        monkeypatch.setattr(layers, "pays", lambda *_, large=large: large)
+        with pytest.raises(ValueError, match="activation: expected None, 'relu'"):
+            layer(data(4))
 
 
 def test_x_changed_in_place_is_noticed():
@@ -773,6 +889,21 @@ def test_little_data_goes_to_pytorchs_code(monkeypatch, kernels, least, sizes):
             kernels.clear()
             layer(x)
             assert kernels["forward"] == expected
+
+
+@pytest.mark.parametrize("layout", ["planar", "channels last", "rows"])
+@pytest.mark.parametrize("gradients", [True, False])
+def test_each_threshold_counts(gradients, layout):
+    """(alone, with a ReLU or a residual, with what PyTorch is slow with), for calls that need gradients and others."""
+    for place, activation in enumerate((None, "relu", "relu6")):
+        least = layers.LEAST[gradients, layout][place]
+        for elements, expected in ((least - 50, False), (least, True)):
+            x = torch.empty((elements // 50, 50) if layout == "rows" else (1, 50, elements // 50, 1))
+            x = x.contiguous(memory_format=torch.channels_last) if layout == "channels last" else x
+            with torch.set_grad_enabled(gradients):
+                assert pays(x, activation, False) is expected
+                if activation == "relu":
+                    assert pays(x, None, True) is expected
 
 
 def test_thresholds_are_those_of_this_machine():

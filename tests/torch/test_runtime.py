@@ -69,10 +69,14 @@ def test_one_runtime_and_one_team_in_every_order_of_import():
 
 
 def test_importing_it_changes_nothing_of_pytorchs():
-    before = torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled()
-    import bnfast.torch  # noqa: F401
-
-    assert before == (torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled())
+    script = """
+import torch
+before = torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled()
+import bnfast.torch
+assert before == (torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled())
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_bnfast_alone_does_not_import_pytorch():

@@ -65,6 +65,9 @@ cdef cnp.ndarray as_floating(object value, str name):
         except ValueError as error:  # a ragged list
             kind = type(value).__name__
             raise ValueError(f"{name}: expected an array, got a {kind} that makes none ({error})") from None
+        except (TypeError, RuntimeError) as error:  # such as tensors with a graph, or of a dtype that NumPy has not
+            way = "; tensors go through bnfast.torch" if hasattr(value, "detach") else ""
+            raise TypeError(f"{name}: expected an array, got {type(value).__name__} ({error}){way}") from error
     array = value
     if dtype_of(array) == BNFAST_N_DTYPES:
         hint = ""

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .._checks import channel_array, flag, number, one_of, whole_number
+from .._checks import as_array, channel_array, flag, number, one_of, whole_number
 
 __all__ = ["CONVENTIONS", "Convention", "plain", "read", "written"]
 
@@ -53,7 +53,7 @@ CONVENTIONS = {
     "flax": Convention(("scale", "bias", "mean", "var"), ("epsilon", 1e-5), ("momentum", 0.99), "old", -1, False),
     "haiku": Convention(
         ("scale", "offset", "mean_ema/average", "var_ema/average"), ("eps", 1e-5), ("decay_rate", 0.9), "old", -1,
-        False, optional=("average", "counter"),
+        False, needed=("decay_rate",), optional=("average", "counter"),
     ),
     "onnx": Convention(
         ("scale", "B", "input_mean", "input_var"), ("epsilon", 1e-5), ("momentum", 0.9), "old", 1, False,
@@ -143,16 +143,8 @@ def written(
 
 
 def plain(value: Any, name: str) -> NDArray[Any]:
-    """A NumPy array of what frameworks give: half types as float32, tensors of PyTorch without their graph."""
-    try:
-        if hasattr(value, "detach"):
-            value = value.detach().cpu()
-            value = value.float() if str(value.dtype) == "torch.bfloat16" else value  # NumPy has none
-        array = np.asarray(value)
-    except MemoryError:
-        raise
-    except Exception as error:  # whatever an object's __array__ raises
-        raise TypeError(f"{name}: expected an array, got {type(value).__name__} ({error})") from error
+    """A NumPy array of what frameworks give, half types as float32."""
+    array = as_array(value, name, "an array", TypeError)
     return array.astype(np.float32) if array.dtype.name in ("float16", "bfloat16") else array
 
 
@@ -160,9 +152,12 @@ def _check_extras(convention: str, row: Convention, extras: dict[str, Any]) -> N
     options = [option[0] for option in (row.eps, row.momentum) if option is not None]
     known = [*row.needed, *row.optional, *options, *LAYERS_OWN]
     if unknown := sorted(extras.keys() - set(known)):
-        raise TypeError(f"{unknown[0]}: not known to {convention!r}, which takes {', '.join(known)}")
+        arrays = dict(zip(row.names, ("gamma", "beta", "mean", "var"), strict=True))
+        way = f"; give that array as {arrays[unknown[0]]}=" if unknown[0] in arrays else ""
+        raise TypeError(f"{unknown[0]}: not known to {convention!r}, which takes {', '.join(known)}{way}")
     if missing := [name for name in row.needed if name not in extras]:
-        raise TypeError(f"{missing[0]}: {convention!r} needs it, as the arrays mean something else without it")
+        raise TypeError(f"{missing[0]}: {convention!r} needs it: it has no default, or the arrays mean something else "
+                        "without it")  # fmt: skip
 
 
 # --- what only one framework does: change values, take extras, return the number of batches ---

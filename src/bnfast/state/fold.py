@@ -60,6 +60,7 @@ def fold(
     Returns
     -------
     weight : ndarray of weight's shape and dtype
+        Of tensors of float16 and bfloat16 it is float32.
     bias : (out,) ndarray
         Of bias's dtype, or weight's without one.
 
@@ -69,8 +70,8 @@ def fold(
         If an argument has a wrong type or dtype.
     ValueError
         If it cannot be folded: the layer is in training mode, in a calibration or has no running statistics; before a
-        layer, it has an activation, or the convolution is padded or transposed; shapes do not fit; or the result is
-        not finite in its dtype.
+        layer, it has an activation, or the convolution is padded or transposed; shapes do not fit; or a
+        result of finite numbers is not finite in its dtype.
 
     Notes
     -----
@@ -133,7 +134,11 @@ def fold(
         into_all = (grouped * shift.reshape(along)).sum(axis=(2, 3)).reshape(-1) if before else shift
         new_bias = (b if before else b * scale) + into_all
     new_weight = np.ascontiguousarray(np.moveaxis(folded, (0, 1), (leading, other)))
-    return _rounded(new_weight, original, "weight", w), _rounded(new_bias, bias_dtype, "bias", b)
+    of_finite = np.isfinite(b) & (np.isfinite(grouped).all(axis=(2, 3)).reshape(-1) if before else True)
+    return (
+        _rounded(new_weight, original, "weight", np.isfinite(w)),
+        _rounded(new_bias, bias_dtype, "bias", of_finite),
+    )
 
 
 def _map_of(bn: BatchNorm, before: bool) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -158,8 +163,6 @@ def _map_of(bn: BatchNorm, before: bool) -> tuple[NDArray[np.float64], NDArray[n
 
 def _weights(value: ArrayLike, name: str) -> tuple[NDArray[np.float64], np.dtype[Any]]:
     """(as float64, the dtype to round to)"""
-    if isinstance(value, np.ma.MaskedArray):
-        raise TypeError(f"{name}: expected an array without a mask")
     array = plain(value, name)
     dtype = getattr(value, "dtype", array.dtype)
     original = array.dtype if not isinstance(dtype, np.dtype) else dtype  # a tensor's bfloat16 is no dtype of NumPy's
@@ -176,22 +179,20 @@ def _check_before(transposed: bool, padding: Any, weight: NDArray[Any]) -> None:
         return
     if padding is None:
         raise ValueError("padding: before a convolution, say padding=0; a padded one cannot be folded")
-    if padding == "valid":
+    if isinstance(padding, str) and padding == "valid":
         return
-    if isinstance(padding, str):
-        raise ValueError(f"padding: before a convolution only padding=0 can be folded, got {padding!r}")
     each = padding if isinstance(padding, tuple | list) else (padding,)
-    if any(np.any(part) for part in each):
+    if isinstance(padding, str) or any(np.any(np.asarray(part)) for part in each):
         raise ValueError(f"padding: before a convolution only padding=0 can be folded, got {padding!r}")
 
 
-def _rounded(values: NDArray[np.float64], dtype: np.dtype[Any], name: str, given: NDArray[np.float64]) -> Array:
-    """In the dtype, rounded once."""
-    with np.errstate(over="ignore"):  # (the conversion to bfloat16 goes by float32)
+def _rounded(values: NDArray[np.float64], dtype: np.dtype[Any], name: str, of_finite: NDArray[np.bool]) -> Array:
+    """In the dtype, rounded once. of_finite: what was computed of finite numbers only."""
+    with np.errstate(over="ignore"):  # (older ml_dtypes convert to bfloat16 by way of float32)
         result: Array = (_odd(values) if dtype.name == "bfloat16" else values).astype(dtype)
     finite = np.isfinite(result.astype(np.float64) if dtype.name == "bfloat16" else result)
-    if np.isfinite(given).all() and not finite.all():
-        at = np.argwhere(~finite)[0].tolist()
+    if (lost := np.argwhere(of_finite & ~finite)).size:
+        at = lost[0].tolist()
         raise ValueError(f"{name}: the folded value at {at} is beyond {dtype}")
     return result
 

@@ -136,8 +136,8 @@ class LayerState(RunningStatistics):
             or decay, which most of them take for the weight of the old average. Of some more: "pytorch"
             num_batches_tracked; "haiku" counter, and average=False if mean and var are its hidden averages; "caffe"
             scale_factor, by which both are divided; "mxnet" fix_gamma, with which gamma is 1 whatever is stored. The
-            last two are needed. And of `BatchNorm`: axis (by default the framework's), activation, negative_slope,
-            nonfinite, dtype (by default float64 if gamma or beta are, else float32).
+            last two are needed, and decay_rate of "haiku". And of `BatchNorm`: axis (by default the framework's),
+            activation, negative_slope, nonfinite, dtype (by default float64 if gamma or beta are, else float32).
 
         Returns
         -------

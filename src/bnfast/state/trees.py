@@ -49,8 +49,8 @@ def from_state(
 
     Raises
     ------
-    TypeError
-        If `state` or an option has a wrong type.
+    TypeError, ValueError
+        If `state`, a prefix or an option has a wrong type, or an option a wrong value.
     StateError
         If there is no batch norm, not the one asked for, or one whose arrays do not fit each other.
 
@@ -73,7 +73,10 @@ def from_state(
             "state: expected the keys of a batch norm, as 'bn1.running_mean' and 'bn1.running_var', got none"
         )
     if prefixes is not None:
-        wanted = [prefix.removesuffix(".") for prefix in prefixes]
+        wanted = list(prefixes)
+        if others := [prefix for prefix in wanted if not isinstance(prefix, str)]:
+            raise TypeError(f"prefixes: expected several str, got {type(others[0]).__name__} among them")
+        wanted = [prefix.removesuffix(".") for prefix in wanted]
         if missing := [prefix for prefix in wanted if prefix not in found]:
             few = ", ".join(map(repr, found[:8])) + (", ..." if len(found) > 8 else "")
             raise StateError(f"prefixes: no batch norm {missing[0]!r}; there are {few}")
@@ -94,7 +97,10 @@ def _layer(state: Mapping[str, ArrayLike], prefix: str, options: dict[str, Any])
     kinds = {("weight", "bias"): True, ("weight",): "gamma", ("bias",): "beta", (): False}
     options = {"affine": kinds[tuple(name for name in PARAMETERS if name in values)], **options}
     wide = any(values[name].dtype == np.float64 for name in PARAMETERS if name in values)
-    layer = BatchNorm(values["running_mean"].size, **{"dtype": np.float64 if wide else np.float32, **options})
+    channels = values["running_mean"].size
+    if not channels:
+        raise StateError(f"{prefix}: running_mean: expected one value a channel, got none")
+    layer = BatchNorm(channels, **{"dtype": np.float64 if wide else np.float32, **options})
     try:
         layer.load_state_dict(values)
     except StateError as error:

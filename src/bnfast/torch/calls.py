@@ -4,22 +4,24 @@ Nothing here decides whether the kernels are to be used: layers.py does.
 """
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import functional as theirs
 
 from .. import _core
 from .. import functional as ours
+from .._checks import one_of
 from ..runtime.threads import get_num_threads, num_threads
 from .memory import empty_like
 
 __all__ = [
-    "HALF", "Options", "activated", "array_of", "backward", "batch_norm", "forward", "fused", "is_batched",
-    "parameter_of", "threads", "update_running",
+    "HALF", "Options", "activated", "array_of", "backward", "batch_norm", "format_of_result", "forward", "fused",
+    "is_batched", "parameter_of", "threads", "update_running",
 ]  # fmt: skip
 
 
@@ -54,6 +56,8 @@ def array_of(tensor: Tensor) -> Any:
     tensor = tensor.detach()
     if tensor.is_neg():
         tensor = tensor.resolve_neg()
+    if tensor._is_zerotensor():  # zeros without memory
+        tensor = tensor.clone()
     if tensor.dtype is torch.bfloat16:  # NumPy has none of its own
         return tensor.view(torch.int16).numpy().view(HALF[torch.bfloat16])
     return tensor.numpy()
@@ -88,12 +92,22 @@ def threads() -> num_threads:
     return num_threads(min(torch.get_num_threads(), get_num_threads()))
 
 
+def format_of_result(x: Tensor) -> torch.memory_format:
+    """What PyTorch's code gives: channels_last where x is, planar of x in any other order."""
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.ndim)
+    if x.is_contiguous() or last is None:
+        return torch.contiguous_format
+    if not x.is_contiguous(memory_format=last):
+        x = torch.empty_like(x, device="meta")  # without gaps, in the order of x's strides
+    return last if x.is_contiguous(memory_format=last) and not x.is_contiguous() else torch.contiguous_format
+
+
 def forward(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None,
     running: tuple[Tensor, Tensor] | None, options: Options,
 ) -> tuple[Tensor, Any, Any, Any]:  # fmt: skip
     """(y, mean, inv_std, var): the last three are float64 arrays, of the batch or, where given, the running ones."""
-    y = empty_like(x)
+    y = empty_like(x, format_of_result(x))
     gamma = parameter_of(weight)
     given = {**fused(bias, residual, options), "eps": options.eps, "out": array_of(y)}
     with threads():
@@ -153,6 +167,7 @@ def activated(w: Tensor, options: Options, *, in_place: bool = False) -> Tensor:
         return theirs.relu6(w, inplace=in_place)
     if options.activation == "leaky_relu":
         return theirs.leaky_relu(w, options.negative_slope)
+    one_of(options.activation, "activation", (None, "relu", "relu6", "leaky_relu"))  # it may have been set since
     return w
 
 
@@ -179,8 +194,8 @@ class BnfastBatchNorm(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         y, mean, inv_std, var = forward(x, weight, bias, residual, running, options)
         taken(mean, var)  # here, as what is saved may end a forward that a checkpoint repeats
-        # without an activation the backward needs neither the shift nor the residual
-        met = (bias, residual) if options.activation is not None else (None, None)
+        # without an activation the backward needs neither the shift nor the residual; the shift may change until then
+        met = (None, None) if options.activation is None else (None if bias is None else bias.clone(), residual)
         ctx.save_for_backward(x, weight, *met, torch.from_numpy(mean), torch.from_numpy(inv_std))
         ctx.training, ctx.options = running is None, options
         ctx.dtypes = [None if t is None else t.dtype for t in (weight, bias)]
@@ -190,7 +205,7 @@ class BnfastBatchNorm(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         x, weight, bias, residual, mean, inv_std = ctx.saved_tensors
         needs_x, needs_weight, needs_bias, needs_residual = ctx.needs_input_grad[:4]
-        if torch.is_grad_enabled() or is_batched(dy):
+        if torch.is_grad_enabled() or is_batched(dy) or forward_ad._current_level >= 0:
             return *_differentiable(ctx, dy), None, None, None
         dx, dgamma, dbeta, dresidual = backward(
             dy, x, weight, bias, residual, mean, inv_std, ctx.training, ctx.options,
@@ -217,19 +232,31 @@ def is_batched(dy: Tensor) -> bool:
     return bool(torch._C._are_functorch_transforms_active() or torch._C._functorch.is_legacy_batchedtensor(dy))
 
 
+@contextlib.contextmanager
+def _gradients_within_transforms() -> Iterator[None]:
+    """`requires_grad_` of tensors of one's own, also where torch.func transforms a backward."""
+    before = torch._C._functorch.get_inplace_requires_grad_allowed()
+    torch._C._functorch.set_inplace_requires_grad_allowed(True)
+    try:
+        yield
+    finally:
+        torch._C._functorch.set_inplace_requires_grad_allowed(before)
+
+
 def _differentiable(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
     """The same gradients by PyTorch's own code: for double backward, and for backwards of many dy at once."""
     *saved, mean, inv_std = ctx.saved_tensors
     create_graph = torch.is_grad_enabled()
-    with torch.enable_grad():
+    with torch.enable_grad(), _gradients_within_transforms():
         # Aliases: what these depend on is no concern of this node's. (`view_as` would set strides anew.)
         inputs: list[Any] = [None if t is None else torch.ops.aten.alias(t) for t in saved]
         if not create_graph:
             inputs = [None if t is None else t.detach().requires_grad_() for t in inputs]
         x, weight, bias, residual = inputs
-        # these were not kept where their values do not matter
-        if ctx.needs_input_grad[2] and bias is None:
-            inputs[2] = bias = mean.new_zeros(mean.shape, dtype=ctx.dtypes[1]).requires_grad_()
+        # these were not kept where their values do not matter; no gradient depends on a shift but by what is met
+        if ctx.needs_input_grad[2]:
+            value = mean.new_zeros(mean.shape, dtype=ctx.dtypes[1]) if bias is None else bias.detach()
+            inputs[2] = bias = value.requires_grad_()
         if ctx.needs_input_grad[3] and residual is None:
             inputs[3] = residual = x.new_zeros(()).expand_as(x).requires_grad_()
         dtype = next((t.dtype for t in (weight, bias) if t is not None), torch.promote_types(x.dtype, torch.float32))

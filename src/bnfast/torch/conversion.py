@@ -12,7 +12,7 @@ from collections import Counter
 from typing import Any, TypeVar
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional as theirs
 
 from .layers import OURS, _Layer
@@ -109,7 +109,7 @@ def revert(model: Model) -> Model:
         for parent in modules
         if isinstance(parent, nn.Sequential)
         for before, (name, each) in zip(parent, list(parent._modules.items())[1:], strict=False)
-        if isinstance(each, _TakenIn) and isinstance(before, _Layer)
+        if isinstance(each, _TakenIn) and isinstance(before, nn.modules.batchnorm._BatchNorm)
     ]
     graphs = [module for module in modules if isinstance(module, fx.GraphModule)]
     covered = {id(layer) for _, _, layer, _ in sequences}
@@ -130,11 +130,17 @@ def revert(model: Model) -> Model:
 
 
 class _TakenIn(nn.Identity):
-    """Stands where an activation was that a batch norm has taken in."""
+    """Stands where an activation was that a batch norm has taken in, and does it where that no longer does."""
 
-    def __init__(self, original: nn.Module) -> None:
+    def __init__(self, original: nn.Module, layer: nn.Module) -> None:
         super().__init__()
-        self.original = (original,)  # in a tuple: no module of the model's
+        self.original, self.layer = (original,), (layer,)  # in tuples: no modules of the model's
+
+    def forward(self, input: Tensor) -> Tensor:
+        if torch.jit.is_scripting() or getattr(self.layer[0], "activation", None) is not None:
+            return input
+        y: Tensor = self.original[0](input)  # a part of the model was reverted that had the layer, and not this
+        return y
 
     def extra_repr(self) -> str:
         return f"{self.original[0]}, in the batch norm before it"
@@ -178,9 +184,9 @@ def _fuse_sequence(parent: nn.Sequential, uses: Counter[int]) -> None:
     children = list(parent._modules.items())
     for (_, layer), (name, behind) in itertools.pairwise(children):
         found = _activation_of(behind)
-        if found is not None and behind is not None and _can_take(layer, uses) and not _has_hooks(behind):
+        if found is not None and _can_take(layer, uses) and not _has_hooks(behind):
             _set_activation(layer, found)
-            parent._modules[name] = _TakenIn(behind)
+            parent._modules[name] = _TakenIn(behind, layer)
 
 
 def _set_activation(layer: Any, found: tuple[str, float]) -> None:
@@ -212,8 +218,9 @@ def _fuse_graph(graph: fx.GraphModule, uses: Counter[int]) -> None:
             continue
         last, residual = node, None
         addition = _only_user(graph, last)
-        if addition is not None and (other := _added_to(addition, node)) is not None and len(node.args[0].users) == 1:
-            last, residual = addition, other
+        if addition is not None and len(node.args[0].users) == 1:
+            residual = _added_to(graph, addition, node)
+            last = node if residual is None else addition
         behind = _only_user(graph, last)
         found = None if behind is None else _activation_in(graph, behind)
         if behind is not None and found is not None:
@@ -274,8 +281,11 @@ def _home(it: Any) -> str:
     return (getattr(it, "__module__", None) or "torch").split(".")[0]
 
 
-def _added_to(addition: fx.Node, node: fx.Node) -> fx.Node | None:
-    """What else is added, if it is an addition of two nodes that writes into none but the batch norm's result."""
+def _added_to(graph: fx.GraphModule, addition: fx.Node, node: fx.Node) -> fx.Node | None:
+    """What else is added, if it is an addition of two nodes that writes into none but the batch norm's result.
+
+    Nothing else may write into it either: the layer keeps a residual for its backward, which an addition does not.
+    """
     is_function = addition.op == "call_function" and addition.target in ADD
     is_method = addition.op == "call_method" and addition.target in ("add", "add_")
     if not (is_function or is_method) or addition.kwargs or len(addition.args) != 2:
@@ -283,8 +293,9 @@ def _added_to(addition: fx.Node, node: fx.Node) -> fx.Node | None:
     first, second = addition.args
     in_place = addition.target in IN_PLACE
     other = second if first is node else first
-    written_into_other = in_place and first is not node
-    return other if isinstance(other, fx.Node) and other is not node and not written_into_other else None
+    if not isinstance(other, fx.Node) or other is node or (in_place and first is not node):
+        return None
+    return None if any(_may_write(graph, user) for user in other.users if user is not addition) else other
 
 
 def _activation_in(graph: fx.GraphModule, node: fx.Node) -> tuple[str, float] | None:

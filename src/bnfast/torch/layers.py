@@ -127,8 +127,10 @@ class _Layer(nn.modules.batchnorm._BatchNorm):
             return self._by_pytorch(input, residual)
         if torch.compiler.is_compiling():
             state = self._state()
-            if torch.compiler.is_exporting() or not (
-                self._suits(input, state) and self._suits_residual(input, residual)
+            if (
+                torch.compiler.is_exporting()
+                or _is_differentiated()
+                or not (self._suits(input, state) and self._suits_residual(input, residual))
             ):
                 return self._by_pytorch(input, residual)
             return operator.forward(self, input, residual)
@@ -363,11 +365,12 @@ def _is_transformed() -> bool:
 
     Transforms of torch.func, forward-mode differentiation, modes that see each operation.
     """
-    return bool(
-        torch._C._are_functorch_transforms_active()
-        or torch.autograd.forward_ad._current_level >= 0
-        or torch._C._len_torch_dispatch_stack() > 0
-    )
+    return bool(_is_differentiated() or torch._C._len_torch_dispatch_stack() > 0)
+
+
+def _is_differentiated() -> bool:
+    """Whether transforms of torch.func or forward-mode differentiation are on; a graph in the making knows, too."""
+    return bool(torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0)
 
 
 class BatchNorm1d(_Layer, nn.BatchNorm1d):

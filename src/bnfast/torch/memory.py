@@ -33,9 +33,9 @@ def _find_madvise() -> Any:
 _madvise = _find_madvise()
 
 
-def empty_like(x: Tensor) -> Tensor:
+def empty_like(x: Tensor, memory_format: torch.memory_format = torch.preserve_format) -> Tensor:
     """`torch.empty_like`."""
-    y = torch.empty_like(x)
+    y = torch.empty_like(x, memory_format=memory_format)
     size = y.numel() * y.element_size()
     if size >= LARGE and _madvise is not None:
         address = y.data_ptr()

@@ -32,7 +32,7 @@ def _batch_norm(
 @_batch_norm.register_fake
 def _(x: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     statistics = [x.new_empty(x.shape[1], dtype=torch.float64) for _ in range(3)]
-    return torch.empty_like(x), *statistics
+    return torch.empty_like(x, memory_format=calls.format_of_result(x)), *statistics
 
 
 @torch.library.custom_op("bnfast::batch_norm_backward", mutates_args=())
