@@ -669,7 +669,7 @@ class Tensor:
 
 
 def test_what_does_not_become_an_array_is_named():
-    with pytest.raises(TypeError, match="x: expected an array, got Tensor .*call detach.*through bnfast.torch"):
+    with pytest.raises(TypeError, match=r"x: expected an array, got Tensor .*call detach.*through bnfast.torch"):
         F.batch_norm(Tensor())
     with pytest.raises(TypeError, match="dy: expected an array, got Tensor"):
         F.batch_norm_backward(Tensor(), np.ones((2, 3)), np.ones(3), np.ones(3))

@@ -204,6 +204,15 @@ def test_empty_batch_in_eval_gives_empty_results_and_zero_gradients(dtype, shape
         assert_same_bits(gradient, zeros.astype(dtype))
 
 
+def test_what_is_not_finite_does_not_spread_where_statistics_are_given():
+    """dx is gamma * inv_std * dy, whatever x is; in the oracle, too."""
+    x = np.array([[np.inf, np.nan], [1.0, 2.0]])
+    for functions in (F, bnfast.reference):
+        dx, dgamma, _ = functions.batch_norm_backward(np.ones((2, 2)), x, [0.0, 0.0], [2.0, 3.0], training=False)
+        np.testing.assert_array_equal(dx, [[2.0, 3.0], [2.0, 3.0]])
+        assert not np.isfinite(dgamma).any()
+
+
 def test_an_empty_byte_swapped_batch_gives_native_results(dtype):
     x = np.empty((0, 3), np.dtype(dtype).newbyteorder())
     assert F.batch_norm_eval(x, np.zeros(3), np.ones(3)).dtype.isnative

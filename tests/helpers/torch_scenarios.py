@@ -188,7 +188,8 @@ def unlike(rank, size, comm):
     found = []
     for options in (
         {"num_features": 2 + rank}, {"activation": "relu" if rank else None}, {"bias": not rank},
-        {"momentum": None if rank else 0.1},
+        {"momentum": None if rank else 0.1}, {"eps": 1e-3 if rank else 1e-5}, {"track_running_stats": not rank},
+        {"activation": "leaky_relu", "negative_slope": 0.2 if rank else 0.1},
     ):  # fmt: skip
         layer = bnfast.torch.BatchNorm1d(**{"num_features": 2, **options}, process_group=comm)
         found.append(outcome(lambda layer=layer: list(layer(torch.ones(4, layer.num_features)).shape)))

@@ -311,7 +311,7 @@ def test_options_of_a_layer_are_taken_and_others_named(arrays):
     assert (layer.axis, layer.activation, layer.dtype) == (-1, "relu", np.float64)
     with pytest.raises(TypeError, match="epsilon: not known to 'pytorch', which takes num_batches_tracked, eps"):
         BatchNorm.from_arrays("pytorch", **arrays, epsilon=1e-3)
-    with pytest.raises(TypeError, match="scale: not known to 'flax', .*; give that array as gamma="):
+    with pytest.raises(TypeError, match=r"scale: not known to 'flax', .*; give that array as gamma="):
         BatchNorm.from_arrays("flax", mean=arrays["mean"], var=arrays["var"], scale=arrays["gamma"])
     with pytest.raises(ValueError, match="convention: expected 'pytorch', "):
         BatchNorm.from_arrays("theano", **arrays)

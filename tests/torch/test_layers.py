@@ -721,6 +721,76 @@ def test_saved_tensors_hooks_see_what_is_kept():
     assert len(large) == 1  # x: the activation keeps nothing more
 
 
+@pytest.mark.parametrize("activation", [None, "relu"])
+def test_only_what_the_backward_needs_is_kept(activation):
+    """Without an activation neither the shift nor the residual matters."""
+    ours, _ = pair(4, activation=activation)
+    x, residual = data(4).requires_grad_(), data(4, seed=1)
+    packed = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: packed.append(t) or t, lambda t: t):
+        y = ours(x, residual)
+    assert any(t.data_ptr() == residual.data_ptr() for t in packed) is (activation is not None)
+    assert sum(t.shape == (6,) and t.dtype is torch.float32 for t in packed) == (1 if activation is None else 2)
+    assert y.grad_fn is not None
+
+
+def outcome(call):
+    try:
+        return call()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def assert_same_outcome(mine, its):
+    if isinstance(its, str):
+        assert mine == its
+    else:
+        close(mine, its)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("missing", ["running_mean", "running_var", "num_batches_tracked"])
+def test_state_that_was_taken_away(missing, training):
+    """Also without a momentum, whose place the count has: a weight of 0 where there is none."""
+    layers_of = [layer.train(training) for layer in pair(4, momentum=None)]
+    for layer in layers_of:
+        setattr(layer, missing, None)
+    assert_same_outcome(*(outcome(lambda layer=layer: layer(data(4))) for layer in layers_of))
+    for name in ("running_mean", "running_var"):
+        if name != missing:
+            close(*(getattr(layer, name) for layer in layers_of))
+
+
+@WIDE
+def test_statistics_with_gaps_and_their_versions(dtype):
+    ours, theirs = pair(4, dtype=dtype)
+    for layer in (ours, theirs):
+        layer.running_mean = torch.stack([layer.running_mean] * 2, 1)[:, 0]
+    versions = [[t._version for t in (layer.running_mean, layer.running_var)] for layer in (ours, theirs)]
+    close(ours(data(4, dtype)), theirs(data(4, dtype)))
+    close(ours.running_mean, theirs.running_mean)
+    after = [[t._version for t in (layer.running_mean, layer.running_var)] for layer in (ours, theirs)]
+    assert after == versions  # PyTorch's own code raises none
+
+
+@HALF
+def test_half_data_with_parameters_of_different_dtypes(dtype, kernels):
+    """What PyTorch makes of it; the kernels take float32, or halves as the data."""
+    ours, theirs = pair(4)
+    for layer in (ours, theirs):
+        layer.bias = nn.Parameter(layer.bias.detach().to(dtype))
+    assert_same_outcome(*(outcome(lambda layer=layer: layer(data(4, dtype))) for layer in (ours, theirs)))
+    assert not kernels
+
+
+def test_a_residual_elsewhere_goes_to_pytorchs_code(kernels):
+    ours, theirs = pair(4)
+    for residual in (data(4, seed=1).to_mkldnn(), data(4, seed=1).to("meta"), data(4, seed=1).to_sparse()):
+        mine = outcome(lambda residual=residual: ours(data(4), residual))
+        assert_same_outcome(mine, outcome(lambda residual=residual: theirs(data(4)) + residual))
+    assert not kernels
+
+
 def test_an_activation_keeps_less_memory_than_two_modules():
     x = data(4).requires_grad_()
 

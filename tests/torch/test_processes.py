@@ -96,11 +96,14 @@ def test_all_raise_where_one_refuses_its_input(told):
 
 @needs_gloo
 def test_layers_that_differ_are_named(told):
-    for first, activation, affine, momentum, order in told["unlike"]:
+    for first, activation, affine, momentum, eps, tracked, slope, order in told["unlike"]:
         assert "got num_features 2 on process 0 and 3 on process 1" in first
         assert "got activation None on process 0 and relu on process 1" in activation
         assert "got affine True on process 0 and gamma on process 1" in affine
         assert "got momentum 0.1 on process 0 and None on process 1" in momentum
+        assert "got eps 1e-05 on process 0 and 0.001 on process 1" in eps
+        assert "got track_running_stats 1 on process 0 and 0 on process 1" in tracked
+        assert "got negative_slope 0.1 on process 0 and 0.2 on process 1" in slope
         assert "the same layers in the same order" in order
 
 
