@@ -65,7 +65,7 @@ MAY_IMPORT = {
     "__init__": {"functional", "grad_mode", "gradients", "layer", "runtime", "scaling", "state", "statistics"},
     "dask": {"_checks", "dask", "scaling", "statistics"},
     "torch.memory": set(),
-    "torch.calls": {"_core", "functional", "runtime.threads", "torch.memory"},
+    "torch.calls": {"_checks", "_core", "functional", "runtime.threads", "torch.memory"},
     "torch.operator": {"torch.calls"},
     "torch.processes": {
         "_core",

@@ -64,7 +64,7 @@ def batch_norm(
         The channel axis.
     eps : float
         Added to the variance, inside the root; positive.
-    residual : ndarray of x's shape and dtype, optional
+    residual : array_like of x's shape and dtype, optional
         Added before the activation; any strides, those of `numpy.broadcast_to` too.
     activation : None, "relu", "relu6" or "leaky_relu"
         Of y; NaN stays NaN. Its derivative is 0 at 0 (for "relu6" also at 6, for "leaky_relu" `negative_slope` at 0).
@@ -145,7 +145,7 @@ def batch_norm_eval(
     x : (..., C, ...) array_like of a floating dtype (see above), at least 2 dimensions
         May be empty.
     mean, var : (C,) array_like of float32 or float64
-        Statistics to normalise with; `var` at least 0.
+        Statistics to normalise with; `var` + `eps` above 0.
     gamma, beta : (C,) array_like of float32 or float64, or None
         Scale and shift; None: 1 and 0.
     axis : int
@@ -170,7 +170,8 @@ def batch_norm_eval(
     Raises
     ------
     TypeError, ValueError, numpy.exceptions.AxisError
-        As `batch_norm`; also ValueError if a `var` is negative or NaN.
+        As `batch_norm`, but for `eps`, which may be 0; also ValueError if a `var` is not finite, or `var` + `eps` not
+        above 0.
 
     Examples
     --------

@@ -99,11 +99,12 @@ class _Layer(nn.modules.batchnorm._BatchNorm):
         ----------
         input : (N, C, ...) tensor
         residual : tensor, optional
-            Added before the activation.
+            Added before the activation, as `batch norm(x) + residual` is: usually of input's shape and dtype.
 
         Returns
         -------
-        tensor like input
+        tensor
+            Like input, or what the addition makes of another shape or dtype.
         """
         if torch.jit.is_scripting():
             return self._scripted(input, residual)
@@ -399,6 +400,11 @@ class BatchNorm2d(_Layer, nn.BatchNorm2d):
     process_group : torch.distributed.ProcessGroup, optional
         The batch of a forward in training lies on the processes of this group, a part on each: see `SyncBatchNorm`.
         None: this process has all of it.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If there is no such activation, or the slope is no number above 0 and below 1.
 
     Notes
     -----
