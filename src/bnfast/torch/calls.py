@@ -20,8 +20,8 @@ from ..runtime.threads import get_num_threads, num_threads
 from .memory import empty_like
 
 __all__ = [
-    "HALF", "Options", "activated", "array_of", "backward", "batch_norm", "format_of_result", "forward", "fused",
-    "is_batched", "parameter_of", "threads", "update_running",
+    "HALF", "Options", "activated", "array_of", "asks_for_more", "backward", "batch_norm", "format_of_result",
+    "forward", "fused", "met_by_activation", "parameter_of", "threads", "update_running",
 ]  # fmt: skip
 
 
@@ -194,8 +194,7 @@ class BnfastBatchNorm(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         y, mean, inv_std, var = forward(x, weight, bias, residual, running, options)
         taken(mean, var)  # here, as what is saved may end a forward that a checkpoint repeats
-        # without an activation the backward needs neither the shift nor the residual; the shift may change until then
-        met = (None, None) if options.activation is None else (None if bias is None else bias.clone(), residual)
+        met = met_by_activation(bias, residual, options.activation)
         ctx.save_for_backward(x, weight, *met, torch.from_numpy(mean), torch.from_numpy(inv_std))
         ctx.training, ctx.options = running is None, options
         ctx.dtypes = [None if t is None else t.dtype for t in (weight, bias)]
@@ -205,7 +204,7 @@ class BnfastBatchNorm(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         x, weight, bias, residual, mean, inv_std = ctx.saved_tensors
         needs_x, needs_weight, needs_bias, needs_residual = ctx.needs_input_grad[:4]
-        if torch.is_grad_enabled() or is_batched(dy) or forward_ad._current_level >= 0:
+        if asks_for_more(dy):
             return *_differentiable(ctx, dy), None, None, None
         dx, dgamma, dbeta, dresidual = backward(
             dy, x, weight, bias, residual, mean, inv_std, ctx.training, ctx.options,
@@ -225,6 +224,18 @@ class BnfastBatchNorm(torch.autograd.Function):
 def _gradient(array: Any, dtype: torch.dtype) -> Tensor:
     tensor = torch.from_numpy(array)
     return tensor if tensor.dtype is dtype else tensor.to(dtype)
+
+
+def met_by_activation(bias: Tensor | None, residual: Tensor | None, activation: str | None) -> tuple[Any, Any]:
+    """What a backward needs of (bias, residual): without an activation nothing; bias may change until then."""
+    if activation is None:
+        return None, None
+    return None if bias is None else bias.clone(), residual
+
+
+def asks_for_more(dy: Tensor) -> bool:
+    """Whether a backward is asked for more than gradients of one dy: for a graph, for many, for a tangent."""
+    return torch.is_grad_enabled() or is_batched(dy) or forward_ad._current_level >= 0
 
 
 def is_batched(dy: Tensor) -> bool:

@@ -66,8 +66,7 @@ def _(dy: Tensor, x: Tensor, weight: Any, bias: Any, residual: Tensor | None, *o
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, weight, bias, residual, running_mean, _, _, ctx.activation, ctx.negative_slope = inputs
     _, mean, inv_std, _ = output
-    met = (bias, residual) if ctx.activation is not None else (None, None)
-    ctx.save_for_backward(x, weight, *met, mean, inv_std)
+    ctx.save_for_backward(x, weight, *calls.met_by_activation(bias, residual, ctx.activation), mean, inv_std)
     ctx.training = running_mean is None
     ctx.dtypes = [None if t is None else t.dtype for t in (weight, bias)]
 

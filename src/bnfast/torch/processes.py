@@ -190,7 +190,7 @@ class BnfastSyncBatchNorm(torch.autograd.Function):
         options: calls.Options, exchange: Exchange,
     ) -> Tensor:  # fmt: skip
         y, mean, inv_std = _forward(x, weight, bias, residual, whole, options)
-        met = (bias, residual) if options.activation is not None else (None, None)
+        met = calls.met_by_activation(bias, residual, options.activation)
         ctx.save_for_backward(x, weight, *met, torch.from_numpy(mean), torch.from_numpy(inv_std))
         ctx.count, ctx.options, ctx.exchange = whole.values, options, exchange
         ctx.dtypes = [None if t is None else t.dtype for t in (weight, bias)]
@@ -211,8 +211,9 @@ class BnfastSyncBatchNorm(torch.autograd.Function):
 
 
 def _saved(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-    if torch.is_grad_enabled() or calls.is_batched(dy):
-        raise RuntimeError("a batch norm over several processes has no double backward, and none of many dy at once")
+    if calls.asks_for_more(dy):
+        raise RuntimeError("a batch norm over several processes has no double backward, none of many dy at once, and "
+                           "no tangent of its gradients")  # fmt: skip
     saved: tuple[Any, ...] = ctx.saved_tensors
     return saved
 
