@@ -476,6 +476,6 @@ def test_the_guide_has_a_row_for_each_convention():
     for row, (name, convention) in zip(rows, CONVENTIONS.items(), strict=True):
         assert row.startswith(f'| `"{name}"`')
         for option in (convention.eps, convention.momentum):
-            if option is not None:
+            if option is not None and option[0] not in convention.needed:
                 assert float(re.search(rf"`{option[0]}=([\d.e-]+)`", row)[1]) == option[1], name
-        assert all(f"`{extra}" in row for extra in convention.needed)
+        assert all(f"`{extra}=...`" in row for extra in convention.needed)
