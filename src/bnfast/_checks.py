@@ -114,8 +114,6 @@ def channel_array(
 ) -> NDArray[Any]:
     """A new (channels,) array of `dtype` from real numbers that it can hold."""
     array = as_real(as_array(value, name, "an array", type_error))
-    if isinstance(value, np.ma.MaskedArray):
-        raise type_error(f"{name}: expected an array without a mask, got {type(value).__name__}")
     if array.dtype.kind not in "fiu":
         raise type_error(f"{name}: expected real numbers, got dtype {array.dtype}")
     if array.shape != (channels,):

@@ -302,6 +302,12 @@ LEFT = {
     "a number": lambda bn, x: bn(x * 2) + 1,
     "written into the other": lambda bn, x: (lambda h: h.add_(bn(x * 2)).relu() + h)(x * 1),
     "other written later": lambda bn, x: (lambda h: F.relu(bn(x * 2) + h) + F.relu(h, inplace=True))(x * 1),
+    "other written by a view": lambda bn, x: (
+        lambda h: (lambda v, y: y + v.mul_(3).view(y.shape))(h.view(-1), F.relu(bn(x * 2) + h))
+    )(x * 1),
+    "other written by what it is a view of": lambda bn, x: (
+        lambda k: (lambda y: y + k.mul_(3).view(y.shape))(F.relu(bn(x * 2) + k.view(x.shape)))
+    )(x.flatten() * 1),
     "to itself": lambda bn, x: (lambda y: y + y)(bn(x * 2)),
     "slope": lambda bn, x: F.leaky_relu(bn(x), 2.0),
     "broadcast": lambda bn, x: F.relu(bn(x * 2) + x.mean((2, 3), keepdim=True)),

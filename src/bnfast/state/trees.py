@@ -65,6 +65,8 @@ def from_state(
         raise TypeError(f"state: expected a mapping, got {type(state).__name__}")
     if isinstance(prefixes, str):
         raise TypeError(f"prefixes: expected several str, got one; write [{prefixes!r}]")
+    if not (prefixes is None or isinstance(prefixes, Iterable)):
+        raise TypeError(f"prefixes: expected several str, got {type(prefixes).__name__}")
     endings = [name for name in state if isinstance(name, str) and f".{name}".endswith(".running_mean")]
     found = [name.removesuffix("running_mean").removesuffix(".") for name in endings]
     found = [prefix for prefix in found if _key(prefix, "running_var") in state]

@@ -95,7 +95,7 @@ def threads() -> num_threads:
 def format_of_result(x: Tensor) -> torch.memory_format:
     """What PyTorch's code gives: channels_last where x is, planar of x in any other order."""
     last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.ndim)
-    if x.is_contiguous() or last is None:
+    if x.is_contiguous() or last is None or 0 in x.stride():  # (no order is read from one that was expanded)
         return torch.contiguous_format
     if not x.is_contiguous(memory_format=last):
         x = torch.empty_like(x, device="meta")  # without gaps, in the order of x's strides
@@ -198,6 +198,7 @@ class BnfastBatchNorm(torch.autograd.Function):
         ctx.save_for_backward(x, weight, *met, torch.from_numpy(mean), torch.from_numpy(inv_std))
         ctx.training, ctx.options = running is None, options
         ctx.dtypes = [None if t is None else t.dtype for t in (weight, bias)]
+        ctx.bias = bias  # for a double backward; of its values a copy was saved
         return y
 
     @staticmethod
@@ -227,7 +228,7 @@ def _gradient(array: Any, dtype: torch.dtype) -> Tensor:
 
 
 def met_by_activation(bias: Tensor | None, residual: Tensor | None, activation: str | None) -> tuple[Any, Any]:
-    """What a backward needs of (bias, residual): without an activation nothing; bias may change until then."""
+    """What a backward needs of (bias, residual): without an activation nothing; of bias a copy, as it may change."""
     if activation is None:
         return None, None
     return None if bias is None else bias.clone(), residual
@@ -264,10 +265,11 @@ def _differentiable(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         if not create_graph:
             inputs = [None if t is None else t.detach().requires_grad_() for t in inputs]
         x, weight, bias, residual = inputs
-        # these were not kept where their values do not matter; no gradient depends on a shift but by what is met
-        if ctx.needs_input_grad[2]:
-            value = mean.new_zeros(mean.shape, dtype=ctx.dtypes[1]) if bias is None else bias.detach()
-            inputs[2] = bias = value.requires_grad_()
+        # these were not kept where their values do not matter
+        if ctx.needs_input_grad[2] and bias is None:
+            inputs[2] = bias = mean.new_zeros(mean.shape, dtype=ctx.dtypes[1]).requires_grad_()
+        elif ctx.needs_input_grad[2] and create_graph:  # the values of then, and a place in the graph
+            inputs[2] = bias = bias + (ctx.bias - ctx.bias.detach())
         if ctx.needs_input_grad[3] and residual is None:
             inputs[3] = residual = x.new_zeros(()).expand_as(x).requires_grad_()
         dtype = next((t.dtype for t in (weight, bias) if t is not None), torch.promote_types(x.dtype, torch.float32))

@@ -12,7 +12,7 @@ from collections import Counter
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 from torch.nn import functional as theirs
 
 from .layers import OURS, _Layer
@@ -30,6 +30,12 @@ WRITING = {
     operator.imod, operator.imul, operator.ior, operator.ipow, operator.irshift, operator.isub, operator.itruediv,
     operator.ixor,
 }  # fmt: skip
+VIEWS = {  # functions and methods whose result may lie in the memory of their first argument
+    "alias", "chunk", "contiguous", "detach", "diagonal", "dropout", "expand", "expand_as", "flatten", "getitem",
+    "movedim", "narrow", "permute", "reshape", "reshape_as", "select", "split", "squeeze", "swapaxes", "t", "to",
+    "transpose", "unbind", "unflatten", "unfold", "unsqueeze", "view", "view_as",
+}  # fmt: skip
+VIEWING = (nn.Identity, nn.Flatten, nn.Unflatten, nn.modules.dropout._DropoutNd)
 KNOWN = {"torch", "bnfast", "_operator", "builtins", "math"}  # where what a graph calls is known to write if it says so
 
 
@@ -109,7 +115,7 @@ def revert(model: Model) -> Model:
         for parent in modules
         if isinstance(parent, nn.Sequential)
         for before, (name, each) in zip(parent, list(parent._modules.items())[1:], strict=False)
-        if isinstance(each, _TakenIn) and isinstance(before, nn.modules.batchnorm._BatchNorm)
+        if isinstance(each, _TakenIn) and isinstance(before, _Layer)
     ]
     graphs = [module for module in modules if isinstance(module, fx.GraphModule)]
     covered = {id(layer) for _, _, layer, _ in sequences}
@@ -120,6 +126,7 @@ def revert(model: Model) -> Model:
                              f"PyTorch's layer has not")  # fmt: skip
     for parent, name, _, taken_in in sequences:
         parent._modules[name] = taken_in.original[0].train(taken_in.training)
+        taken_in.become_original()
     taken = {id(layer) for _, _, layer, _ in sequences}
     for graph in graphs:
         _unfuse_graph(graph, taken)
@@ -130,17 +137,16 @@ def revert(model: Model) -> Model:
 
 
 class _TakenIn(nn.Identity):
-    """Stands where an activation was that a batch norm has taken in, and does it where that no longer does."""
+    """Stands where an activation was that a batch norm has taken in."""
 
-    def __init__(self, original: nn.Module, layer: nn.Module) -> None:
+    def __init__(self, original: nn.Module) -> None:
         super().__init__()
-        self.original, self.layer = (original,), (layer,)  # in tuples: no modules of the model's
+        self.original = (original,)  # in a tuple: no module of the model's
 
-    def forward(self, input: Tensor) -> Tensor:
-        if torch.jit.is_scripting() or getattr(self.layer[0], "activation", None) is not None:
-            return input
-        y: Tensor = self.original[0](input)  # a part of the model was reverted that had the layer, and not this
-        return y
+    def become_original(self) -> None:
+        """For whatever else holds this: a model of which only a part was reverted."""
+        own = copy.copy(self.original[0])
+        self.__class__, self.__dict__ = type(own), own.__dict__
 
     def extra_repr(self) -> str:
         return f"{self.original[0]}, in the batch norm before it"
@@ -186,7 +192,7 @@ def _fuse_sequence(parent: nn.Sequential, uses: Counter[int]) -> None:
         found = _activation_of(behind)
         if found is not None and _can_take(layer, uses) and not _has_hooks(behind):
             _set_activation(layer, found)
-            parent._modules[name] = _TakenIn(behind, layer)
+            parent._modules[name] = _TakenIn(behind)
 
 
 def _set_activation(layer: Any, found: tuple[str, float]) -> None:
@@ -284,7 +290,7 @@ def _home(it: Any) -> str:
 def _added_to(graph: fx.GraphModule, addition: fx.Node, node: fx.Node) -> fx.Node | None:
     """What else is added, if it is an addition of two nodes that writes into none but the batch norm's result.
 
-    Nothing else may write into it either: the layer keeps a residual for its backward, which an addition does not.
+    Nothing else may write into its memory either: the layer keeps a residual for its backward, an addition does not.
     """
     is_function = addition.op == "call_function" and addition.target in ADD
     is_method = addition.op == "call_method" and addition.target in ("add", "add_")
@@ -295,7 +301,27 @@ def _added_to(graph: fx.GraphModule, addition: fx.Node, node: fx.Node) -> fx.Nod
     other = second if first is node else first
     if not isinstance(other, fx.Node) or other is node or (in_place and first is not node):
         return None
-    return None if any(_may_write(graph, user) for user in other.users if user is not addition) else other
+    memory = _memory(graph, other)
+    written = any(
+        memory in (_memory(graph, each) for each in writer.all_input_nodes)
+        for writer in graph.graph.nodes
+        if writer is not addition and _may_write(graph, writer)
+    )
+    return None if written else other
+
+
+def _memory(graph: fx.GraphModule, node: fx.Node) -> fx.Node:
+    """The node whose result's memory this one's may be."""
+    while node.op in ("call_function", "call_method", "call_module") and node.all_input_nodes:
+        if node.op == "call_module":
+            is_view = isinstance(graph.get_submodule(node.target), VIEWING)
+        else:
+            name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+            is_view = name.split(".")[0] in VIEWS
+        if not is_view:
+            break
+        node = node.all_input_nodes[0]
+    return node
 
 
 def _activation_in(graph: fx.GraphModule, node: fx.Node) -> tuple[str, float] | None:

@@ -303,8 +303,10 @@ class _Layer(nn.modules.batchnorm._BatchNorm):
                 y = F.relu(y)
             elif self.activation == "relu6":
                 y = F.relu6(y)
-            else:
+            elif self.activation == "leaky_relu":
                 y = F.leaky_relu(y, self.negative_slope)
+            else:
+                raise ValueError("activation: expected None, 'relu', 'relu6' or 'leaky_relu'")
         return y
 
 
