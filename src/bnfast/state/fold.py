@@ -186,7 +186,7 @@ def _check_before(transposed: bool, padding: Any, weight: NDArray[Any]) -> None:
         raise ValueError(f"padding: before a convolution only padding=0 can be folded, got {padding!r}")
 
 
-def _rounded(values: NDArray[np.float64], dtype: np.dtype[Any], name: str, of_finite: NDArray[np.bool]) -> Array:
+def _rounded(values: NDArray[np.float64], dtype: np.dtype[Any], name: str, of_finite: NDArray[np.bool_]) -> Array:
     """In the dtype, rounded once. of_finite: what was computed of finite numbers only."""
     with np.errstate(over="ignore"):  # (older ml_dtypes convert to bfloat16 by way of float32)
         result: Array = (_odd(values) if dtype.name == "bfloat16" else values).astype(dtype)
