@@ -188,7 +188,7 @@ def step_of(contender: str, options: Any) -> Callable[[], tuple[float, float]]:
 
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    side = options.side or SIDES[options.network]
+    side = options.side
     order = torch.channels_last if options.layout == "channels_last" else torch.contiguous_format
     dtype = getattr(torch, options.dtype)
     clock = Clock()
@@ -254,7 +254,7 @@ def main(options: Any) -> None:
                     took = json.loads(worker.stdout.readline())
                 times[contender].append(took)
     mode = "compiled" if options.compiled else "eager"
-    side = options.side or SIDES[options.network]
+    side = options.side
     print(f"{options.network} of {side} x {side}, {options.layout}, {options.dtype}, {options.threads} threads, {mode}")
     medians = {name: [statistics.median(part) for part in zip(*found, strict=True)] for name, found in times.items()}
     whole, share = medians["torch"]
@@ -271,4 +271,5 @@ def main(options: Any) -> None:
 
 if __name__ == "__main__":
     given = arguments().parse_args()
+    given.side = given.side or SIDES[given.network]
     serve(given.serve, given) if given.serve else main(given)

@@ -347,7 +347,7 @@ def test_zeros_without_memory():
     close(ours(zero), theirs(zero))
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # PyTorch's own, in forward-mode differentiation
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # PyTorch's own, in forward-mode differentiation
 def test_transforms_of_a_backward():
     """The forward was without them, so the kernels did it."""
     x, several = data(4).requires_grad_(), torch.stack([data(4, seed=1), data(4, seed=2)])
@@ -409,7 +409,7 @@ def test_transforms_under_compile():
     assert run_script(UNDER_COMPILE) == "the same"
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # of torch.jit.script, which is what is tested
 def test_an_activation_that_was_set_to_another_is_refused_at_any_size(monkeypatch):
     layer = bnfast.torch.BatchNorm2d(6)
     layer.activation = "gelu"

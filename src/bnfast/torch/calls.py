@@ -20,9 +20,12 @@ from ..runtime.threads import get_num_threads, num_threads
 from .memory import empty_like
 
 __all__ = [
-    "HALF", "Options", "activated", "array_of", "asks_for_more", "backward", "batch_norm", "format_of_result",
-    "forward", "fused", "met_by_activation", "parameter_of", "threads", "update_running",
+    "ACTIVATIONS", "HALF", "Options", "activated", "array_of", "asks_for_more", "backward", "batch_norm",
+    "format_of_result", "forward", "fused", "is_differentiated", "met_by_activation", "parameter_of", "threads", "update_running",
 ]  # fmt: skip
+
+
+ACTIVATIONS = (None, "relu", "relu6", "leaky_relu")
 
 
 def _half_types() -> dict[torch.dtype, Any]:
@@ -167,7 +170,7 @@ def activated(w: Tensor, options: Options, *, in_place: bool = False) -> Tensor:
         return theirs.relu6(w, inplace=in_place)
     if options.activation == "leaky_relu":
         return theirs.leaky_relu(w, options.negative_slope)
-    one_of(options.activation, "activation", (None, "relu", "relu6", "leaky_relu"))  # it may have been set since
+    one_of(options.activation, "activation", ACTIVATIONS)  # it may have been set since
     return w
 
 
@@ -236,7 +239,12 @@ def met_by_activation(bias: Tensor | None, residual: Tensor | None, activation: 
 
 def asks_for_more(dy: Tensor) -> bool:
     """Whether a backward is asked for more than gradients of one dy: for a graph, for many, for a tangent."""
-    return torch.is_grad_enabled() or is_batched(dy) or forward_ad._current_level >= 0
+    return torch.is_grad_enabled() or is_batched(dy) or is_differentiated()
+
+
+def is_differentiated() -> bool:
+    """Whether transforms of torch.func or forward-mode differentiation are on; a graph in the making knows, too."""
+    return bool(torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0)
 
 
 def is_batched(dy: Tensor) -> bool:

@@ -70,7 +70,7 @@ class _Layer(nn.modules.batchnorm._BatchNorm):
         process_group: Any = None,
         **options: Any,
     ) -> None:
-        one_of(activation, "activation", (None, "relu", "relu6", "leaky_relu"))
+        one_of(activation, "activation", calls.ACTIVATIONS)
         slope = _core.as_negative_slope(negative_slope)
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, **options)
         self.activation, self.negative_slope = activation, slope
@@ -130,7 +130,7 @@ class _Layer(nn.modules.batchnorm._BatchNorm):
             state = self._state()
             if (
                 torch.compiler.is_exporting()
-                or _is_differentiated()
+                or calls.is_differentiated()
                 or not (self._suits(input, state) and self._suits_residual(input, residual))
             ):
                 return self._by_pytorch(input, residual)
@@ -368,12 +368,7 @@ def _is_transformed() -> bool:
 
     Transforms of torch.func, forward-mode differentiation, modes that see each operation.
     """
-    return bool(_is_differentiated() or torch._C._len_torch_dispatch_stack() > 0)
-
-
-def _is_differentiated() -> bool:
-    """Whether transforms of torch.func or forward-mode differentiation are on; a graph in the making knows, too."""
-    return bool(torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0)
+    return bool(calls.is_differentiated() or torch._C._len_torch_dispatch_stack() > 0)
 
 
 class BatchNorm1d(_Layer, nn.BatchNorm1d):
