@@ -21,7 +21,8 @@ from .memory import empty_like
 
 __all__ = [
     "ACTIVATIONS", "HALF", "Options", "activated", "array_of", "asks_for_more", "backward", "batch_norm",
-    "format_of_result", "forward", "fused", "is_differentiated", "met_by_activation", "parameter_of", "threads", "update_running",
+    "format_of_result", "forward", "fused", "is_differentiated", "met_by_activation", "parameter_of", "threads",
+    "update_running",
 ]  # fmt: skip
 
 
