@@ -120,6 +120,40 @@ def test_statistics_that_bnfasts_own_layer_would_refuse(value, compiled):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4, equal_nan=True)
 
 
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
+@pytest.mark.parametrize("residuals", [0, 1])
+def test_a_shift_that_changes_before_the_backward(residuals, backend):
+    """As in PyTorch's layers it may; the mask of the activation is that of the forward."""
+    compiled_layer, _ = pair(4, activation="relu")
+    eager = copy.deepcopy(compiled_layer)
+    compiled = torch.compile(compiled_layer, fullgraph=True, backend=backend)
+    inputs = [data(4, seed=seed).requires_grad_() for seed in range(1 + residuals)]
+    found = []
+    for function, layer in ((compiled, compiled_layer), (eager, eager)):
+        y = function(*inputs)
+        with torch.no_grad():
+            layer.bias.add_(3)
+        found.append(torch.autograd.grad(y.square().sum(), [*inputs, *layer.parameters()]))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("residuals", [0, 1])
+def test_double_backward(residuals, training):
+    """Of the backend that leaves autograd as it is; the others refuse it by themselves."""
+    layer, _ = pair(4, activation="relu", dtype=torch.float64)
+    layer.train(training)
+    inputs = [data(4, torch.float64, seed=seed).requires_grad_() for seed in range(1 + residuals)]
+    of = [*inputs, *layer.parameters()]
+    found = []
+    for function in (torch.compile(layer, fullgraph=True, backend="eager"), layer):
+        gradients = torch.autograd.grad(function(*inputs).square().sum(), of, create_graph=True)
+        found.append(torch.autograd.grad(sum(g.square().sum() for g in gradients), of))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
+
+
 def test_shapes_may_change():
     layer, theirs = pair(4)
     compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")

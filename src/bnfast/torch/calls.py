@@ -21,8 +21,8 @@ from .memory import empty_like
 
 __all__ = [
     "ACTIVATIONS", "HALF", "Options", "activated", "array_of", "asks_for_more", "backward", "batch_norm",
-    "format_of_result", "forward", "fused", "is_differentiated", "met_by_activation", "parameter_of", "threads",
-    "update_running",
+    "differentiable_gradients", "format_of_result", "forward", "fused", "is_differentiated", "met_by_activation",
+    "parameter_of", "threads", "update_running",
 ]  # fmt: skip
 
 
@@ -210,7 +210,7 @@ class BnfastBatchNorm(torch.autograd.Function):
         x, weight, bias, residual, mean, inv_std = ctx.saved_tensors
         needs_x, needs_weight, needs_bias, needs_residual = ctx.needs_input_grad[:4]
         if asks_for_more(dy):
-            return *_differentiable(ctx, dy), None, None, None
+            return *differentiable_gradients(ctx, dy), None, None, None
         dx, dgamma, dbeta, dresidual = backward(
             dy, x, weight, bias, residual, mean, inv_std, ctx.training, ctx.options,
             needs_dx=needs_x or (needs_residual and residual is not None),
@@ -231,11 +231,15 @@ def _gradient(array: Any, dtype: torch.dtype) -> Tensor:
     return tensor if tensor.dtype is dtype else tensor.to(dtype)
 
 
-def met_by_activation(bias: Tensor | None, residual: Tensor | None, activation: str | None) -> tuple[Any, Any]:
+def met_by_activation(
+    bias: Tensor | None, residual: Tensor | None, activation: str | None, *, copy: Tensor | None = None
+) -> tuple[Any, Any]:
     """What a backward needs of (bias, residual): without an activation nothing; of bias a copy, as it may change."""
     if activation is None:
         return None, None
-    return None if bias is None else bias.clone(), residual
+    if bias is not None:
+        bias = bias.clone() if copy is None else copy
+    return bias, residual
 
 
 def asks_for_more(dy: Tensor) -> bool:
@@ -264,7 +268,7 @@ def _gradients_within_transforms() -> Iterator[None]:
         torch._C._functorch.set_inplace_requires_grad_allowed(before)
 
 
-def _differentiable(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+def differentiable_gradients(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
     """The same gradients by PyTorch's own code: for double backward, and for backwards of many dy at once."""
     *saved, mean, inv_std = ctx.saved_tensors
     create_graph = torch.is_grad_enabled()

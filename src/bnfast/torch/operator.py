@@ -21,18 +21,28 @@ def _batch_norm(
     eps: float,
     activation: str | None,
     negative_slope: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(y, mean, inv_std, var), the last three of the batch, or the running ones if they are given; float64."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(y, mean, inv_std, var, kept_bias).
+
+    The statistics are those of the batch, or the running ones if they are given; float64. The last is for the backward,
+    a result because a compiler would move a copy to where it is used: after changes of the bias.
+    """
     running = None if running_mean is None or running_var is None else (running_mean, running_var)
     options = calls.Options(eps, activation, negative_slope)
     y, *statistics = calls.forward(x, weight, bias, residual, running, options)
-    return y, *map(torch.from_numpy, statistics)
+    kept_bias, _ = calls.met_by_activation(bias, None, activation)
+    return y, *map(torch.from_numpy, statistics), x.new_empty(0) if kept_bias is None else kept_bias
 
 
 @_batch_norm.register_fake
-def _(x: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, running_mean: Tensor | None,
+    running_var: Tensor | None, eps: float, activation: str | None, negative_slope: float,
+) -> tuple[Tensor, ...]:  # fmt: skip
     statistics = [x.new_empty(x.shape[1], dtype=torch.float64) for _ in range(3)]
-    return torch.empty_like(x, memory_format=calls.format_of_result(x)), *statistics
+    kept_bias, _ = calls.met_by_activation(bias, None, activation)
+    y = torch.empty_like(x, memory_format=calls.format_of_result(x))
+    return y, *statistics, x.new_empty(0) if kept_bias is None else kept_bias
 
 
 @torch.library.custom_op("bnfast::batch_norm_backward", mutates_args=())
@@ -64,17 +74,23 @@ def _(dy: Tensor, x: Tensor, weight: Any, bias: Any, residual: Tensor | None, *o
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, weight, bias, residual, running_mean, _, _, ctx.activation, ctx.negative_slope = inputs
-    _, mean, inv_std, _ = output
-    ctx.save_for_backward(x, weight, *calls.met_by_activation(bias, residual, ctx.activation), mean, inv_std)
-    ctx.training = running_mean is None
+    x, weight, bias, residual, running_mean, _, eps, activation, negative_slope = inputs
+    _, mean, inv_std, var, kept_bias = output
+    ctx.mark_non_differentiable(mean, inv_std, var, kept_bias)
+    bias_then, residual_then = calls.met_by_activation(bias, residual, activation, copy=kept_bias)
+    ctx.save_for_backward(x, weight, bias_then, residual_then, mean, inv_std)
+    ctx.training, ctx.options = running_mean is None, calls.Options(eps, activation, negative_slope)
     ctx.dtypes = [None if t is None else t.dtype for t in (weight, bias)]
+    ctx.bias = bias
 
 
 def _gradients(ctx: Any, dy: Tensor, *of_statistics: Any) -> tuple[Any, ...]:
+    none = (None,) * 5
+    if calls.asks_for_more(dy):
+        return *calls.differentiable_gradients(ctx, dy), *none
     *saved, mean, inv_std = ctx.saved_tensors
     dx, dgamma, dbeta, dresidual = _backward(
-        dy, *saved, mean, inv_std, ctx.training, ctx.activation, ctx.negative_slope
+        dy, *saved, mean, inv_std, ctx.training, ctx.options.activation, ctx.options.negative_slope
     )
     needs_x, needs_weight, needs_bias, needs_residual = ctx.needs_input_grad[:4]
     if saved[3] is None:
@@ -84,8 +100,8 @@ def _gradients(ctx: Any, dy: Tensor, *of_statistics: Any) -> tuple[Any, ...]:
         dgamma.to(ctx.dtypes[0]) if needs_weight else None,
         dbeta.to(ctx.dtypes[1]) if needs_bias else None,
         dresidual if needs_residual else None,
-        None, None, None, None, None,
-    )  # fmt: skip
+        *none,
+    )
 
 
 _batch_norm.register_autograd(_gradients, setup_context=_setup)
@@ -96,7 +112,7 @@ def forward(layer: Any, x: Tensor, residual: Tensor | None) -> Tensor:
     mean, var = layer.running_mean, layer.running_var
     in_training = layer.training or mean is None
     running = (None, None) if in_training else (mean, var)
-    y, batch_mean, _, batch_var = torch.ops.bnfast.batch_norm(
+    y, batch_mean, _, batch_var, _ = torch.ops.bnfast.batch_norm(
         x, layer.weight, layer.bias, residual, *running, layer.eps, layer.activation, layer.negative_slope
     )
     if layer.training and layer.track_running_stats:
