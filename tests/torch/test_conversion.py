@@ -171,6 +171,9 @@ def test_a_layer_alone_subclasses_and_others():
     for function in (bnfast.torch.convert, bnfast.torch.revert):
         with pytest.raises(TypeError, match=r"model: expected a torch.nn.Module, got int"):
             function(1)
+    with pytest.raises(TypeError, match="fuse_relu: expected a bool, got 'no'"):
+        bnfast.torch.convert(plain := nn.Sequential(nn.BatchNorm2d(3)), fuse_relu="no")
+    assert type(plain[0]) is nn.BatchNorm2d
 
 
 def test_modes_hooks_and_sharing_are_kept():

@@ -15,6 +15,7 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as theirs
 
+from .._checks import flag
 from .layers import OURS, _Layer
 
 __all__ = ["convert", "revert"]
@@ -63,7 +64,7 @@ def convert(model: Model, *, fuse_relu: bool = True) -> Model:
     Raises
     ------
     TypeError
-        If `model` is no module.
+        If `model` is no module, or `fuse_relu` no bool.
 
     Examples
     --------
@@ -74,6 +75,7 @@ def convert(model: Model, *, fuse_relu: bool = True) -> Model:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    flag(fuse_relu, "fuse_relu")
     for module in model.modules():
         if type(module) in OURS:
             module.__class__ = OURS[type(module)]
