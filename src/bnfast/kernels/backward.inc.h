@@ -73,12 +73,11 @@ static ALWAYS_INLINE const S *FN(what_is_left)(const bnfast_passing *passing, co
     return passing && passing->passed ? (const S *)passing->passed : u;
 }
 
-/* Halves wait for their conversions, and have no body of their own for the simple case. */
 static ALWAYS_INLINE int FN(kind_of)(const bnfast_passing *passing)
 {
     if (!passing)
         return ALL;
-    return !SPECIALISES || passing->residual || passing->marks || passing->passed ? PASSED : RECTIFIED;
+    return passing->residual || passing->marks || passing->passed ? PASSED : RECTIFIED;
 }
 
 /* Whether no product of float32 has overflowed, or lost digits to underflow; least: of n terms the sum should be so
@@ -97,11 +96,9 @@ static void FN(sums_planar)(const void *data, const void *data_u, const bnfast_r
 #define SUMS(kind, w, flags) FN(sums_of_long_rows)(x, u, runs, next, centers, passing, kind, sum_u, sum_ud, w, flags)
     if (FN(summed_as_columns)(runs))
         FN(sums_of_short_rows)(x, u, runs, next, centers, passing, kind, sum_u, sum_ud);
-    else if (!SPECIALISES && kind == PASSED)
-        SUMS(PASSED, writer, BY_TURNS);
     else if (kind == ALL && writer)
         SUMS(ALL, writer, BNFAST_GRADIENT);
-    else if (!SPECIALISES || kind == ALL)
+    else if (kind == ALL)
         SUMS(ALL, NULL, 0);
     else if (kind == RECTIFIED && writer == NULL)
         SUMS(RECTIFIED, NULL, 0);

@@ -10,9 +10,8 @@
 /* Whether there is something wider than T, for sums and for what leaves its range. */
 #define NARROW (sizeof(T) == 4)
 
-/* Whether there are bodies for special cases: a map in one loop with sums, for every kind of map; for each kind of store; for
- * some rows at once that end in parts of vectors. Of halves, whose time is that of the conversions, only for the most
- * frequent: less to compile. */
+/* Whether there are bodies for special cases: for each kind of store; for some rows at once that end in parts of vectors.
+ * Not of halves, where they gain little: less to compile. */
 #ifdef HALF
 #define SPECIALISES 0
 #else

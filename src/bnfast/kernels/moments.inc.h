@@ -118,11 +118,9 @@ static void FN(moments_planar)(const void *data, const bnfast_runs *runs, ptrdif
     FN(sums_of_long_rows)(from, from, &some, to_next, pivots, NULL, NO_U, mean + first, m2 + first, w, flags)
         if (FN(summed_as_columns)(&some))
             FN(sums_of_short_rows)(from, from, &some, to_next, pivots, NULL, NO_U, mean + first, m2 + first);
-        else if (!SPECIALISES && writer && writer->map != 0)
-            SUMS(writer, BY_TURNS);
         else if (writer == NULL)
             SUMS(NULL, 0);
-        else if (!SPECIALISES || writer->map == 0)
+        else if (writer->map == 0)
             SUMS(writer, 0);
         else if (writer->map == BNFAST_ADD)
             SUMS(writer, BNFAST_ADD);

@@ -116,7 +116,7 @@ static ALWAYS_INLINE FN(vec) FN(map_value)(const struct FN(map) * map, FN(vec) x
     const FN(vec) d = x - map->center, scaled = d * map->scale;
     if (flags & BNFAST_GRADIENT) {
         if (PASSES(flags))
-            u = FN(passed)(&map->rectifier, u, d * map->y_scale + map->y_shift);
+            u = FN(passed_at_sum)(&map->rectifier, u, d * map->y_scale, map->y_shift);
         return (u - map->u_center) * map->u_scale + (scaled * map->hat_scale + map->shift);
     }
     FN(vec) v = scaled + map->shift;

@@ -39,6 +39,15 @@ static ALWAYS_INLINE FN(vec) FN(passed)(const struct FN(rectifier) * of, FN(vec)
     return FN(if_outside)(v, zero, of->top, FN(below)(of, u), u);
 }
 
+/* The same at v = scaled + shift. As subnormal numbers are kept, a rounded sum has the sign of the exact one, and a
+ * comparison is enough for ReLU. */
+static ALWAYS_INLINE FN(vec) FN(passed_at_sum)(const struct FN(rectifier) * of, FN(vec) u, FN(vec) scaled, FN(vec) shift)
+{
+    if (of->is_relu)
+        return FN(if_at_most)(scaled, -shift, FN(set1)(0), u);
+    return FN(passed)(of, u, scaled + shift);
+}
+
 /* Marks of what passes at v, and u by such marks, to the same bits. */
 static ALWAYS_INLINE void FN(mark_passed)(const struct FN(rectifier) * of, unsigned char *marks, ptrdiff_t number,
                                           ptrdiff_t n, FN(vec) v)

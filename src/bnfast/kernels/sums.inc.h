@@ -88,7 +88,7 @@ static ALWAYS_INLINE FN(vec) FN(taken)(const struct FN(passing) * passing, ptrdi
     if (!TAKES_SOME(kind))
         return u;
     if (kind == RECTIFIED)
-        return FN(passed)(&passing->rectifier, u, (x - center) * y_scale + y_shift);
+        return FN(passed_at_sum)(&passing->rectifier, u, (x - center) * y_scale, y_shift);
     if (passing->marks)
         u = FN(passed_by_marks)(&passing->rectifier, u, passing->marks, passing->number + at, n);
     else {
