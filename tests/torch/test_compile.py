@@ -175,3 +175,26 @@ def test_exports_have_pytorchs_operations_only():
     exported = torch.export.export(nn.Sequential(layer).eval(), (x,))
     assert not any("bnfast" in str(node.target) for node in exported.graph.nodes)
     close(exported.module()(x), F.relu(theirs.eval()(x)))
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
+def test_a_call_by_pytorchs_code_beside_one_by_the_operator(backend):
+    """PyTorch's keeps the running statistics for its backward: what the other call makes of them is no change to it."""
+    layer, theirs = pair(4)
+    function = torch.compile(
+        lambda x: layer(x, torch.ones(6, 1, 1)) * layer(x + 1), backend=backend, fullgraph=True
+    )  # fmt: skip
+    x = data(4).requires_grad_()
+    function(x).sum().backward()
+    z = data(4).requires_grad_()
+    ((theirs(z) + 1) * theirs(z + 1)).sum().backward()
+    close(x.grad, z.grad)
+    for name in ("running_mean", "running_var", "num_batches_tracked"):
+        close(getattr(layer, name), getattr(theirs, name))
+
+
+def test_any_number_of_channels_where_none_is_given():
+    layer = bnfast.torch.BatchNorm2d(6, affine=False, track_running_stats=False)
+    x = data(4)
+    torch._dynamo.mark_dynamic(x, 1)
+    torch.testing.assert_close(torch.compile(layer, backend="eager", fullgraph=True)(x), layer(data(4)))

@@ -5,7 +5,7 @@ import operator
 import pickle
 
 import pytest
-from torch_layers import close, torch
+from torch_layers import close, data, torch
 
 import bnfast.torch
 from bnfast.torch import conversion, layers
@@ -545,3 +545,46 @@ def test_a_graph_with_hooks_is_left():
     traced = fx.symbolic_trace(Written(TAKEN_IN["F.relu"]))
     traced.bn.register_forward_hook(lambda *_: None)
     assert bnfast.torch.convert(traced).bn.activation is None
+
+
+def test_a_forward_of_the_modules_own_is_left_alone():
+    """What tools put in its place knows of no activation, and may do more than the class does."""
+
+    def wrapped(which):
+        model = nn.Sequential(nn.BatchNorm2d(6), nn.ReLU())
+        module = model if which is None else model[which]
+        forward = module.forward
+        module.forward = lambda *arguments: 2 * forward(*arguments)
+        return model
+
+    for which in (0, 1, None):
+        expected, found = wrapped(which)(data(4)), bnfast.torch.convert(wrapped(which))
+        close(found(data(4)), expected)
+        assert found[0].activation is None
+    graph = fx.symbolic_trace(wrapped(0))
+    close(bnfast.torch.convert(graph)(data(4)), wrapped(0)(data(4)))
+
+
+def test_hooks_of_a_layer_run_once_where_it_is_traced():
+    layer = bnfast.torch.BatchNorm2d(6).eval()
+    layer.register_forward_hook(lambda _layer, _inputs, y: 2 * y)
+    layer.register_forward_pre_hook(lambda _layer, inputs: (inputs[0] + 1,))
+    model = nn.Sequential(layer)
+    torch.testing.assert_close(fx.symbolic_trace(model)(data(4)), model(data(4)))
+
+
+def test_what_is_reverted_after_a_parametrization_has_its_activation_once():
+    model = bnfast.torch.convert(nn.Sequential(nn.BatchNorm2d(6), nn.LeakyReLU(0.2)))
+    expected = model(data(4))
+    nn.utils.parametrize.register_parametrization(model[0], "weight", nn.Identity())
+    torch.testing.assert_close(bnfast.torch.revert(model)(data(4)), expected)
+
+
+def test_reverting_a_trace_leaves_the_model_that_was_traced():
+    model = bnfast.torch.convert(nn.Sequential(nn.BatchNorm2d(6), nn.ReLU()))
+    expected = model(data(4))
+    graph = fx.symbolic_trace(model)
+    assert type(bnfast.torch.revert(graph).get_submodule("0")) is nn.BatchNorm2d
+    torch.testing.assert_close(graph(data(4)), expected)
+    torch.testing.assert_close(model(data(4)), expected)
+    assert graph.get_submodule("0").weight is model[0].weight

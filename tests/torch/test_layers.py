@@ -1121,3 +1121,64 @@ def test_large_tensors_are_asked_to_lie_on_huge_pages(monkeypatch):
     assert len(asked) == 1
     monkeypatch.setattr(memory, "_madvise", None)  # of other systems
     assert memory.empty_like(x).shape == x.shape
+
+
+class Counted(nn.Module):
+    calls = 0
+
+    def forward(self, weight):
+        self.calls += 1
+        return weight * 1
+
+
+@pytest.mark.parametrize("how", ["kernels", "by PyTorch", "compiled"])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # inside PyTorch's compiler
+def test_a_parametrization_is_computed_once_a_forward(how, kernels):
+    layer = bnfast.torch.BatchNorm2d(6)
+    counted = Counted()
+    nn.utils.parametrize.register_parametrization(layer, "weight", counted)
+    before = counted.calls
+    if how == "compiled":
+        torch.compile(layer, backend="eager")(data(4))
+    else:
+        layer(data(4), *([torch.ones(6, 1, 1)] if how == "by PyTorch" else []))
+    assert counted.calls == before + 1
+    assert kernels["forward"] == (how != "by PyTorch")
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_running_statistics_that_want_gradients_are_pytorchs(training):
+    outcomes = []
+    for layer in pair(4):
+        layer.train(training).running_mean.requires_grad_()
+        try:
+            layer(data(4)).sum().backward()
+            outcomes.append("done")
+        except RuntimeError as error:
+            outcomes.append(str(error))
+    assert outcomes[0] == outcomes[1]
+    assert training or "not differentiable" in outcomes[0]
+
+
+class NegativeBit(nn.Module):
+    def forward(self, weight):
+        return torch.complex(weight, -weight).conj().imag
+
+
+def test_parameters_and_statistics_in_odd_memory(kernels):
+    ours, theirs = pair(4)
+    for layer in (ours, theirs):
+        nn.utils.parametrize.register_parametrization(layer, "weight", NegativeBit())
+        layer.running_mean = torch.frombuffer(bytearray(64), dtype=torch.float32, offset=2, count=6)
+    close(ours(data(4)), theirs(data(4)))
+    close(ours.running_mean, theirs.running_mean)
+    assert kernels["forward"] == 1
+
+
+def test_an_infinite_eps_and_no_channels_are_pytorchs():
+    ours, theirs = pair(4)
+    ours.eps = theirs.eps = float("inf")
+    torch.testing.assert_close(ours(data(4)), theirs(data(4)))
+    for layer in (bnfast.torch.BatchNorm2d(0), nn.BatchNorm2d(0)):
+        with pytest.raises(IndexError):
+            layer(torch.randn(3, 0, 4, 4))

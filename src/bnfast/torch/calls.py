@@ -71,9 +71,7 @@ def parameter_of(tensor: Tensor | None) -> Any:
     """C numbers; half types as float32."""
     if tensor is None:
         return None
-    if tensor.dtype in HALF:
-        tensor = tensor.float()
-    return tensor.detach().numpy()
+    return array_of(tensor.float() if tensor.dtype in HALF else tensor)
 
 
 def optional_array(tensor: Tensor | None) -> Any:
@@ -156,7 +154,7 @@ def update_running(running: tuple[Tensor, Tensor], mean: Any, var: Any, count: i
     unbiased = momentum * (count / (count - 1))
     for tensor, batch, weight in ((running[0], mean, momentum), (running[1], var, unbiased)):
         average = array_of(tensor)
-        if tensor.dtype in HALF or not tensor.is_contiguous():
+        if tensor.dtype in HALF or not average.flags.carray:
             with np.errstate(all="ignore"):
                 average[...] = (1.0 - momentum) * average.astype(np.float64) + weight * batch
         else:

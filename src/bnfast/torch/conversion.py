@@ -84,7 +84,7 @@ def convert(model: Model, *, fuse_relu: bool = True) -> Model:
         for module in list(model.modules()):
             if isinstance(module, fx.GraphModule):
                 _fuse_graph(module, uses)
-            elif isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward:
+            elif isinstance(module, nn.Sequential) and module.forward == nn.Sequential.forward.__get__(module):
                 _fuse_sequence(module, uses)
     return model
 
@@ -126,9 +126,11 @@ def revert(model: Model) -> Model:
         if isinstance(module, _Layer) and module.activation is not None and id(module) not in covered:
             raise ValueError(f"model: {name or 'it'} has an activation of its own, {module.activation!r}, which "
                              f"PyTorch's layer has not")  # fmt: skip
-    for parent, name, _, taken_in in sequences:
+    for parent, name, layer, taken_in in sequences:
         parent._modules[name] = taken_in.original[0].train(taken_in.training)
         taken_in.become_original()
+        if type(layer) not in PLAIN:  # of a class that a parametrization has made, which stays
+            layer.activation = None
     taken = {id(layer) for _, _, layer, _ in sequences}
     for graph in graphs:
         _unfuse_graph(graph, taken)
@@ -169,8 +171,11 @@ def _make_plain(layer: Any) -> None:
     layer.__class__ = plain
 
 
-def _has_hooks(module: nn.Module) -> bool:
-    return any(getattr(module, f"_{name}_hooks") for name in ("forward", "forward_pre", "backward", "backward_pre"))
+def _is_wrapped(module: nn.Module) -> bool:
+    """Whether a call does more than its class's forward: by hooks, or a forward of the module's own."""
+    return "forward" in module.__dict__ or any(
+        getattr(module, f"_{name}_hooks") for name in ("forward", "forward_pre", "backward", "backward_pre")
+    )
 
 
 def _activation_of(module: Any) -> tuple[str, float] | None:
@@ -185,14 +190,14 @@ def _activation_of(module: Any) -> tuple[str, float] | None:
 
 
 def _can_take(layer: Any, uses: Counter[int]) -> bool:
-    return type(layer) in PLAIN and layer.activation is None and uses[id(layer)] == 1 and not _has_hooks(layer)
+    return type(layer) in PLAIN and layer.activation is None and uses[id(layer)] == 1 and not _is_wrapped(layer)
 
 
 def _fuse_sequence(parent: nn.Sequential, uses: Counter[int]) -> None:
     children = list(parent._modules.items())
     for (_, layer), (name, behind) in itertools.pairwise(children):
         found = _activation_of(behind)
-        if found is not None and _can_take(layer, uses) and not _has_hooks(behind):
+        if found is not None and _can_take(layer, uses) and not _is_wrapped(behind):
             _set_activation(layer, found)
             parent._modules[name] = _TakenIn(behind)
 
@@ -277,7 +282,7 @@ def _may_write(graph: fx.GraphModule, node: fx.Node) -> bool:
         return True
     if node.op == "call_module":
         modules = list(graph.get_submodule(node.target).modules())
-        return any(_home(type(it)) not in KNOWN or getattr(it, "inplace", False) or _has_hooks(it) for it in modules)
+        return any(_home(type(it)) not in KNOWN or getattr(it, "inplace", False) or _is_wrapped(it) for it in modules)
     if node.op == "call_function":
         name = getattr(node.target, "__name__", "").split(".")[0]  # without that of an overload
         return _home(node.target) not in KNOWN or node.target in WRITING or name.endswith("_")
@@ -329,7 +334,7 @@ def _memory(graph: fx.GraphModule, node: fx.Node) -> fx.Node:
 def _activation_in(graph: fx.GraphModule, node: fx.Node) -> tuple[str, float] | None:
     if node.op == "call_module":
         module = graph.get_submodule(node.target)
-        return None if _has_hooks(module) else _activation_of(module)
+        return None if _is_wrapped(module) else _activation_of(module)
     if node.op == "call_function" and node.target in RELU:
         return "relu", 0.01
     if node.op == "call_method" and node.target in ("relu", "relu_"):
@@ -358,6 +363,8 @@ def _unfuse_graph(graph: fx.GraphModule, elsewhere: set[int]) -> None:
             options = (layer.negative_slope,) if function is theirs.leaky_relu else ()
             with graph.graph.inserting_after(last):
                 last = graph.graph.call_function(function, (last, *options))
+            if getattr(layer, "traced", None) is None:  # the layer of the model that was traced, too
+                graph.set_submodule(node.target, copy.copy(layer))
         if last is not node:
             node.args = node.args[:1]
             for user in users:

@@ -110,9 +110,14 @@ class _Layer(nn.modules.batchnorm._BatchNorm):
             return self._scripted(input, residual)
         return self._forward(input, residual)
 
+    def _call_impl(self, *args: Any, **kwargs: Any) -> Any:
+        """In a graph that `torch.fx` traces the layer is one node, as PyTorch's are; its hooks run when that does."""
+        of = args[0] if args else kwargs.get("input")
+        if type(of) not in PLAIN and isinstance(of, fx.Proxy):
+            return of.tracer.create_proxy("call_module", of.tracer.path_of_module(self), args, kwargs)
+        return super()._call_impl(*args, **kwargs)
+
     def _forward(self, input: Any, residual: Tensor | None) -> Any:
-        if type(input) not in PLAIN and isinstance(input, fx.Proxy):
-            return _as_leaf(self, input, residual)
         if self.training and self._asks_others:
             if torch.compiler.is_exporting() or torch._C._get_tracing_state() is not None:
                 raise RuntimeError("process_group: no graph can hold what a layer in training exchanges with other "
@@ -127,20 +132,18 @@ class _Layer(nn.modules.batchnorm._BatchNorm):
         if type(input) not in PLAIN:
             return self._by_pytorch(input, residual)
         if torch.compiler.is_compiling():
-            state = self._state()
-            if (
-                torch.compiler.is_exporting()
-                or calls.is_differentiated()
-                or not (self._suits(input, state) and self._suits_residual(input, residual))
-            ):
+            if torch.compiler.is_exporting() or calls.is_differentiated():
                 return self._by_pytorch(input, residual)
-            return operator.forward(self, input, residual)
+            state = self._suiting_state(input, residual)
+            if state is None:
+                return self._by_pytorch(input, residual)
+            return operator.forward(self, state, input, residual)
         if torch._C._get_tracing_state() is not None or input.numel() < SMALL:  # (a traced size is a tensor)
             return self._by_pytorch(input, residual)
         if _is_transformed() or not pays(input, self.activation, residual is not None):
             return self._by_pytorch(input, residual)
-        state = self._state()
-        if not (self._suits(input, state) and self._suits_residual(input, residual)):
+        state = self._suiting_state(input, residual)
+        if state is None:
             return self._by_pytorch(input, residual)
         return self._by_kernels(input, residual, state)
 
@@ -192,26 +195,40 @@ class _Layer(nn.modules.batchnorm._BatchNorm):
         if state.mean is not None and state.var is not None:
             calls.update_running((state.mean, state.var), batch_mean, batch_var, count, momentum or 0.0)
 
-    def _suits(self, input: Tensor, state: "_State", *, least: int = 2) -> bool:
-        """Whether the kernels do what is asked for, and PyTorch would not refuse it. least: values a channel."""
-        dtype, shape = input.dtype, input.shape
-        if not input.is_cpu or input.layout is not torch.strided or len(shape) not in self._ranks:
+    def _suiting_state(self, input: Tensor, residual: Tensor | None) -> "_State | None":
+        """The tensors, if the kernels do what is asked for and PyTorch would not refuse it.
+
+        They are read last: a parametrization computes them each time.
+        """
+        if not (self._suits_input(input) and self._suits_residual(input, residual)):
+            return None
+        state = self._state()
+        return state if self._suits_state(input, state) else None
+
+    def _suits_input(self, input: Tensor, *, least: int = 2) -> bool:
+        """least: values a channel."""
+        if not input.is_cpu or input.layout is not torch.strided or len(input.shape) not in self._ranks:
             return False
-        if dtype not in WIDE and dtype not in calls.HALF:
+        if input.dtype not in WIDE and input.dtype not in calls.HALF:
             return False
-        parameters = dtype if dtype in WIDE else _parameters_of_half(dtype, state)
-        channels = self.num_features
+        channels = input.shape[1]
+        return bool(channels > 0 and input.numel() >= least * channels)
+
+    def _suits_state(self, input: Tensor, state: "_State") -> bool:
+        parameters = input.dtype if input.dtype in WIDE else _parameters_of_half(input.dtype, state)
         for tensor in state:
             if tensor is not None and (
                 tensor.dtype is not parameters
                 or not tensor.is_cpu
                 or type(tensor) not in PLAIN
-                or tensor.shape != (channels,)
+                or tensor.shape != (self.num_features,)
+                or input.shape[1] != self.num_features
             ):
                 return False
-        if not self.eps > 0 or (state.mean is None) is not (state.var is None):
+        mean, var = state.mean, state.var
+        if not 0 < self.eps < float("inf") or (mean is None) is not (var is None):
             return False
-        return bool(shape[1] == channels and input.numel() >= least * channels)
+        return mean is None or var is None or not (mean.requires_grad or var.requires_grad)
 
     def _suits_residual(self, input: Tensor, residual: Tensor | None) -> bool:
         return residual is None or bool(
@@ -263,7 +280,7 @@ class _Layer(nn.modules.batchnorm._BatchNorm):
         self._check_input_dim(input)
         if type(input) not in PLAIN:
             raise TypeError(f"input: expected a Tensor and no subclass of it, got {type(input).__name__}")
-        if not self._suits(input, state, least=0):
+        if not (self._suits_input(input, least=0) and self._suits_state(input, state)):
             raise ValueError(
                 f"input: expected (N, {self.num_features}, ...) of a floating dtype that goes with the parameters', "
                 f"and eps above 0, got {tuple(input.shape)} of {input.dtype}, parameters of "
@@ -345,12 +362,6 @@ def _parameters_of_half(dtype: torch.dtype, state: _State) -> torch.dtype:
     """Of half data parameters are float32, or half as they are; what the first is, all must be."""
     first = next((tensor for tensor in state if tensor is not None), None)
     return dtype if first is None or first.dtype is dtype else torch.float32
-
-
-def _as_leaf(layer: nn.Module, input: fx.Proxy, residual: Any) -> fx.Proxy:
-    """In a graph that `torch.fx` traces the layer is one node, as PyTorch's are."""
-    arguments = (input,) if residual is None else (input, residual)
-    return input.tracer.create_proxy("call_module", input.tracer.path_of_module(layer), arguments, {})
 
 
 def _is_seen() -> bool:

@@ -107,13 +107,13 @@ def _gradients(ctx: Any, dy: Tensor, *of_statistics: Any) -> tuple[Any, ...]:
 _batch_norm.register_autograd(_gradients, setup_context=_setup)
 
 
-def forward(layer: Any, x: Tensor, residual: Tensor | None) -> Tensor:
-    """A layer's forward in terms that `torch.compile` understands; `residual` and all tensors are known to fit."""
-    mean, var = layer.running_mean, layer.running_var
+def forward(layer: Any, state: Any, x: Tensor, residual: Tensor | None) -> Tensor:
+    """A layer's forward in terms that `torch.compile` understands; its tensors (`state`) and `residual` fit."""
+    weight, bias, mean, var = state
     in_training = layer.training or mean is None
     running = (None, None) if in_training else (mean, var)
     y, batch_mean, _, batch_var, _ = torch.ops.bnfast.batch_norm(
-        x, layer.weight, layer.bias, residual, *running, layer.eps, layer.activation, layer.negative_slope
+        x, weight, bias, residual, *running, layer.eps, layer.activation, layer.negative_slope
     )
     if layer.training and layer.track_running_stats:
         momentum: Any = layer.momentum
@@ -124,7 +124,8 @@ def forward(layer: Any, x: Tensor, residual: Tensor | None) -> Tensor:
         if mean is not None:
             momentum = 0.0 if momentum is None else momentum
             count = x.numel() // x.shape[1]
-            with torch.no_grad():
+            # as in PyTorch's own code no version counter of autograd is raised
+            with torch.no_grad(), torch.autograd._unsafe_preserve_version_counter((mean, var)):
                 for tensor, batch in ((mean, batch_mean), (var, batch_var * (count / (count - 1)))):
                     tensor.copy_(tensor.double() * (1.0 - momentum) + batch * momentum)
     return y
