@@ -396,6 +396,21 @@ def test_some_of_them_or_a_single_layer(rng):
         bnfast.from_state(state, "bn1")
 
 
+def test_options_of_some_layers_by_their_prefix(rng):
+    state = model_state(rng, ["bn1", "bn2"])
+    layers = bnfast.from_state(state, eps={"bn2": 1e-3}, momentum={"bn1": None}, activation="relu")
+    assert [layer.eps for layer in layers.values()] == [1e-5, 1e-3]
+    assert [layer.momentum for layer in layers.values()] == [None, 0.1]
+    assert [layer.activation for layer in layers.values()] == ["relu", "relu"]
+    (layer,) = bnfast.from_state(state, ["bn1"], eps={"bn1": 0.0, "bn2": 1e-3}).values()  # of the whole model
+    assert layer.eps == 0
+    for name in ("eps", "momentum"):
+        with pytest.raises(bnfast.StateError, match=f"{name}: no batch norm 'bn3'; there are 'bn1', 'bn2'"):
+            bnfast.from_state(state, **{name: {"bn1": 0.1, "bn3": 0.1}})
+    with pytest.raises(TypeError, match="eps: expected a number, got 'x'"):
+        bnfast.from_state(state, eps={"bn1": "x"})
+
+
 def test_layers_without_parameters_or_counts(rng):
     state = {"a.running_mean": np.ones(2), "a.running_var": np.ones(2), "b.running_mean": np.ones(2)}
     (layer,) = bnfast.from_state(state).values()

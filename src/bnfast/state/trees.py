@@ -20,7 +20,7 @@ def from_state(
     state: Mapping[str, ArrayLike],
     prefixes: Iterable[str] | None = None,
     *,
-    eps: float = 1e-5,
+    eps: float | Mapping[str, float] = 1e-5,
     axis: SupportsIndex = 1,
     **options: Any,
 ) -> dict[str, BatchNorm]:
@@ -34,12 +34,12 @@ def from_state(
         statistics: a state does not tell them apart.)
     prefixes : iterable of str, optional
         Which layers to take, like "layer1.0.bn1"; None: all.
-    eps : float
-        Of all of them: it is not in a state.
+    eps : float or mapping of str to float
+        Of all of them, or by prefix: it is not in a state. What a mapping leaves out is 1e-5.
     axis : int
         The channel axis of all of them.
     **options : any
-        Other arguments of `BatchNorm`, for all of them: momentum, activation, ...
+        Other arguments of `BatchNorm`, for all of them or, as eps, by prefix: momentum, activation, ...
 
     Returns
     -------
@@ -52,7 +52,7 @@ def from_state(
     TypeError, ValueError
         If `state`, a prefix or an option has a wrong type, or an option a wrong value.
     StateError
-        If there is no batch norm, not the one asked for, or one whose arrays do not fit each other.
+        If there is no batch norm, not one that `prefixes` or a mapping names, or one whose arrays do not fit.
 
     Examples
     --------
@@ -74,16 +74,26 @@ def from_state(
         raise StateError(
             "state: expected the keys of a batch norm, as 'bn1.running_mean' and 'bn1.running_var', got none"
         )
-    if prefixes is not None:
-        wanted = list(prefixes)
-        if others := [prefix for prefix in wanted if not isinstance(prefix, str)]:
-            raise TypeError(f"prefixes: expected several str, got {type(others[0]).__name__} among them")
-        wanted = [prefix.removesuffix(".") for prefix in wanted]
-        if missing := [prefix for prefix in wanted if prefix not in found]:
+    wanted = found if prefixes is None else list(prefixes)
+    if others := [prefix for prefix in wanted if not isinstance(prefix, str)]:
+        raise TypeError(f"prefixes: expected several str, got {type(others[0]).__name__} among them")
+    wanted = [prefix.removesuffix(".") for prefix in wanted]
+    options = {"eps": eps, "axis": axis, **options}
+    by_prefix = {name: value for name, value in options.items() if isinstance(value, Mapping)}
+    for name, named in {"prefixes": wanted, **by_prefix}.items():
+        if missing := [prefix for prefix in named if prefix not in found]:
             few = ", ".join(map(repr, found[:8])) + (", ..." if len(found) > 8 else "")
-            raise StateError(f"prefixes: no batch norm {missing[0]!r}; there are {few}")
-        found = wanted
-    return {prefix: _layer(state, prefix, {"eps": eps, "axis": axis, **options}) for prefix in found}
+            raise StateError(f"{name}: no batch norm {missing[0]!r}; there are {few}")
+    return {prefix: _layer(state, prefix, _options_of(prefix, options)) for prefix in wanted}
+
+
+def _options_of(prefix: str, options: dict[str, Any]) -> dict[str, Any]:
+    """Those of one layer: of what is given by prefix its own, if it has one."""
+    return {
+        name: value[prefix] if isinstance(value, Mapping) else value
+        for name, value in options.items()
+        if not isinstance(value, Mapping) or prefix in value
+    }
 
 
 def _key(prefix: str, name: str) -> str:
