@@ -99,6 +99,29 @@ def test_unfitted_subclasses_names_and_what_is_none(x):
         bnfast.StandardScaler.from_sklearn(broken)
 
 
+@pytest.mark.parametrize("method", ["fit", "partial_fit", "transform", "inverse_transform"])
+def test_methods_of_a_subclass_would_be_lost_and_are_refused(method, x):
+    for base in (bnfast.StandardScaler, StandardScaler):
+        mine = type("Mine", (base,), {method: lambda self, X, **others: self})()
+        with pytest.raises(TypeError, match=f"Mine: expected the methods of StandardScaler, got another {method}"):
+            mine.to_sklearn() if base is bnfast.StandardScaler else bnfast.StandardScaler.from_sklearn(mine)
+    theirs = type("Mine", (StandardScaler,), {"more": lambda self: 1})().fit(x)
+    assert_same_state(bnfast.StandardScaler.from_sklearn(theirs), theirs)
+
+
+def test_the_container_that_was_chosen_stays_chosen(x):
+    pandas = pytest.importorskip("pandas", reason="pandas is not installed: there are no frames to choose")
+    ours = bnfast.StandardScaler().set_output(transform="pandas", inverse_transform="pandas").fit(x)
+    theirs = ours.to_sklearn()
+    back = bnfast.StandardScaler.from_sklearn(theirs)
+    for scaler in (theirs, back):
+        assert isinstance(scaler.transform(x), pandas.DataFrame)
+        assert isinstance(scaler.inverse_transform(x), np.ndarray)
+    plain = bnfast.StandardScaler().fit(x).to_sklearn()
+    assert isinstance(plain.transform(x), np.ndarray)
+    assert isinstance(bnfast.StandardScaler.from_sklearn(plain).transform(x), np.ndarray)
+
+
 @pytest.fixture
 def pipeline(x):
     target = x[:, 0] > x[:, 1]

@@ -17,7 +17,7 @@ from .batches import batches_of, checked_batch_size
 from .columns import merged, statistics
 from .data import Array, Float64, as_table, as_weights, is_sparse
 from .estimator import Transformer, feature_names, wrapping
-from .exchange import state_of, to_sklearn
+from .exchange import output_of, state_of, to_sklearn
 from .fitted import FITTED, attributes, check_fitted, given, is_fitted, statistics_of
 from .lazy import is_lazy, known
 from .peer import fitted_to_sparse, scaled_sparse
@@ -652,7 +652,13 @@ class StandardScaler(Transformer):
         Returns
         -------
         sklearn.preprocessing.StandardScaler
-            Fitted if this one is; it shares no memory.
+            Fitted if this one is; it shares no memory. What `set_output` chose for `transform` stays chosen.
+
+        Raises
+        ------
+        TypeError
+            If the scaler is of a subclass that has a `fit`, `partial_fit`, `transform` or `inverse_transform` of its
+            own, which would be lost.
 
         Examples
         --------
@@ -660,7 +666,7 @@ class StandardScaler(Transformer):
         >>> bnfast.StandardScaler(with_std=False).fit([[1.0], [3.0]]).to_sklearn().mean_
         array([2.])
         """
-        return to_sklearn(self, FITTED)
+        return to_sklearn(self, StandardScaler, FITTED)
 
     @classmethod
     def from_sklearn(cls, theirs: Any) -> Self:
@@ -674,19 +680,20 @@ class StandardScaler(Transformer):
         Returns
         -------
         StandardScaler
-            Fitted if theirs is; `partial_fit` and `merge` go on from there.
+            Fitted if theirs is; `partial_fit` and `merge` go on from there. What `set_output` chose stays chosen.
 
         Raises
         ------
         TypeError
-            If `theirs` is something else.
+            If `theirs` is something else, or of a subclass that has a `fit`, `partial_fit`, `transform` or
+            `inverse_transform` of its own, which would be lost.
         StateError
             If what it has been fitted to is not complete, or does not fit together.
         """
         parameters, state = state_of(theirs, FITTED)
         scaler = cls(**parameters)
         scaler.__setstate__(state)
-        return scaler
+        return scaler.set_output(transform=output_of(theirs))
 
     def __add__(self, other: object) -> Self:
         if not isinstance(other, StandardScaler):
