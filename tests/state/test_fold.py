@@ -346,6 +346,13 @@ def test_before_what_is_padded_or_transposed_is_refused(shape, options, words, r
     [
         ({"weight": np.ones((4, 3))}, ValueError, r"weight: expected 3 output channels, .* got 4"),
         ({"weight": np.ones((3, 4)), "position": "before"}, ValueError, "weight: expected 3 input channels, .* got 4"),
+        (  # depthwise
+            {"weight": np.ones((3, 1, 3, 3)), "position": "before", "padding": 0},
+            ValueError,
+            r"weight: expected 3 input channels, .* got 1 .*; if the convolution is grouped, give groups=$",
+        ),
+        ({"weight": np.ones((4, 1, 3)), "transposed": True}, ValueError, "got 1 .* is grouped, give groups=$"),
+        ({"weight": np.ones((4, 3, 3))}, ValueError, r"got 4 \(.*, transposed False\)$"),
         ({"weight": np.ones(3)}, ValueError, "at least 2 dimensions"),
         ({"weight": np.ones((3, 3), int)}, TypeError, "weight: expected float32"),
         ({"weight": np.ones((3, 3), complex)}, TypeError, "weight: expected float32"),

@@ -121,9 +121,11 @@ def fold(
     n_out = n_groups * moved.shape[1] if transposed else moved.shape[0]
     n_channels = n_groups * moved.shape[1] if before else n_out
     if bn.num_features != n_channels:
+        one_group = w.ndim > 2 and (before or transposed) and n_groups == 1
+        way = "; if the convolution is grouped, give groups=" if one_group else ""
         raise ValueError(
             f"weight: expected {bn.num_features} {'input' if before else 'output'} channels, as the batch norm has, "
-            f"got {n_channels} (shape {w.shape}, axis {axis}, groups {groups}, transposed {transposed})"
+            f"got {n_channels} (shape {w.shape}, axis {axis}, groups {groups}, transposed {transposed}){way}"
         )
     along = (n_groups, 1, -1, 1) if before or transposed else (n_groups, -1, 1, 1)
     b, bias_dtype = (np.zeros(n_out), original) if bias is None else _weights(bias, "bias")
