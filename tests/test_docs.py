@@ -14,7 +14,7 @@ from places import ROOT
 DOCS = ROOT / "docs"
 PAGES = [path for path in sorted(DOCS.rglob("*.md")) if not {"_build", "_gallery"} & set(path.relative_to(DOCS).parts)]
 OPTIONAL = {
-    *("torch", "keras", "tensorflow", "jax", "dask", "sklearn", "joblib", "pandas", "safetensors"),
+    *("torch", "keras", "tensorflow", "flax", "jax", "dask", "sklearn", "joblib", "pandas", "safetensors"),
     *("onnx", "onnxruntime", "skl2onnx"),
 }
 
