@@ -478,7 +478,7 @@ PUBLIC = {
     "BatchNorm.load_state_dict": "(self, state, *, prefix='')",
     "BatchNorm.save": "(self, path)",
     "BatchNorm.load": "(path, *, max_bytes=1073741824)",
-    "BatchNorm.from_arrays": "(convention, *, gamma=None, beta=None, mean, var, **extras)",
+    "BatchNorm.from_arrays": "(convention, *, gamma=None, beta=None, mean=None, var=None, **extras)",
     "BatchNorm.to_arrays": "(self, convention)",
     "BatchNorm.reset_parameters": "(self)",
     "BatchNorm.reset_running_stats": "(self)",

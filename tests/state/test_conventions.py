@@ -304,15 +304,25 @@ def test_there_and_back(convention, dtype, arrays):
         rtol = 2 * np.finfo(dtype).eps if convention == "darknet" and value is given["var"] else 0
         np.testing.assert_allclose(back[name], value, rtol=rtol)
         assert back[name].dtype == dtype
+    extras = {name: value for name, value in NEEDED.get(convention, {}).items() if name not in back}
+    again = BatchNorm.from_arrays(convention, **back, **extras, dtype=np.float64)  # under the framework's own names
+    np.testing.assert_allclose(again.running_mean, given["mean"])
+    np.testing.assert_allclose(again.running_var, layer.running_var, rtol=1e-6)
+    np.testing.assert_array_equal(again.gamma, layer.gamma)
+    np.testing.assert_array_equal(again.beta, layer.beta)
 
 
 def test_options_of_a_layer_are_taken_and_others_named(arrays):
     layer = BatchNorm.from_arrays("pytorch", **arrays, axis=-1, activation="relu", dtype=np.float64)
     assert (layer.axis, layer.activation, layer.dtype) == (-1, "relu", np.float64)
-    with pytest.raises(TypeError, match="epsilon: not known to 'pytorch', which takes num_batches_tracked, eps"):
+    with pytest.raises(TypeError, match="epsilon: not known to 'pytorch', which takes weight, bias, running_mean, "):
         BatchNorm.from_arrays("pytorch", **arrays, epsilon=1e-3)
-    with pytest.raises(TypeError, match=r"scale: not known to 'flax', .*; give that array as gamma="):
-        BatchNorm.from_arrays("flax", mean=arrays["mean"], var=arrays["var"], scale=arrays["gamma"])
+    with pytest.raises(TypeError, match="moving_mean: not known to 'flax', which takes scale, bias, mean, var, eps"):
+        BatchNorm.from_arrays("flax", moving_mean=arrays["mean"], var=arrays["var"])
+    with pytest.raises(TypeError, match="moving_mean: here this is mean, expected one of them, got both"):
+        BatchNorm.from_arrays("keras", **arrays, moving_mean=arrays["mean"])
+    with pytest.raises(TypeError, match="var: expected an array, got None"):
+        BatchNorm.from_arrays("keras", moving_mean=arrays["mean"])
     with pytest.raises(ValueError, match="convention: expected 'pytorch', "):
         BatchNorm.from_arrays("theano", **arrays)
     with pytest.raises(ValueError, match="convention"):

@@ -78,7 +78,7 @@ CONVENTIONS = {
 
 
 def read(
-    convention: str, gamma: ArrayLike | None, beta: ArrayLike | None, mean: ArrayLike, var: ArrayLike,
+    convention: str, gamma: ArrayLike | None, beta: ArrayLike | None, mean: ArrayLike | None, var: ArrayLike | None,
     extras: dict[str, Any],
 ) -> tuple[dict[str, Any], Arrays, bool]:  # fmt: skip
     """(arguments of a layer's constructor, its state by PyTorch's names, whether it is for eval mode)."""
@@ -86,6 +86,13 @@ def read(
     extras = dict(extras)
     _check_extras(convention, row, extras)
     given = {"gamma": gamma, "beta": beta, "mean": mean, "var": var}
+    for ours, frameworks in zip(given, row.names, strict=True):
+        if frameworks in extras:
+            if given[ours] is not None:
+                raise TypeError(f"{frameworks}: here this is {ours}, expected one of them, got both")
+            given[ours] = extras.pop(frameworks)
+        if given[ours] is None and ours in ("mean", "var"):
+            raise TypeError(f"{ours}: expected an array, got None")
     arrays = {name: plain(value, name) for name, value in given.items() if value is not None}
     if convention == "haiku":  # (1, 1, 1, C)
         arrays = {
@@ -150,11 +157,9 @@ def plain(value: Any, name: str) -> NDArray[Any]:
 
 def _check_extras(convention: str, row: Convention, extras: dict[str, Any]) -> None:
     options = [option[0] for option in (row.eps, row.momentum) if option is not None]
-    known = [*row.needed, *row.optional, *options, *LAYERS_OWN]
+    known = [*row.names, *row.needed, *row.optional, *options, *LAYERS_OWN]
     if unknown := sorted(extras.keys() - set(known)):
-        arrays = dict(zip(row.names, ("gamma", "beta", "mean", "var"), strict=True))
-        way = f"; give that array as {arrays[unknown[0]]}=" if unknown[0] in arrays else ""
-        raise TypeError(f"{unknown[0]}: not known to {convention!r}, which takes {', '.join(known)}{way}")
+        raise TypeError(f"{unknown[0]}: not known to {convention!r}, which takes {', '.join(known)}")
     if missing := [name for name in row.needed if name not in extras]:
         raise TypeError(f"{missing[0]}: {convention!r} needs it: it has no default, or the arrays mean something else "
                         "without it")  # fmt: skip

@@ -118,8 +118,8 @@ class LayerState(RunningStatistics):
         *,
         gamma: ArrayLike | None = None,
         beta: ArrayLike | None = None,
-        mean: ArrayLike,
-        var: ArrayLike,
+        mean: ArrayLike | None = None,
+        var: ArrayLike | None = None,
         **extras: Any,
     ) -> Self:
         """A layer of the arrays that another framework keeps of one.
@@ -130,7 +130,8 @@ class LayerState(RunningStatistics):
             "pytorch", "torchvision" (its frozen layer), "keras" (3), "slim" (TensorFlow 1), "flax", "haiku", "onnx",
             "caffe", "darknet", "mxnet" or "ncnn".
         gamma, beta, mean, var : (C,) array_like
-            Whatever they are called there; gamma and beta None where there are none.
+            Whatever they are called there, or under the framework's own names, as `to_arrays` gives them; gamma and
+            beta None where there are none.
         **extras : any
             The framework's own options under its names, where they differ from its defaults: eps or epsilon, momentum
             or decay, which most of them take for the weight of the old average. Of some more: "pytorch"
