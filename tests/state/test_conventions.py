@@ -4,6 +4,7 @@ installed, by hand with the framework's own formula where it cannot be (checked 
 
 import os
 import re
+from pathlib import Path
 
 import numpy as np
 import places
@@ -449,8 +450,15 @@ def test_a_state_that_does_not_fit_is_refused_with_the_layer(rng):
         bnfast.from_state(state)
     with pytest.raises(bnfast.StateError, match="expected the keys of a batch norm"):
         bnfast.from_state({"w": np.eye(3)})
-    with pytest.raises(TypeError, match="state: expected a mapping"):
+    with pytest.raises(TypeError, match=r"state: expected a mapping, got list$"):
         bnfast.from_state([1])
+    with pytest.raises(TypeError, match=r"state: expected a mapping, got BatchNorm; give its state_dict\(\)"):
+        bnfast.from_state(BatchNorm(2))
+    for path in ("model.pt", Path("model.pt")):
+        with pytest.raises(TypeError, match=r"state: expected a mapping, got .*; load the file first"):
+            bnfast.from_state(path)
+    with pytest.raises(bnfast.StateError, match=r"state\['model'\] is a mapping that has some: give that"):
+        bnfast.from_state({"optimizer": {"state": {}}, "model": state})
     with pytest.raises(TypeError, match="prefixes: expected several str, got int among them"):
         bnfast.from_state(state, [1])
     with pytest.raises(bnfast.StateError, match="b: running_mean: expected one value a channel, got none"):

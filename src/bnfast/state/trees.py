@@ -1,5 +1,6 @@
 """The batch norms of a whole model's weights: layers of what a dictionary of PyTorch's names holds."""
 
+import os
 from collections.abc import Iterable, Mapping
 from typing import Any, SupportsIndex
 
@@ -62,17 +63,19 @@ def from_state(
     {'stem.bn': BatchNorm(4, axis=1, eps=1e-05, momentum=0.1, affine=False)}
     """
     if not isinstance(state, Mapping):
-        raise TypeError(f"state: expected a mapping, got {type(state).__name__}")
+        way = "; give its state_dict()" if hasattr(state, "state_dict") else ""
+        way = "; load the file first" if isinstance(state, str | os.PathLike) else way
+        raise TypeError(f"state: expected a mapping, got {type(state).__name__}{way}")
     if isinstance(prefixes, str):
         raise TypeError(f"prefixes: expected several str, got one; write [{prefixes!r}]")
     if not (prefixes is None or isinstance(prefixes, Iterable)):
         raise TypeError(f"prefixes: expected several str, got {type(prefixes).__name__}")
-    endings = [name for name in state if isinstance(name, str) and f".{name}".endswith(".running_mean")]
-    found = [name.removesuffix("running_mean").removesuffix(".") for name in endings]
-    found = [prefix for prefix in found if _key(prefix, "running_var") in state]
+    found = _found(state)
     if not found:
+        inner = [name for name, value in state.items() if isinstance(value, Mapping) and _found(value)]
+        way = f"; state[{inner[0]!r:.80}] is a mapping that has some: give that" if inner else ""
         raise StateError(
-            "state: expected the keys of a batch norm, as 'bn1.running_mean' and 'bn1.running_var', got none"
+            f"state: expected the keys of a batch norm, as 'bn1.running_mean' and 'bn1.running_var', got none{way}"
         )
     wanted = found if prefixes is None else list(prefixes)
     if others := [prefix for prefix in wanted if not isinstance(prefix, str)]:
@@ -85,6 +88,13 @@ def from_state(
             few = ", ".join(map(repr, found[:8])) + (", ..." if len(found) > 8 else "")
             raise StateError(f"{name}: no batch norm {missing[0]!r}; there are {few}")
     return {prefix: _layer(state, prefix, _options_of(prefix, options)) for prefix in wanted}
+
+
+def _found(state: Mapping[str, ArrayLike]) -> list[str]:
+    """The prefixes of all batch norms."""
+    endings = [name for name in state if isinstance(name, str) and f".{name}".endswith(".running_mean")]
+    found = [name.removesuffix("running_mean").removesuffix(".") for name in endings]
+    return [prefix for prefix in found if _key(prefix, "running_var") in state]
 
 
 def _options_of(prefix: str, options: dict[str, Any]) -> dict[str, Any]:
