@@ -122,6 +122,12 @@ def test_before_a_convolution(kind, rng):
 
 
 @needs_torch
+def test_a_layer_is_not_its_weight(rng):
+    with pytest.raises(TypeError, match=r"weight: expected float32, .*; give the layer's weight and bias"):
+        bnfast.fold(batch_norm(3, rng), torch.nn.Conv2d(3, 3, 3))
+
+
+@needs_torch
 def test_where_pytorchs_own_helper_is_wrong(rng):
     """A grouped transposed convolution: its helper scales the axis of out/groups as if it were out."""
     conv = torch.nn.ConvTranspose2d(4, 4, 3, groups=2, dtype=torch.float64).eval()
@@ -311,7 +317,7 @@ def test_a_layer_that_is_no_fixed_map_is_refused(rng):
     spoilt(np.float32([[np.inf, 1, 1], [1, 2, 3]]))
     with pytest.raises(ValueError, match="finite running statistics"):
         bnfast.fold(spoilt.eval(), w)
-    with pytest.raises(TypeError, match="bn: expected a BatchNorm, got object"):
+    with pytest.raises(TypeError, match=r"bn: expected a bnfast.BatchNorm, got object; .*from_arrays and .* make one"):
         bnfast.fold(object(), w)
 
 

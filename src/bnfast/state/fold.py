@@ -146,7 +146,8 @@ def fold(
 def _map_of(bn: BatchNorm, before: bool) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """(scale, shift): what the layer does in eval mode."""
     if not isinstance(bn, BatchNorm):
-        raise TypeError(f"bn: expected a BatchNorm, got {type(bn).__name__}")
+        way = "BatchNorm.from_arrays and bnfast.from_state make one of another library's"
+        raise TypeError(f"bn: expected a bnfast.BatchNorm, got {type(bn).__name__}; {way}")
     if bn.training or bn._calibration.value is not None:
         raise ValueError("bn: expected a layer in eval mode: in training and in a calibration it is no fixed map")
     if not bn.track_running_stats:
@@ -169,7 +170,8 @@ def _weights(value: ArrayLike, name: str) -> tuple[NDArray[np.float64], np.dtype
     dtype = getattr(value, "dtype", array.dtype)
     original = array.dtype if not isinstance(dtype, np.dtype) else dtype  # a tensor's bfloat16 is no dtype of NumPy's
     if original.name not in DTYPES:
-        raise TypeError(f"{name}: expected float32, float64, float16 or bfloat16, got {original}")
+        way = "; give the layer's weight and bias" if hasattr(value, "weight") else ""
+        raise TypeError(f"{name}: expected float32, float64, float16 or bfloat16, got {original}{way}")
     return array.astype(np.float64), original.newbyteorder("=")
 
 
