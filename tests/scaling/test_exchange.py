@@ -91,7 +91,7 @@ def test_unfitted_subclasses_names_and_what_is_none(x):
     named = bnfast.StandardScaler().fit(frame)
     assert_same_state(named, named.to_sklearn())
     assert_same_state(named, bnfast.StandardScaler.from_sklearn(named.to_sklearn()))
-    with pytest.raises(TypeError, match=r"theirs: expected a sklearn.preprocessing.StandardScaler, got StandardScaler"):
+    with pytest.raises(TypeError, match=r"expected a sklearn.preprocessing.StandardScaler, got bnfast.StandardScaler"):
         bnfast.StandardScaler.from_sklearn(named)
     broken = StandardScaler().fit(x)
     broken.mean_ = broken.mean_[:2]

@@ -26,7 +26,8 @@ def state_of(theirs: Any, fitted: tuple[str, ...]) -> tuple[dict[str, Any], dict
     from sklearn.preprocessing import StandardScaler
 
     if not isinstance(theirs, StandardScaler):
-        raise TypeError(f"theirs: expected a sklearn.preprocessing.StandardScaler, got {type(theirs).__name__}")
+        cls = type(theirs)
+        raise TypeError(f"theirs: expected a sklearn.preprocessing.StandardScaler, got {cls.__module__}.{cls.__name__}")
     check_methods(theirs, StandardScaler)
     state = {name: copy.deepcopy(vars(theirs)[name]) for name in fitted if name in vars(theirs)}
     for name in ("mean_", "var_", "scale_"):
