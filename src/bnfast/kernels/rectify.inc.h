@@ -41,7 +41,8 @@ static ALWAYS_INLINE FN(vec) FN(passed)(const struct FN(rectifier) * of, FN(vec)
 
 /* The same at v = scaled + shift. As subnormal numbers are kept, a rounded sum has the sign of the exact one, and a
  * comparison is enough for ReLU. */
-static ALWAYS_INLINE FN(vec) FN(passed_at_sum)(const struct FN(rectifier) * of, FN(vec) u, FN(vec) scaled, FN(vec) shift)
+static ALWAYS_INLINE FN(vec)
+    FN(passed_at_sum)(const struct FN(rectifier) * of, FN(vec) u, FN(vec) scaled, FN(vec) shift)
 {
     if (of->is_relu)
         return FN(if_at_most)(scaled, -shift, FN(set1)(0), u);
