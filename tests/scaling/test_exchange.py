@@ -99,7 +99,7 @@ def test_unfitted_subclasses_names_and_what_is_none(x):
         bnfast.StandardScaler.from_sklearn(broken)
 
 
-@pytest.mark.parametrize("method", ["fit", "partial_fit", "transform", "inverse_transform"])
+@pytest.mark.parametrize("method", ["fit", "fit_transform", "partial_fit", "transform", "inverse_transform"])
 def test_methods_of_a_subclass_would_be_lost_and_are_refused(method, x):
     for base in (bnfast.StandardScaler, StandardScaler):
         mine = type("Mine", (base,), {method: lambda self, X, **others: self})()

@@ -193,8 +193,11 @@ def test_a_call_by_pytorchs_code_beside_one_by_the_operator(backend):
         close(getattr(layer, name), getattr(theirs, name))
 
 
-def test_any_number_of_channels_where_none_is_given():
-    layer = bnfast.torch.BatchNorm2d(6, affine=False, track_running_stats=False)
+def test_any_number_of_channels_where_there_are_no_tensors():
+    """PyTorch's layer does not look at num_features then."""
+    layer, theirs = pair(4, affine=False, track_running_stats=False)
     x = data(4)
     torch._dynamo.mark_dynamic(x, 1)
-    torch.testing.assert_close(torch.compile(layer, backend="eager", fullgraph=True)(x), layer(data(4)))
+    close(torch.compile(layer, backend="eager", fullgraph=True)(x), theirs(x))
+    layer.num_features = theirs.num_features = 4
+    close(layer(data(4)), theirs(data(4)))

@@ -580,11 +580,44 @@ def test_what_is_reverted_after_a_parametrization_has_its_activation_once():
     torch.testing.assert_close(bnfast.torch.revert(model)(data(4)), expected)
 
 
-def test_reverting_a_trace_leaves_the_model_that_was_traced():
-    model = bnfast.torch.convert(nn.Sequential(nn.BatchNorm2d(6), nn.ReLU()))
+@pytest.mark.parametrize("activation", ["relu", None])
+def test_reverting_a_trace_leaves_the_model_that_was_traced(activation):
+    class Adds(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bn = bnfast.torch.BatchNorm2d(6, activation=activation)
+            self.other = self.bn
+
+        def forward(self, x):
+            return self.bn(self.other(x, x))
+
+    model = Adds()
     expected = model(data(4))
     graph = fx.symbolic_trace(model)
-    assert type(bnfast.torch.revert(graph).get_submodule("0")) is nn.BatchNorm2d
+    assert type(bnfast.torch.revert(graph).bn) is nn.BatchNorm2d
     torch.testing.assert_close(graph(data(4)), expected)
     torch.testing.assert_close(model(data(4)), expected)
-    assert graph.get_submodule("0").weight is model[0].weight
+    assert graph.bn is not model.bn
+    assert graph.bn.weight is model.bn.weight
+
+
+@pytest.mark.parametrize("call", [
+    lambda bn, x: bn(x, None), lambda bn, x: bn(input=x), lambda bn, x: bn(x, residual=None),
+    lambda bn, x: bn(x, residual=x), lambda bn, x: bn(input=x, residual=x),
+])  # fmt: skip
+def test_any_way_to_write_a_call_is_traced_converted_and_reverted(call):
+    class Calls(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bn = bnfast.torch.BatchNorm2d(6)
+
+        def forward(self, x):
+            return F.relu(call(self.bn, x))
+
+    model = Calls()
+    expected = model(data(4))
+    graph = bnfast.torch.convert(fx.symbolic_trace(model))
+    (node,) = (node for node in graph.graph.nodes if node.op == "call_module")
+    assert (graph.bn.activation == "relu") is (len(node.args) == 1)
+    close(graph(data(4)), expected)
+    close(bnfast.torch.revert(graph)(data(4)), expected)

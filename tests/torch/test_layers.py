@@ -1157,7 +1157,7 @@ def test_running_statistics_that_want_gradients_are_pytorchs(training):
         except RuntimeError as error:
             outcomes.append(str(error))
     assert outcomes[0] == outcomes[1]
-    assert training or "not differentiable" in outcomes[0]
+    assert outcomes[0] != "done"
 
 
 class NegativeBit(nn.Module):
@@ -1175,10 +1175,11 @@ def test_parameters_and_statistics_in_odd_memory(kernels):
     assert kernels["forward"] == 1
 
 
-def test_an_infinite_eps_and_no_channels_are_pytorchs():
+def test_an_infinite_eps_and_no_channels_are_pytorchs(kernels):
     ours, theirs = pair(4)
     ours.eps = theirs.eps = float("inf")
     torch.testing.assert_close(ours(data(4)), theirs(data(4)))
     for layer in (bnfast.torch.BatchNorm2d(0), nn.BatchNorm2d(0)):
         with pytest.raises(IndexError):
             layer(torch.randn(3, 0, 4, 4))
+    assert kernels["forward"] == 0

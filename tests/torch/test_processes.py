@@ -92,6 +92,7 @@ def test_all_raise_where_one_refuses_its_input(told):
         assert "no double backward" in told_by_one[3]
         assert "no transforms of torch.func" in told_by_one[4]
         assert told_by_one[5] == [13, 6, 4, 3]
+        assert "input: expected (N, 6, ...)" in told_by_one[6]
 
 
 @needs_gloo

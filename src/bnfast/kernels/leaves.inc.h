@@ -10,8 +10,8 @@
 /* Whether there is something wider than T, for sums and for what leaves its range. */
 #define NARROW (sizeof(T) == 4)
 
-/* Whether there are bodies for special cases: for each kind of store; for some rows at once that end in parts of vectors.
- * Not of halves, where they gain little: less to compile. */
+/* Whether there are bodies for special cases: for each kind of store; for some rows at once that end in parts of
+ * vectors. Not of halves, where they gain little: less to compile. */
 #ifdef HALF
 #define SPECIALISES 0
 #else

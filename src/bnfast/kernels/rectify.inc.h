@@ -39,8 +39,8 @@ static ALWAYS_INLINE FN(vec) FN(passed)(const struct FN(rectifier) * of, FN(vec)
     return FN(if_outside)(v, zero, of->top, FN(below)(of, u), u);
 }
 
-/* The same at v = scaled + shift. As subnormal numbers are kept, a rounded sum has the sign of the exact one, and a
- * comparison is enough for ReLU. */
+/* The same at v = scaled + shift. A rounded sum has the sign of the exact one, so a comparison is enough for ReLU. (Where
+ * the caller has subnormal results flushed, sums that would be have none; here they pass, if they are above 0.) */
 static ALWAYS_INLINE FN(vec)
     FN(passed_at_sum)(const struct FN(rectifier) * of, FN(vec) u, FN(vec) scaled, FN(vec) shift)
 {

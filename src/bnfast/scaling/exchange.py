@@ -8,7 +8,8 @@ import numpy as np
 __all__ = ["output_of", "state_of", "to_sklearn"]
 
 PARAMETERS = ("copy", "with_mean", "with_std")
-METHODS = ("fit", "partial_fit", "transform", "inverse_transform")  # of a subclass: the other side would not have them
+# of a subclass: the other side would not have them
+METHODS = ("fit", "fit_transform", "partial_fit", "transform", "inverse_transform")
 
 
 def to_sklearn(scaler: Any, base: type, fitted: tuple[str, ...]) -> Any:

@@ -657,8 +657,8 @@ class StandardScaler(Transformer):
         Raises
         ------
         TypeError
-            If the scaler is of a subclass that has a `fit`, `partial_fit`, `transform` or `inverse_transform` of its
-            own, which would be lost.
+            If the scaler is of a subclass that has a `fit`, `fit_transform`, `partial_fit`, `transform` or
+            `inverse_transform` of its own, which would be lost.
 
         Examples
         --------
@@ -685,8 +685,8 @@ class StandardScaler(Transformer):
         Raises
         ------
         TypeError
-            If `theirs` is something else, or of a subclass that has a `fit`, `partial_fit`, `transform` or
-            `inverse_transform` of its own, which would be lost.
+            If `theirs` is something else, or of a subclass that has a `fit`, `fit_transform`, `partial_fit`,
+            `transform` or `inverse_transform` of its own, which would be lost.
         StateError
             If what it has been fitted to is not complete, or does not fit together.
         """

@@ -22,7 +22,7 @@ def from_state(
     prefixes: Iterable[str] | None = None,
     *,
     eps: float | Mapping[str, float] = 1e-5,
-    axis: SupportsIndex = 1,
+    axis: SupportsIndex | Mapping[str, SupportsIndex] = 1,
     **options: Any,
 ) -> dict[str, BatchNorm]:
     """Layers of all batch norms in a model's weights, such as PyTorch's `state_dict` or a safetensors file.
@@ -37,8 +37,8 @@ def from_state(
         Which layers to take, like "layer1.0.bn1"; None: all.
     eps : float or mapping of str to float
         Of all of them, or by prefix: it is not in a state. What a mapping leaves out is 1e-5.
-    axis : int
-        The channel axis of all of them.
+    axis : int or mapping of str to int
+        The channel axis of all of them, or by prefix.
     **options : any
         Other arguments of `BatchNorm`, for all of them or, as eps, by prefix: momentum, activation, ...
 
@@ -82,6 +82,11 @@ def from_state(
         raise TypeError(f"prefixes: expected several str, got {type(others[0]).__name__} among them")
     wanted = [prefix.removesuffix(".") for prefix in wanted]
     options = {"eps": eps, "axis": axis, **options}
+    for name, value in options.items():
+        if isinstance(value, Mapping):
+            options[name] = {
+                key.removesuffix(".") if isinstance(key, str) else key: each for key, each in value.items()
+            }
     by_prefix = {name: value for name, value in options.items() if isinstance(value, Mapping)}
     for name, named in {"prefixes": wanted, **by_prefix}.items():
         if missing := [prefix for prefix in named if prefix not in found]:

@@ -230,13 +230,16 @@ def _gradient(array: Any, dtype: torch.dtype) -> Tensor:
 
 
 def met_by_activation(
-    bias: Tensor | None, residual: Tensor | None, activation: str | None, *, copy: Tensor | None = None
+    bias: Tensor | None, residual: Tensor | None, activation: str | None, *, kept: Tensor | None = None
 ) -> tuple[Any, Any]:
-    """What a backward needs of (bias, residual): without an activation nothing; of bias a copy, as it may change."""
+    """What a backward needs of (bias, residual): without an activation nothing; of bias a copy, as it may change.
+
+    kept: that copy, where there is one already.
+    """
     if activation is None:
         return None, None
     if bias is not None:
-        bias = bias.clone() if copy is None else copy
+        bias = bias.clone() if kept is None else kept
     return bias, residual
 
 

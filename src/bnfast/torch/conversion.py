@@ -84,7 +84,7 @@ def convert(model: Model, *, fuse_relu: bool = True) -> Model:
         for module in list(model.modules()):
             if isinstance(module, fx.GraphModule):
                 _fuse_graph(module, uses)
-            elif isinstance(module, nn.Sequential) and module.forward == nn.Sequential.forward.__get__(module):
+            elif isinstance(module, nn.Sequential) and _is_plain_sequence(module):
                 _fuse_sequence(module, uses)
     return model
 
@@ -132,8 +132,9 @@ def revert(model: Model) -> Model:
         if type(layer) not in PLAIN:  # of a class that a parametrization has made, which stays
             layer.activation = None
     taken = {id(layer) for _, _, layer, _ in sequences}
+    copies: dict[int, nn.Module] = {}
     for graph in graphs:
-        _unfuse_graph(graph, taken)
+        _unfuse_graph(graph, taken, copies)
     for module in model.modules():
         if type(module) in PLAIN:
             _make_plain(module)
@@ -176,6 +177,10 @@ def _is_wrapped(module: nn.Module) -> bool:
     return "forward" in module.__dict__ or any(
         getattr(module, f"_{name}_hooks") for name in ("forward", "forward_pre", "backward", "backward_pre")
     )
+
+
+def _is_plain_sequence(module: nn.Sequential) -> bool:
+    return type(module).forward is nn.Sequential.forward and "forward" not in module.__dict__
 
 
 def _activation_of(module: Any) -> tuple[str, float] | None:
@@ -347,8 +352,8 @@ def _activation_in(graph: fx.GraphModule, node: fx.Node) -> tuple[str, float] | 
     return None
 
 
-def _unfuse_graph(graph: fx.GraphModule, elsewhere: set[int]) -> None:
-    """elsewhere: layers whose activation has a place of its own again."""
+def _unfuse_graph(graph: fx.GraphModule, elsewhere: set[int], copies: dict[int, nn.Module]) -> None:
+    """elsewhere: layers whose activation has a place of its own again; copies: by the layers they are of, and are."""
     for node in _layer_nodes(graph):
         layer: Any = graph.get_submodule(node.target)
         last = node
@@ -363,13 +368,16 @@ def _unfuse_graph(graph: fx.GraphModule, elsewhere: set[int]) -> None:
             options = (layer.negative_slope,) if function is theirs.leaky_relu else ()
             with graph.graph.inserting_after(last):
                 last = graph.graph.call_function(function, (last, *options))
-            if getattr(layer, "traced", None) is None:  # the layer of the model that was traced, too
-                graph.set_submodule(node.target, copy.copy(layer))
         if last is not node:
             node.args = node.args[:1]
             for user in users:
                 user.replace_input_with(node, last)
         if (traced := getattr(layer, "traced", None)) is not None:
             graph.set_submodule(node.target, traced[0].train(layer.training))
+        elif last is not node:  # the layer is the traced model's, too, which keeps what it takes in
+            if id(layer) not in copies:
+                own = copies[id(layer)] = copy.copy(layer)
+                copies[id(own)] = own
+            graph.set_submodule(node.target, copies[id(layer)])
     graph.graph.lint()
     graph.recompile()

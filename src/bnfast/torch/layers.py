@@ -112,9 +112,11 @@ class _Layer(nn.modules.batchnorm._BatchNorm):
 
     def _call_impl(self, *args: Any, **kwargs: Any) -> Any:
         """In a graph that `torch.fx` traces the layer is one node, as PyTorch's are; its hooks run when that does."""
-        of = args[0] if args else kwargs.get("input")
-        if type(of) not in PLAIN and isinstance(of, fx.Proxy):
-            return of.tracer.create_proxy("call_module", of.tracer.path_of_module(self), args, kwargs)
+        x = args[0] if args else kwargs.get("input")
+        if type(x) not in PLAIN and isinstance(x, fx.Proxy):
+            residual = args[1] if len(args) > 1 else kwargs.get("residual")
+            arguments = (x,) if residual is None else (x, residual)
+            return x.tracer.create_proxy("call_module", x.tracer.path_of_module(self), arguments, {})
         return super()._call_impl(*args, **kwargs)
 
     def _forward(self, input: Any, residual: Tensor | None) -> Any:
@@ -206,7 +208,7 @@ class _Layer(nn.modules.batchnorm._BatchNorm):
         return state if self._suits_state(input, state) else None
 
     def _suits_input(self, input: Tensor, *, least: int = 2) -> bool:
-        """least: values a channel."""
+        """Whether the kernels take it. least: values a channel."""
         if not input.is_cpu or input.layout is not torch.strided or len(input.shape) not in self._ranks:
             return False
         if input.dtype not in WIDE and input.dtype not in calls.HALF:
@@ -215,6 +217,7 @@ class _Layer(nn.modules.batchnorm._BatchNorm):
         return bool(channels > 0 and input.numel() >= least * channels)
 
     def _suits_state(self, input: Tensor, state: "_State") -> bool:
+        """Whether they take these. (Where there are none at all, PyTorch takes any number of channels.)"""
         parameters = input.dtype if input.dtype in WIDE else _parameters_of_half(input.dtype, state)
         for tensor in state:
             if tensor is not None and (
@@ -222,7 +225,7 @@ class _Layer(nn.modules.batchnorm._BatchNorm):
                 or not tensor.is_cpu
                 or type(tensor) not in PLAIN
                 or tensor.shape != (self.num_features,)
-                or input.shape[1] != self.num_features
+                or self.num_features != input.shape[1]
             ):
                 return False
         mean, var = state.mean, state.var
@@ -280,10 +283,15 @@ class _Layer(nn.modules.batchnorm._BatchNorm):
         self._check_input_dim(input)
         if type(input) not in PLAIN:
             raise TypeError(f"input: expected a Tensor and no subclass of it, got {type(input).__name__}")
-        if not (self._suits_input(input, least=0) and self._suits_state(input, state)):
+        if not (
+            self._suits_input(input, least=0)
+            and self._suits_state(input, state)
+            and input.shape[1] == self.num_features  # of all processes, whether there are tensors or not
+        ):
             raise ValueError(
                 f"input: expected (N, {self.num_features}, ...) of a floating dtype that goes with the parameters', "
-                f"and eps above 0, got {tuple(input.shape)} of {input.dtype}, parameters of "
+                f"eps above 0 and finite, and statistics that want no gradient, got {tuple(input.shape)} of "
+                f"{input.dtype}, parameters of "
                 f"{sorted({str(t.dtype) for t in state if t is not None})}, eps {self.eps}"
             )
 

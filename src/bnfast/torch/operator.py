@@ -77,7 +77,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
     x, weight, bias, residual, running_mean, _, eps, activation, negative_slope = inputs
     _, mean, inv_std, var, kept_bias = output
     ctx.mark_non_differentiable(mean, inv_std, var, kept_bias)
-    bias_then, residual_then = calls.met_by_activation(bias, residual, activation, copy=kept_bias)
+    bias_then, residual_then = calls.met_by_activation(bias, residual, activation, kept=kept_bias)
     ctx.save_for_backward(x, weight, bias_then, residual_then, mean, inv_std)
     ctx.training, ctx.options = running_mean is None, calls.Options(eps, activation, negative_slope)
     ctx.dtypes = [None if t is None else t.dtype for t in (weight, bias)]
