@@ -76,7 +76,7 @@ MAY_IMPORT = {
         "torch.memory",
     },
     "torch.layers": {"_checks", "_core", "distributed.gather", "torch.calls", "torch.operator", "torch.processes"},
-    "torch.conversion": {"torch.layers"},
+    "torch.conversion": {"_checks", "torch.layers"},
     "torch": {"torch.conversion", "torch.layers"},
     "commands.figures": set(),
     "commands.common": set(),
