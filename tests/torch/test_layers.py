@@ -995,14 +995,15 @@ def test_little_data_goes_to_pytorchs_code(monkeypatch, kernels, least, sizes):
             assert kernels["forward"] == expected
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("layout", ["planar", "channels last", "rows"])
 @pytest.mark.parametrize("gradients", [True, False])
-def test_each_threshold_counts(gradients, layout):
+def test_each_threshold_counts(gradients, layout, dtype):
     """(alone, with a ReLU or a residual, with what PyTorch is slow with), for calls that need gradients and others."""
     for place, activation in enumerate((None, "relu", "relu6")):
-        least = layers.LEAST[gradients, layout][place]
+        least = (layers.LEAST if dtype is torch.float32 else layers.LEAST_OF_HALF)[gradients, layout][place]
         for elements, expected in ((least - 50, False), (least, True)):
-            x = torch.empty((elements // 50, 50) if layout == "rows" else (1, 50, elements // 50, 1))
+            x = torch.empty((elements // 50, 50) if layout == "rows" else (1, 50, elements // 50, 1), dtype=dtype)
             x = x.contiguous(memory_format=torch.channels_last) if layout == "channels last" else x
             with torch.set_grad_enabled(gradients):
                 assert pays(x, activation, False) is expected

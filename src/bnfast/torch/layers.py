@@ -37,6 +37,15 @@ LEAST_FROM_AFAR = {
     (True, "planar"): (200_000, 200_000, 150_000),
     (True, "channels last"): (1_000_000, 1_000_000, 900_000),
 }
+# Of half types, of whose memory there is half as much to save; by calls (AVX2).
+LEAST_OF_HALF = {
+    (True, "planar"): (5_000_000, 3_000_000, 3_000_000),
+    (True, "channels last"): (5_000_000, 2_000_000, 2_000_000),
+    (True, "rows"): (5_000_000, 2_000_000, 2_000_000),
+    (False, "planar"): (12_000_000, 5_000_000, 5_000_000),
+    (False, "channels last"): (12_000_000, 1_500_000, 1_500_000),
+    (False, "rows"): (12_000_000, 1_500_000, 1_500_000),
+}
 LEAST = LEAST_FROM_AFAR if _core.last_level_is_far() else LEAST_NEAR
 SMALL = min(min(each) for each in LEAST.values())  # what cannot pay, whatever it is
 PLAIN = (Tensor, Parameter)  # not their subclasses: these do something of their own
@@ -348,7 +357,8 @@ def pays(input: Tensor, activation: str | None, has_residual: bool) -> bool:
     """
     if input.layout is not torch.strided or input.ndim < 2:
         return False
-    alone, fused, slow = LEAST[torch.is_grad_enabled(), _layout_of(input)]
+    thresholds = LEAST_OF_HALF if input.dtype in calls.HALF else LEAST
+    alone, fused, slow = thresholds[torch.is_grad_enabled(), _layout_of(input)]
     least = slow if activation in ("relu6", "leaky_relu") else fused if activation or has_residual else alone
     return bool(input.numel() >= least)
 
