@@ -621,3 +621,32 @@ def test_any_way_to_write_a_call_is_traced_converted_and_reverted(call):
     assert (graph.bn.activation == "relu") is (len(node.args) == 1)
     close(graph(data(4)), expected)
     close(bnfast.torch.revert(graph)(data(4)), expected)
+
+
+def test_a_sequence_and_its_trace_in_one_model_are_both_reverted():
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.sequence = bnfast.torch.convert(nn.Sequential(nn.BatchNorm2d(6), nn.LeakyReLU(0.2)))
+            self.graph = fx.symbolic_trace(self.sequence)
+
+        def forward(self, x):
+            return self.sequence(x) + 10 * self.graph(x + 1)
+
+    model = Both()
+    expected = model(data(4))
+    torch.testing.assert_close(bnfast.torch.revert(model)(data(4)), expected)
+
+
+def test_a_sequence_whose_parts_a_graph_calls_has_its_activation_once():
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    for target in ("sequence.0", "sequence.1"):
+        x = graph.call_module(target, (x,))
+    graph.output(x)
+    model = fx.GraphModule({"sequence.0": nn.BatchNorm2d(6), "sequence.1": nn.LeakyReLU(0.2)}, graph)
+    model.sequence = nn.Sequential(model.sequence.get_submodule("0"), model.sequence.get_submodule("1"))
+    expected = model(data(4))
+    torch.testing.assert_close(bnfast.torch.convert(model)(data(4)), expected)
+    assert model.sequence[0].activation == "leaky_relu"
+    torch.testing.assert_close(bnfast.torch.revert(model)(data(4)), expected)

@@ -126,15 +126,15 @@ def revert(model: Model) -> Model:
         if isinstance(module, _Layer) and module.activation is not None and id(module) not in covered:
             raise ValueError(f"model: {name or 'it'} has an activation of its own, {module.activation!r}, which "
                              f"PyTorch's layer has not")  # fmt: skip
+    restored = {id(taken_in.original[0]) for _, _, _, taken_in in sequences}
     for parent, name, layer, taken_in in sequences:
         parent._modules[name] = taken_in.original[0].train(taken_in.training)
         taken_in.become_original()
         if type(layer) not in PLAIN:  # of a class that a parametrization has made, which stays
             layer.activation = None
-    taken = {id(layer) for _, _, layer, _ in sequences}
     copies: dict[int, nn.Module] = {}
     for graph in graphs:
-        _unfuse_graph(graph, taken, copies)
+        _unfuse_graph(graph, restored, copies)
     for module in model.modules():
         if type(module) in PLAIN:
             _make_plain(module)
@@ -352,8 +352,12 @@ def _activation_in(graph: fx.GraphModule, node: fx.Node) -> tuple[str, float] | 
     return None
 
 
-def _unfuse_graph(graph: fx.GraphModule, elsewhere: set[int], copies: dict[int, nn.Module]) -> None:
-    """elsewhere: layers whose activation has a place of its own again; copies: by the layers they are of, and are."""
+def _calls(graph: fx.GraphModule, node: fx.Node, modules: set[int]) -> bool:
+    return node.op == "call_module" and id(graph.get_submodule(node.target)) in modules
+
+
+def _unfuse_graph(graph: fx.GraphModule, restored: set[int], copies: dict[int, nn.Module]) -> None:
+    """restored: activations in their old places; copies: by the layers they are of, and are."""
     for node in _layer_nodes(graph):
         layer: Any = graph.get_submodule(node.target)
         last = node
@@ -363,7 +367,7 @@ def _unfuse_graph(graph: fx.GraphModule, elsewhere: set[int], copies: dict[int, 
             if residual is not None:
                 add = operator.iadd if layer.adds_in_place else operator.add
                 last = graph.graph.call_function(add, (node, residual))
-        if layer.activation is not None and id(layer) not in elsewhere:
+        if layer.activation is not None and not any(_calls(graph, user, restored) for user in users):
             function = {"relu": theirs.relu, "relu6": theirs.relu6}.get(layer.activation, theirs.leaky_relu)
             options = (layer.negative_slope,) if function is theirs.leaky_relu else ()
             with graph.graph.inserting_after(last):
