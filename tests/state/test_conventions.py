@@ -415,6 +415,7 @@ def test_options_of_some_layers_by_their_prefix(rng):
     assert [layer.activation for layer in layers.values()] == ["relu", "relu"]
     (layer,) = bnfast.from_state(state, ["bn1"], eps={"bn1": 0.0, "bn2": 1e-3}).values()  # of the whole model
     assert layer.eps == 0
+    assert bnfast.from_state(state, eps={"bn1.": 1e-3})["bn1"].eps == 1e-3
     for name in ("eps", "momentum"):
         with pytest.raises(bnfast.StateError, match=f"{name}: no batch norm 'bn3'; there are 'bn1', 'bn2'"):
             bnfast.from_state(state, **{name: {"bn1": 0.1, "bn3": 0.1}})

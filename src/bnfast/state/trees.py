@@ -82,17 +82,17 @@ def from_state(
         raise TypeError(f"prefixes: expected several str, got {type(others[0]).__name__} among them")
     wanted = [prefix.removesuffix(".") for prefix in wanted]
     options = {"eps": eps, "axis": axis, **options}
-    for name, value in options.items():
-        if isinstance(value, Mapping):
-            options[name] = {
-                key.removesuffix(".") if isinstance(key, str) else key: each for key, each in value.items()
-            }
-    by_prefix = {name: value for name, value in options.items() if isinstance(value, Mapping)}
+    by_prefix = {name: _by_bare_prefix(value) for name, value in options.items() if isinstance(value, Mapping)}
+    of_all = {name: value for name, value in options.items() if name not in by_prefix}
     for name, named in {"prefixes": wanted, **by_prefix}.items():
         if missing := [prefix for prefix in named if prefix not in found]:
             few = ", ".join(map(repr, found[:8])) + (", ..." if len(found) > 8 else "")
             raise StateError(f"{name}: no batch norm {missing[0]!r}; there are {few}")
-    return {prefix: _layer(state, prefix, _options_of(prefix, options)) for prefix in wanted}
+    layers = {}
+    for prefix in wanted:
+        its_own = {name: values[prefix] for name, values in by_prefix.items() if prefix in values}
+        layers[prefix] = _layer(state, prefix, of_all | its_own)
+    return layers
 
 
 def _found(state: Mapping[str, ArrayLike]) -> list[str]:
@@ -102,13 +102,8 @@ def _found(state: Mapping[str, ArrayLike]) -> list[str]:
     return [prefix for prefix in found if _key(prefix, "running_var") in state]
 
 
-def _options_of(prefix: str, options: dict[str, Any]) -> dict[str, Any]:
-    """Those of one layer: of what is given by prefix its own, if it has one."""
-    return {
-        name: value[prefix] if isinstance(value, Mapping) else value
-        for name, value in options.items()
-        if not isinstance(value, Mapping) or prefix in value
-    }
+def _by_bare_prefix(values: Mapping[Any, Any]) -> dict[Any, Any]:
+    return {key.removesuffix(".") if isinstance(key, str) else key: value for key, value in values.items()}
 
 
 def _key(prefix: str, name: str) -> str:

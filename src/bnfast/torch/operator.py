@@ -10,6 +10,12 @@ from . import calls
 __all__ = ["forward"]
 
 
+def _kept_bias(x: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
+    """A copy of the bias for the backward; empty where that needs none."""
+    kept, _ = calls.met_by_activation(bias, None, activation)
+    return x.new_empty(0) if kept is None else kept
+
+
 @torch.library.custom_op("bnfast::batch_norm", mutates_args=())
 def _batch_norm(
     x: Tensor,
@@ -30,8 +36,7 @@ def _batch_norm(
     running = None if running_mean is None or running_var is None else (running_mean, running_var)
     options = calls.Options(eps, activation, negative_slope)
     y, *statistics = calls.forward(x, weight, bias, residual, running, options)
-    kept_bias, _ = calls.met_by_activation(bias, None, activation)
-    return y, *map(torch.from_numpy, statistics), x.new_empty(0) if kept_bias is None else kept_bias
+    return y, *map(torch.from_numpy, statistics), _kept_bias(x, bias, activation)
 
 
 @_batch_norm.register_fake
@@ -40,9 +45,8 @@ def _(
     running_var: Tensor | None, eps: float, activation: str | None, negative_slope: float,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     statistics = [x.new_empty(x.shape[1], dtype=torch.float64) for _ in range(3)]
-    kept_bias, _ = calls.met_by_activation(bias, None, activation)
     y = torch.empty_like(x, memory_format=calls.format_of_result(x))
-    return y, *statistics, x.new_empty(0) if kept_bias is None else kept_bias
+    return y, *statistics, _kept_bias(x, bias, activation)
 
 
 @torch.library.custom_op("bnfast::batch_norm_backward", mutates_args=())
