@@ -77,7 +77,11 @@ static ALWAYS_INLINE int FN(kind_of)(const bnfast_passing *passing)
 {
     if (!passing)
         return ALL;
-    return passing->residual || passing->marks || passing->passed ? PASSED : RECTIFIED;
+    if (passing->residual || passing->passed)
+        return PASSED;
+    if (passing->marks)
+        return SPECIALISES ? MARKED : PASSED;
+    return RECTIFIED;
 }
 
 /* Whether no product of float32 has overflowed, or lost digits to underflow; least: of n terms the sum should be so
@@ -157,6 +161,8 @@ static void FN(sums_interleaved)(const void *data, const void *data_u, const bnf
             FN(sums_of_columns)(&some, n, next, ALL, rows->near);
         else if (kind == RECTIFIED)
             FN(sums_of_columns)(&some, n, next, RECTIFIED, rows->near);
+        else if (SPECIALISES && kind == MARKED)
+            FN(sums_of_columns)(&some, n, next, MARKED, rows->near);
         else
             FN(sums_of_columns)(&some, n, next, PASSED, rows->near);
         int64_t n_outside = 0;

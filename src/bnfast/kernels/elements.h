@@ -19,6 +19,7 @@ static ALWAYS_INLINE FN(vec) FN(read_part)(const S *p, ptrdiff_t n, FN(vec) fill
 }
 static ALWAYS_INLINE void FN(write)(S *p, FN(vec) v) { store_halves(p, PASTE(round_, HALF, )(v)); }
 static ALWAYS_INLINE void FN(write_stream)(S *p, FN(vec) v) { stream_halves(p, PASTE(round_, HALF, )(v)); }
+static ALWAYS_INLINE void FN(copy_stream)(S *p, const S *from) { stream_halves(p, load_halves(from)); }
 static ALWAYS_INLINE void FN(write_part)(S *p, ptrdiff_t n, FN(vec) v)
 {
     if (n >= VN)
@@ -35,6 +36,7 @@ static ALWAYS_INLINE FN(vec) FN(read_part)(const S *p, ptrdiff_t n, FN(vec) fill
 static ALWAYS_INLINE void FN(write)(S *p, FN(vec) v) { FN(store)(p, v); }
 static ALWAYS_INLINE void FN(write_part)(S *p, ptrdiff_t n, FN(vec) v) { FN(store_part)(p, n, v); }
 static ALWAYS_INLINE void FN(write_stream)(S *p, FN(vec) v) { FN(store_stream)(p, v); }
+static ALWAYS_INLINE void FN(copy_stream)(S *p, const S *from) { FN(store_stream)(p, FN(load)(from)); }
 
 #endif
 

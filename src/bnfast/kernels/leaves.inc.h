@@ -11,7 +11,7 @@
 #define NARROW (sizeof(T) == 4)
 
 /* Whether there are bodies for special cases: for each kind of store; for some rows at once that end in parts of
- * vectors. Not of halves, where they gain little: less to compile. */
+ * vectors; for two results; for marks. Not of halves, where they gain little: less to compile. */
 #ifdef HALF
 #define SPECIALISES 0
 #else
@@ -153,11 +153,16 @@ const bnfast_kernels FN(bnfast_table) = {
 #undef READS_U
 #undef PASSES
 #undef MARKS
+#undef HAS_TWO_RESULTS
+#undef COLLECTS
+#undef COLLECTED
+#undef NONE
 #undef FOR_EACH_MAP
 #undef NO_U
 #undef ALL
 #undef PASSED
 #undef RECTIFIED
+#undef MARKED
 #undef TAKES_SOME
 #undef DO_TILE
 #undef TURN

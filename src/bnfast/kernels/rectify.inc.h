@@ -58,5 +58,5 @@ static ALWAYS_INLINE void FN(mark_passed)(const struct FN(rectifier) * of, unsig
 static ALWAYS_INLINE FN(vec) FN(passed_by_marks)(const struct FN(rectifier) * of, FN(vec) u, const unsigned char *marks,
                                                  ptrdiff_t number, ptrdiff_t n)
 {
-    return FN(if_marked)(marks, number, n, u, FN(below)(of, u));
+    return FN(if_marked)(marks, number, n, u, of->is_relu ? FN(set1)(0) : FN(below)(of, u));
 }

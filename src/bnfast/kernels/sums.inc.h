@@ -30,12 +30,14 @@ struct FN(pair) {
     FN(vec) sum_v, sum_vd;
 };
 
-/* What of u is taken, where there is one: all of it, or what an activation passes. RECTIFIED: as y alone decides it, with
- * nothing to look up or to store, which is most of it; PASSED: in any way. */
-enum { FN(NO_U), FN(ALL), FN(RECTIFIED), FN(PASSED) };
+/* What of u is taken, where there is one: all of it, or what an activation passes. RECTIFIED: as y alone decides it; MARKED:
+ * as marks do (a case for itself of columns only, and not of halves: elsewhere nothing is gained); both store nothing, and are
+ * most of it. PASSED: in any way. */
+enum { FN(NO_U), FN(ALL), FN(RECTIFIED), FN(MARKED), FN(PASSED) };
 #define NO_U FN(NO_U)
 #define ALL FN(ALL)
 #define RECTIFIED FN(RECTIFIED)
+#define MARKED FN(MARKED)
 #define PASSED FN(PASSED)
 #define TAKES_SOME(kind) ((kind) >= RECTIFIED)
 
@@ -74,7 +76,7 @@ static ALWAYS_INLINE struct FN(passing)
     }
     if (kind == PASSED && passing.residual)
         passing.residual += elements;
-    if (kind == PASSED)
+    if (kind >= MARKED)
         passing.number += elements;
     if (kind == PASSED && passing.stored)
         passing.stored += elements;
@@ -89,6 +91,8 @@ static ALWAYS_INLINE FN(vec) FN(taken)(const struct FN(passing) * passing, ptrdi
         return u;
     if (kind == RECTIFIED)
         return FN(passed_at_sum)(&passing->rectifier, u, (x - center) * y_scale, y_shift);
+    if (kind == MARKED)
+        return FN(passed_by_marks)(&passing->rectifier, u, passing->marks, passing->number + at, n);
     if (passing->marks)
         u = FN(passed_by_marks)(&passing->rectifier, u, passing->marks, passing->number + at, n);
     else {
@@ -270,7 +274,7 @@ static ALWAYS_INLINE void FN(far_tile)(const struct FN(tile) * tile, int vectors
     const struct FN(passing) passing = FN(passing_in)(tile, with_u);
     const ptrdiff_t n_rows = tile->n_rows, stride = tile->stride, packed_stride = tile->packed_stride;
     const ptrdiff_t ahead = tile->ahead;
-    const int as_it_is = with_u == PASSED && passing.marks && !passing.stored; /* the map goes by marks itself */
+    const int as_it_is = with_u >= MARKED && passing.marks && !passing.stored; /* the map goes by marks itself */
     double *const sum_v = tile->sum_v, *const sum_vd = tile->sum_vd;
     const S *x = tile->x, *u = tile->u;
     S *packed_x = tile->packed_x, *packed_u = tile->packed_u;
@@ -484,6 +488,7 @@ static ALWAYS_INLINE void FN(near_tile)(const struct FN(tile) * tile, int vector
 TILES_OF(NO_U)
 TILES_OF(ALL)
 TILES_OF(RECTIFIED)
+TILES_OF(MARKED)
 TILES_OF(PASSED)
 #undef TILES_OF
 
@@ -498,6 +503,8 @@ TILES_OF(PASSED)
             FN(name##_ALL)(&some); \
         else if (with_u == RECTIFIED) \
             FN(name##_RECTIFIED)(&some); \
+        else if (with_u == MARKED) \
+            FN(name##_MARKED)(&some); \
         else \
             FN(name##_PASSED)(&some); \
     } while (0)
@@ -647,6 +654,8 @@ static void FN(sums_of_short_rows)(const S *x, const S *u, const bnfast_runs *ru
         SUMS(ALL);
     else if (with_u == RECTIFIED)
         SUMS(RECTIFIED);
+    else if (SPECIALISES && with_u == MARKED)
+        SUMS(MARKED);
     else
         SUMS(PASSED);
 #undef SUMS
