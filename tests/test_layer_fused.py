@@ -316,7 +316,7 @@ def test_out_may_be_the_residual(activation):
 # (shape, axis): rows of whole and of broken vectors, few and many, in blocks and in phases; planar and interleaved
 MARKED = [
     ((4, 6, 20), 1), ((3, 5, 17), 1), ((2, 3, 64), 1), ((9, 40, 49), 1), ((2, 3, 40_000), 1), ((6, 200, 196), 1),
-    ((70, 64), 1), ((33, 3), 1), ((500, 5), 1), ((20, 1000), 1), ((8, 4096), 1), ((300, 515), 1), ((5, 7, 6), -1),
+    ((20, 6, 20), 1), ((70, 64), 1), ((33, 3), 1), ((500, 5), 1), ((20, 1000), 1), ((8, 4096), 1), ((300, 515), 1), ((5, 7, 6), -1),
     ((4, 5, 3, 130), -1),
 ]  # fmt: skip
 
@@ -334,27 +334,31 @@ PLANS = [
 
 
 def elements_further(array, n):
-    """A new array like this one, n elements behind a line of memory."""
+    """A new array like this one, n elements behind a line of memory; and what lies before and behind it, all 7."""
     itemsize = array.itemsize
-    memory = np.empty(array.size + n + 64 // itemsize, array.dtype)
+    memory = np.full(array.size + n + 2 * 64 // itemsize, 7, array.dtype)
     first = -memory.ctypes.data % 64 // itemsize + n
-    return memory[first : first + array.size].reshape(array.shape)
+    before, mine, behind = np.split(memory, [first, first + array.size])
+    return mine.reshape(array.shape), (before, behind)
 
 
+@pytest.mark.parametrize("activation", ["leaky_relu", "relu"])
 @pytest.mark.parametrize(("shape", "axis"), MARKED)
-def test_a_layer_goes_by_marks_to_the_bits_of_the_residual(isa, shape, axis, dtype, force_plan):
+def test_a_layer_goes_by_marks_to_the_bits_of_the_residual(isa, shape, axis, dtype, activation, force_plan):
     """Whatever the plan, the threads, and where y and the gradients begin in memory."""
     data = data_of(shape, axis, dtype)
-    bn = BatchNorm(shape[axis], axis=axis, dtype=dtype, activation="leaky_relu", negative_slope=SLOPE)
+    bn = BatchNorm(shape[axis], axis=axis, dtype=dtype, activation=activation, negative_slope=SLOPE)
     bn.gamma, bn.beta = data.gamma, data.beta
     alone = BatchNorm(shape[axis], axis=axis, dtype=dtype)
     alone.gamma, alone.beta = data.gamma, data.beta
-    dresidual = passed(data.dy, alone(data.x) + data.residual, "leaky_relu")
+    dresidual = passed(data.dy, alone(data.x) + data.residual, activation)
     dx = alone.backward(dresidual)
     for number, plan in enumerate(PLANS):
-        # both gradients begin alike where they are written around the caches, in whole lines of each
-        second = 2 * number if plan.get("stream") else number
-        y, out, out_residual = (elements_further(data.x, n) for n in (number, 2 * number, second))
+        # two gradients that begin alike go around the caches, each in whole lines
+        second = number if number == 3 else 2 * number
+        (y, by_y), (out, by_out), (out_residual, by_residual) = (
+            elements_further(data.x, n) for n in (number, 2 * number, second)
+        )
         force_plan(**plan)
         with bnfast.num_threads(1 + number % 2):
             bn(data.x, out=y, residual=data.residual)
@@ -362,6 +366,7 @@ def test_a_layer_goes_by_marks_to_the_bits_of_the_residual(isa, shape, axis, dty
         assert_same_bits(out, dx, plan)
         assert_same_bits(out_residual, dresidual, plan)
         assert_same_bits(bn.grad_gamma, alone.grad_gamma, plan)
+        assert all((beside == 7).all() for beside in (*by_y, *by_out, *by_residual)), plan
 
 
 def test_marks_of_one_instruction_set_serve_a_backward_under_another(isa):

@@ -13,8 +13,8 @@ cdef dict OPERATIONS = {
 def explain(shape, axis, dtype, str operation, int n_threads, bint residual=False):
     """What is done, in which pieces, for C-contiguous arrays of a shape and a result in memory of its own.
 
-    residual: with one, which is read forward and whose gradient is written backward, by marks of an activation as a
-    layer keeps them.
+    residual: with one, which is read forward and whose gradient is written backward; in training by marks of an
+    activation, as a layer keeps them.
 
     -> dict: layout ("planar", "interleaved"), outer, channels, inner, plan ("blocks", "phases"), threads, worth (how
     many threads at most, where they are free), stream, bytes_of_arrays, workspace_bytes, segments (a channel),
@@ -47,7 +47,9 @@ def explain(shape, axis, dtype, str operation, int n_threads, bint residual=Fals
     if residual and job.u == NULL:
         job.residual = <const void *>256
     elif residual:
-        job.passed, job.marks, job.rectifies = <void *>256, <unsigned char *>320, 1
+        job.passed = <void *>256
+        if operation == "backward":
+            job.marks, job.rectifies = <unsigned char *>320, 1
     job.kernels = bnfast_active(dtype_of(np.empty(0, dtype)))
     job.n_threads = n_threads
     bnfast_plan(&job)

@@ -30,6 +30,12 @@ static inline int passes(const bnfast_job *job) /* u goes through the derivative
     return job->rectifies && sums_products(job);
 }
 
+/* Whether its data are float16 or bfloat16. */
+static inline int has_halves(const bnfast_job *job)
+{
+    return job->kernels->itemsize < job->kernels->coefficient_size;
+}
+
 /* Whether its map goes by marks, or makes them. */
 static inline int maps_marks(const bnfast_job *job)
 {
@@ -50,8 +56,7 @@ static inline int reduces(const bnfast_job *job)
 static inline int may_pack(const bnfast_job *job)
 {
     return applies(job) && !job->exact &&
-           (job->kernels->itemsize == job->kernels->coefficient_size || !passes(job) || job->rectifier.slope == 0 ||
-            maps_marks(job));
+           (!has_halves(job) || !passes(job) || job->rectifier.slope == 0 || maps_marks(job));
 }
 
 /* The flags of its map (kernels.h), and what its map reads beside x. */

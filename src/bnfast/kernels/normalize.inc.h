@@ -162,7 +162,7 @@ static ALWAYS_INLINE void FN(write_as)(S *p, ptrdiff_t n, FN(vec) v, int stream)
 
 /* n <= VN elements of `rows` rows, through one set of coefficients. All loads come before the first store: rows that
  * lie a power of two apart would otherwise wait for stores that only look like theirs (equal low address bits). A second
- * result goes around the caches only in whole lines (struct collected). */
+ * result goes around the caches only in whole lines; else through them, or where it is collected first. */
 static ALWAYS_INLINE void FN(map_elements)(const struct FN(map) * map, const struct FN(places) * at, ptrdiff_t rows,
                                            ptrdiff_t stride, ptrdiff_t u_stride, ptrdiff_t out_stride, ptrdiff_t n,
                                            int flags, int stream)
@@ -190,16 +190,16 @@ static ALWAYS_INLINE void FN(map_elements)(const struct FN(map) * map, const str
  * reach memory as parts (1.2 to 2.5 times the time), and lines in turn hold up loads that look like theirs (up to 4 times).
  * So it is collected, and written some lines at a time; but of halves, whose time is that of their conversions, it goes
  * through the caches (0.8 to 0.95 of the time). */
-#define COLLECTS(flags) (SPECIALISES && HAS_TWO_RESULTS(flags) && VN < LINE)
+#define COLLECTS(flags) (SPECIALISES && BNFAST_X86_VECTORS && HAS_TWO_RESULTS(flags) && VN < LINE)
 #define COLLECTED (32 * LINE)
 
 struct FN(collected) {
     S values[COLLECTED];
-    ptrdiff_t from; /* the first one's number; NONE: nothing is collected */
+    ptrdiff_t from; /* which element of the row is the first; NONE: nothing is collected */
 };
 #define NONE (-1)
 
-/* Writes what is collected. passed: where number j belongs, which comes next */
+/* Writes what is collected. passed: where the row's j-th element belongs, which comes next */
 static ALWAYS_INLINE void FN(put_away)(struct FN(collected) * c, S *passed, ptrdiff_t j)
 {
     if (c->from == NONE)
@@ -213,7 +213,7 @@ static ALWAYS_INLINE void FN(put_away)(struct FN(collected) * c, S *passed, ptrd
     c->from = NONE;
 }
 
-/* Where a map writes the vector of number j, which belongs `at`. */
+/* Where a map writes the vector that begins with the row's j-th element, and belongs `at`. */
 static ALWAYS_INLINE struct FN(places) FN(collecting)(struct FN(collected) * c, struct FN(places) at, ptrdiff_t j)
 {
     if (c->from != NONE && j - c->from == COLLECTED)

@@ -71,9 +71,9 @@ enum { SEGMENT = 16384, SEGMENT_F64 = 4096, PLANAR_TASKS = 4 };
 enum { LONG_ROW = 3584, LONG_ROW_FROM_NEARBY = 1536 };
 
 /* Bytes of a row that a block of channels has at least, or the array is better taken in the order of memory, although
- * it is read twice then; of channels that stay in L2, of those that do not and are read twice anyway, from memory, and from
- * there where two results go around the caches, each of whose runs ends in parts of lines (0.75 to 0.95 of the time). (Measured
- * with 512 KiB and 1 MiB of L2 and 32 MiB behind it; from afar with 2 MiB and 480 MiB.) */
+ * it is read twice then; of channels that stay in L2, of those that do not and are read twice anyway, from memory, and
+ * from there where two results go around the caches (0.75 to 0.95 of the time). (Measured with 512 KiB and 1 MiB of L2 and
+ * 32 MiB behind it; from afar with 2 MiB and 480 MiB.) */
 enum {
     RUN_BYTES = 8192,
     RUN_BYTES_FROM_AFAR = 2560,
@@ -88,14 +88,13 @@ enum {
 static int is_read_once(const bnfast_job *job, ptrdiff_t channel_bytes)
 {
     const ptrdiff_t row = job->inner * job->kernels->itemsize;
-    const int halves = job->kernels->itemsize < job->kernels->coefficient_size;
-    return applies(job) && !halves && (job->u ? channel_bytes <= bnfast_l2_bytes() / 4 : row >= LONG_ROW_FROM_NEARBY);
+    return applies(job) && !has_halves(job) && (job->u ? channel_bytes <= bnfast_l2_bytes() / 4 : row >= LONG_ROW_FROM_NEARBY);
 }
 
 static ptrdiff_t enough_of_a_row(const bnfast_job *job, ptrdiff_t channel_bytes)
 {
     const ptrdiff_t written = applies(job) ? job->outer * job->inner * job->kernels->itemsize : 0;
-    const int two_results = job->stream && passed_late(job) && !bnfast_last_level_is_far();
+    const int two_results = job->stream && passed_late(job) && !has_halves(job) && !bnfast_last_level_is_far();
     const ptrdiff_t from_memory = two_results ? RUN_BYTES_OF_TWO_RESULTS : RUN_BYTES_FROM_MEMORY;
     if (channel_bytes * job->channels > believed_last_level() / 4 * 3)
         return from_memory;

@@ -30,9 +30,9 @@ struct FN(pair) {
     FN(vec) sum_v, sum_vd;
 };
 
-/* What of u is taken, where there is one: all of it, or what an activation passes. RECTIFIED: as y alone decides it; MARKED:
- * as marks do (a case for itself of columns only, and not of halves: elsewhere nothing is gained); both store nothing, and are
- * most of it. PASSED: in any way. */
+/* What of u is taken, where there is one: all of it, or what an activation passes. RECTIFIED: as y alone decides it,
+ * with nothing to store; MARKED: as marks do, nothing to store (of columns only, and not of halves: elsewhere nothing is
+ * gained); PASSED: in any way. */
 enum { FN(NO_U), FN(ALL), FN(RECTIFIED), FN(MARKED), FN(PASSED) };
 #define NO_U FN(NO_U)
 #define ALL FN(ALL)
@@ -170,7 +170,7 @@ static ALWAYS_INLINE void FN(sums_of_rows)(const S *x, const S *u, ptrdiff_t n_r
         while (left >= 2 * VL) {
             ptrdiff_t steps = left / (2 * VL) < room ? left / (2 * VL) : room;
             const ptrdiff_t ahead = left > reach ? reach : to_next;
-            const ptrdiff_t to_line = w && flags != BY_TURNS ? FN(left_to_line)(w) : 0;
+            const ptrdiff_t to_line = w ? FN(left_to_line)(w) : 0;
             const ptrdiff_t together = w && flags != BY_TURNS && to_line == 0 ? FN(vectors_left)(w) / (2 * VU) : 0;
             if (together > 0) {
                 const struct FN(map) map = FN(map_of_channel)(&w->coefficients, w->channel, flags);
