@@ -31,10 +31,7 @@ static inline int passes(const bnfast_job *job) /* u goes through the derivative
 }
 
 /* Whether its data are float16 or bfloat16. */
-static inline int has_halves(const bnfast_job *job)
-{
-    return job->kernels->itemsize < job->kernels->coefficient_size;
-}
+static inline int has_halves(const bnfast_job *job) { return job->kernels->itemsize < job->kernels->coefficient_size; }
 
 /* Whether its map goes by marks, or makes them. */
 static inline int maps_marks(const bnfast_job *job)

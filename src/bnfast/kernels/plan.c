@@ -88,7 +88,8 @@ enum {
 static int is_read_once(const bnfast_job *job, ptrdiff_t channel_bytes)
 {
     const ptrdiff_t row = job->inner * job->kernels->itemsize;
-    return applies(job) && !has_halves(job) && (job->u ? channel_bytes <= bnfast_l2_bytes() / 4 : row >= LONG_ROW_FROM_NEARBY);
+    return applies(job) && !has_halves(job) &&
+           (job->u ? channel_bytes <= bnfast_l2_bytes() / 4 : row >= LONG_ROW_FROM_NEARBY);
 }
 
 static ptrdiff_t enough_of_a_row(const bnfast_job *job, ptrdiff_t channel_bytes)
