@@ -154,6 +154,34 @@ def test_bits_do_not_depend_on_threads_or_alignment(case, name):
 
 
 @NAMES
+@pytest.mark.parametrize("stream", [False, True])
+def test_planar_maps_take_every_value_as_interleaved_ones_do(isa, name, stream, force_plan):
+    """Some vectors of a planar array are taken at once; infinities and every NaN among them."""
+    planar = np.stack([np.arange(2**16, dtype=np.uint16)] * 2).view(DTYPES[name])[:, None].swapaxes(0, 1).copy()
+    interleaved = planar.swapaxes(1, 2).copy()
+    mean, var = np.array([0.0, 0.3]), np.array([1.0, 7.0])
+    gamma, beta = np.array([1.0, 0.7], np.float32), np.array([0.0, 0.1], np.float32)
+    force_plan(stream=stream)
+    for n in (2**16, 2**16 - 1, 2**16 - 9, 2**16 - 23):  # channels that end in parts of vectors, or of two
+        x = planar[..., -n:].copy()
+        y = F.batch_norm_eval(x, mean, var, gamma, beta, eps=0)
+        other = F.batch_norm_eval(interleaved[:, -n:].copy(), mean, var, gamma, beta, axis=-1, eps=0)
+        assert_same_bits(y.view(np.uint16), other.swapaxes(1, 2).copy().view(np.uint16))
+
+
+@NAMES
+def test_a_mean_that_is_any_nan_makes_its_channel_nan(isa, name):
+    """Also one that rounding would carry beyond the NaNs, into zero."""
+    x = np.random.default_rng(0).standard_normal((2, 3, 37)).astype(DTYPES[name])
+    mean = np.array([0, 0x7FFFFFFFFFFFFFFF, 0xFFFFFFFFFFFFFFFF], np.uint64).view(np.float64)
+    y = F.batch_norm_eval(x, mean, np.ones(3))
+    dx = F.batch_norm_backward(x, x, mean, np.ones(3))[0]
+    for result in (y, dx):
+        assert not np.isnan(result[:, 0]).any()
+        assert np.isnan(result[:, 1:]).all()
+
+
+@NAMES
 def test_results_go_where_they_are_wanted(name):
     for case in (CASES[0], CASES[6], CASES[12]):
         b = data(case, DTYPES[name])

@@ -131,6 +131,45 @@ static inline H round_bf16(__m256 v)
     return _mm256_castsi256_si128(_mm256_permute4x64_epi64(_mm256_shuffle_epi8(number, upper), 0x08));
 }
 
+/* Two vectors of bfloat16 at once, one of every other element from the first on and one of those between: no element has to
+ * move to another half of a vector. */
+#define ISA_SPLITS_BF16 1
+
+static inline void read_split_bf16(const uint16_t *p, __m256 *even, __m256 *odd)
+{
+    const __m256i both = _mm256_loadu_si256((const __m256i *)(const void *)p);
+    *even = _mm256_castsi256_ps(_mm256_slli_epi32(both, 16));
+    *odd = _mm256_castsi256_ps(_mm256_and_si256(both, _mm256_set1_epi32((int)0xffff0000)));
+}
+static inline __m256i rounded_upper_bf16(__m256 v)
+{
+    const __m256i bits = _mm256_castps_si256(v),
+                  odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    return _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
+}
+static inline __m256i quiet_bf16(__m256 v, __m256i number)
+{
+    const __m256i quiet = _mm256_or_si256(_mm256_castps_si256(v), _mm256_set1_epi32(1 << 22));
+    return _mm256_blendv_epi8(number, quiet, _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q)));
+}
+static inline __m256i join_bf16(__m256 even, __m256 odd)
+{
+    __m256i first = rounded_upper_bf16(even), second = rounded_upper_bf16(odd);
+    if (__builtin_expect(_mm256_movemask_ps(_mm256_cmp_ps(even, odd, _CMP_UNORD_Q)), 0)) {
+        first = quiet_bf16(even, first);
+        second = quiet_bf16(odd, second);
+    }
+    return _mm256_blend_epi16(_mm256_srli_epi32(first, 16), second, 0xaa);
+}
+static inline void write_split_bf16(uint16_t *p, __m256 even, __m256 odd, int stream)
+{
+    const __m256i both = join_bf16(even, odd);
+    if (stream)
+        _mm256_stream_si256((__m256i *)(void *)p, both);
+    else
+        _mm256_storeu_si256((__m256i *)(void *)p, both);
+}
+
 #include "isa.inc.h"
 
 #if defined(__clang__)

@@ -40,6 +40,51 @@ static ALWAYS_INLINE void FN(copy_stream)(S *p, const S *from) { FN(store_stream
 
 #endif
 
+/* 2 * VN elements at once. Where they are split (SPLITS), the first vector has every other one of them, from the first on, and
+ * the second those between; else one has those before the other's. */
+struct FN(two) {
+    FN(vec) v[2];
+};
+
+#if SPLITS
+static ALWAYS_INLINE struct FN(two) FN(read_two)(const S *p)
+{
+    struct FN(two) two;
+    PASTE(read_split_, HALF, )(p, &two.v[0], &two.v[1]);
+    return two;
+}
+static ALWAYS_INLINE void FN(write_two)(S *p, struct FN(two) two, int stream)
+{
+    PASTE(write_split_, HALF, )(p, two.v[0], two.v[1], stream);
+}
+#else
+static ALWAYS_INLINE struct FN(two) FN(read_two)(const S *p)
+{
+    const struct FN(two) two = {{FN(read)(p), FN(read)(p + VN)}};
+    return two;
+}
+static ALWAYS_INLINE void FN(write_two)(S *p, struct FN(two) two, int stream)
+{
+    (void)stream;
+    FN(write)(p, two.v[0]);
+    FN(write)(p + VN, two.v[1]);
+}
+#endif
+
+/* The first n > 0 of them, the other lanes from `fill`. */
+static ALWAYS_INLINE struct FN(two) FN(read_two_part)(const S *p, ptrdiff_t n, FN(vec) fill)
+{
+    if (n >= 2 * VN)
+        return FN(read_two)(p);
+    S some[2 * VN];
+    memset(some, 0, sizeof some);
+    memcpy(some, p, (size_t)n * sizeof(S));
+    struct FN(two) two = FN(read_two)(some);
+    two.v[0] = FN(select)(SPLITS ? (n + 1) / 2 : n, two.v[0], fill);
+    two.v[1] = FN(select)(SPLITS ? n / 2 : n - VN, two.v[1], fill);
+    return two;
+}
+
 /* The first n of VN elements; where the compiler sees n = VN without a part. */
 static ALWAYS_INLINE FN(vec) FN(read_up_to)(const S *p, ptrdiff_t n, FN(vec) fill)
 {

@@ -4,6 +4,10 @@
 #define PASTE_(a, b, c) a##b##c
 #define PASTE(a, b, c) PASTE_(a, b, c)
 
+#ifndef ISA_SPLITS_BF16
+#define ISA_SPLITS_BF16 0
+#endif
+
 #define DTYPE BNFAST_FLOAT32
 #define S float
 #define T float
@@ -44,6 +48,7 @@
 
 #define DTYPE BNFAST_BFLOAT16
 #define HALF bf16
+#define SPLITS ISA_SPLITS_BF16
 #define FN(name) PASTE(name, _bf16_, ISA_SUFFIX)
 #include "leaves.inc.h"
 #undef DTYPE

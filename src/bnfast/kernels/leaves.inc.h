@@ -18,6 +18,10 @@
 #define SPECIALISES 1
 #endif
 
+#ifndef SPLITS
+#define SPLITS 0
+#endif
+
 #include "vec.h"
 
 #include "elements.h"
@@ -111,6 +115,8 @@ const bnfast_kernels FN(bnfast_table) = {
 
 #undef LINE
 #undef SPECIALISES
+#undef SPLITS
+#undef MAPS_TWO
 #undef OF_T
 #undef NARROW
 #undef VL
@@ -132,6 +138,9 @@ const bnfast_kernels FN(bnfast_table) = {
 #undef IN_RANGE
 #undef PIVOT_CHANNELS
 #undef TAKE_STEPS
+#undef IN_TWOS
+#undef TAKE_TWO
+#undef TAKE_STEPS_OF_TWO
 #undef ROWS
 #undef FEWER_ROWS
 #undef ROWS_DISPLACE

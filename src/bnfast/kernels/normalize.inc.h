@@ -186,6 +186,19 @@ static ALWAYS_INLINE void FN(map_elements)(const struct FN(map) * map, const str
             FN(write_as)(at->passed + r * out_stride, n, passed[r], stream && VN == LINE);
 }
 
+/* The same of two vectors of a row that have one set of coefficients. Where the result goes around the caches it is aligned to
+ * both. */
+#define MAPS_TWO(flags) (SPLITS && !((flags) & BNFAST_MARK))
+
+static ALWAYS_INLINE void FN(map_two)(const struct FN(map) * map, const struct FN(places) * at, int flags, int stream)
+{
+    const struct FN(two) x = FN(read_two)(at->x), u = READS_U(flags) ? FN(read_two)(at->u) : x;
+    struct FN(two) value;
+    for (int k = 0; k < 2; k++)
+        value.v[k] = FN(map_value)(map, x.v[k], u.v[k], NULL, 0, VN, flags);
+    FN(write_two)(at->out, value, stream);
+}
+
 /* A second result on its way around the caches, where a vector is only part of a line of memory: parts of two lines in turn
  * reach memory as parts (1.2 to 2.5 times the time), and lines in turn hold up loads that look like theirs (up to 4 times).
  * So it is collected, and written some lines at a time; but of halves, whose time is that of their conversions, it goes
@@ -284,6 +297,18 @@ static ALWAYS_INLINE void FN(write_map)(bnfast_writer *w, ptrdiff_t n, int flags
                 ptrdiff_t until = end;
                 if (stream && VN < LINE && lines.begin < end)
                     until = j < lines.begin ? lines.begin : to_memory && lines.end < end ? lines.end : end;
+                if (MAPS_TWO(flags)) {
+                    if (to_memory && (uintptr_t)(at.out + j) % (2 * VN * sizeof(S)) != 0 && until - j >= VN) {
+                        MAP_AT(&map, VN, 1);
+                        n -= VN;
+                        j += VN;
+                    }
+                    for (; n > 0 && until - j >= 2 * VN; n -= 2 * VN, j += 2 * VN) {
+                        const struct FN(places) from_j = FN(further)(at, j, flags);
+                        ASK_AHEAD
+                        FN(map_two)(&map, &from_j, flags, to_memory);
+                    }
+                }
                 for (; n > 0 && until - j >= VN; n -= VN, j += VN) {
                     ASK_AHEAD
                     MAP_AT(&map, VN, to_memory);
