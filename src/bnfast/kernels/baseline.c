@@ -77,15 +77,14 @@ static inline void store_part_halves(uint16_t *p, ptrdiff_t n, H halves)
 }
 typedef uint32_t words_baseline __attribute__((vector_size(16)));
 static inline int any_word(words_baseline w) { return _mm_movemask_ps((__m128)w) != 0; }
+#define ISA_HAS_LESSER 1
+static inline __m128 lesser(__m128 a, __m128 b) { return _mm_min_ps(a, b); }
+static inline __m128 greater(__m128 a, __m128 b) { return _mm_max_ps(a, b); }
 static inline words_baseline words_of(H halves)
 {
     return (words_baseline)_mm_unpacklo_epi16(halves, _mm_setzero_si128());
 }
-static inline H halves_of(words_baseline w)
-{
-    const __m128i extended = _mm_srai_epi32(_mm_slli_epi32((__m128i)w, 16), 16); /* packs takes them for signed */
-    return _mm_packs_epi32(extended, extended);
-}
+static inline H halves_of(words_baseline w) { return _mm_packs_epi32((__m128i)w, (__m128i)w); }
 #endif
 #else
 #define ISA_HAS_PARTS 0

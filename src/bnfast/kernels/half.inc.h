@@ -1,8 +1,10 @@
 /* float16 and bfloat16 to float32 and back, in integers: the same bits on every CPU, whatever it is told about subnormals
- * (FTZ, DAZ). One body for one element and for vectors of them; halves are in the lower 16 bits of a word. Included with
+ * (FTZ, DAZ). One body for one element and for vectors of them; halves are the lower 16 bits of a word, the upper ones of a
+ * rounded one its sign. Included with
  *   W, F         uint32_t and float, or vectors of them; BITS(f), FLOATS(w): the one as the other
  *   LESS(a, b)   all bits of a word where a < b, both below 2^31; UNORDERED(f): where f is NaN; ANY(w): whether any bit is set
- *   ALL(number)  W of equal words
+ *   LESSER(f, g), GREATER(f, g)   of two that are not below 0
+ *   ALL(number)  W of equal words; UPPER(w): the upper 16 bits of each, and its sign
  *   HALF(x)      names
  * which end here.
  *
@@ -12,14 +14,13 @@
 
 #define CHOOSE(mask, yes, no) (((mask) & (yes)) | (~(mask) & (no)))
 
-/* Exponents of float16 are 112 less. Zeros and subnormals are found as the difference to the first power of two above
- * them, which both are normal numbers of float32. */
+/* Exponents of float16 are 112 less. Zeros and subnormals have an exponent that is one too small, and one before the point
+ * that is too much: twice the number less 2^-14, which of larger ones is no less than the number. */
 static ALWAYS_INLINE W HALF(widen_finite_f16)(W half)
 {
-    const W bits = (half & 0x7fffu) << 13, sign = (half & 0x8000u) << 16, small = LESS(bits, ALL(1u << 23));
-    const W number = bits + (112u << 23) + (small & (1u << 23)), above = small & (113u << 23);
-    const F difference = FLOATS(number) - FLOATS(above);
-    return sign | BITS(difference);
+    const W size = (half & 0x7fffu) << 13, sign = (half & 0x8000u) << 16;
+    const F number = FLOATS(size + (112u << 23)), subnormal = number + number - FLOATS(ALL(113u << 23));
+    return sign | BITS(LESSER(subnormal, number));
 }
 
 static NEVER_INLINE F HALF(widen_any_f16)(W half)
@@ -41,16 +42,16 @@ static ALWAYS_INLINE F HALF(widen_f16)(W half)
 static ALWAYS_INLINE W HALF(round_finite_f16)(F value)
 {
     const W bits = BITS(value), size = bits & 0x7fffffffu, power = bits & 0x7f800000u;
-    const W first = CHOOSE(LESS(power, ALL(113u << 23)), ALL(113u << 23), power), above = first + (13u << 23);
+    const W first = BITS(GREATER(FLOATS(power), FLOATS(ALL(113u << 23)))), above = first + (13u << 23);
     const F sum = FLOATS(size) + FLOATS(above);
-    return ((bits >> 16) & 0x8000u) | ((BITS(sum) - above) + (first >> 13) - (113u << 10));
+    return (UPPER(bits) & 0xffff8000u) | ((BITS(sum) - above) + (first >> 13) - (113u << 10));
 }
 
 static NEVER_INLINE W HALF(round_any_f16)(F value)
 {
     const W bits = BITS(value), size = bits & 0x7fffffffu, finite = HALF(round_finite_f16)(value);
     const W nan = UNORDERED(value) & (0x200u | ((size >> 13) & 0x3ffu));
-    return CHOOSE(LESS(size, ALL(143u << 23)), finite, ((bits >> 16) & 0x8000u) | 0x7c00u | nan);
+    return CHOOSE(LESS(size, ALL(143u << 23)), finite, (UPPER(bits) & 0xffff8000u) | 0x7c00u | nan);
 }
 
 static ALWAYS_INLINE W HALF(round_f16)(F value)
@@ -65,12 +66,12 @@ static ALWAYS_INLINE F HALF(widen_bf16)(W half) { return FLOATS(half << 16); }
 static ALWAYS_INLINE W HALF(round_numbers_bf16)(F value)
 {
     const W bits = BITS(value);
-    return (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    return UPPER(bits + 0x7fffu + ((bits >> 16) & 1u));
 }
 
 static NEVER_INLINE W HALF(round_any_bf16)(F value)
 {
-    const W quiet = (BITS(value) | (1u << 22)) >> 16;
+    const W quiet = UPPER(BITS(value) | (1u << 22));
     return CHOOSE(UNORDERED(value), quiet, HALF(round_numbers_bf16)(value));
 }
 
@@ -87,7 +88,10 @@ static ALWAYS_INLINE W HALF(round_bf16)(F value)
 #undef BITS
 #undef FLOATS
 #undef LESS
+#undef LESSER
+#undef GREATER
 #undef UNORDERED
 #undef ANY
 #undef ALL
+#undef UPPER
 #undef HALF

@@ -18,9 +18,12 @@ static ALWAYS_INLINE float one_of_bits(uint32_t bits) { return ((float_or_bits){
 #define BITS bits_of_one
 #define FLOATS one_of_bits
 #define LESS(a, b) (0u - (uint32_t)((a) < (b)))
+#define LESSER(f, g) ((f) < (g) ? (f) : (g))
+#define GREATER(f, g) ((f) > (g) ? (f) : (g))
 #define UNORDERED(f) (0u - (uint32_t)((f) != (f)))
 #define ANY(w) ((w) != 0)
 #define ALL(number) (number)
+#define UPPER(w) ((uint32_t)((int32_t)(w) >> 16))
 #define HALF(name) name##_one
 #include "half.inc.h"
 
@@ -44,9 +47,17 @@ static ALWAYS_INLINE int any_word(words w)
 #define BITS(f) ((words)(f))
 #define FLOATS(w) ((F32(vec))(w))
 #define LESS(a, b) ((words)((signed_words)(a) < (signed_words)(b)))
+#if ISA_HAS_LESSER
+#define LESSER lesser
+#define GREATER greater
+#else
+#define LESSER(f, g) FLOATS(CHOOSE(LESS(BITS(f), BITS(g)), BITS(f), BITS(g)))
+#define GREATER(f, g) FLOATS(CHOOSE(LESS(BITS(f), BITS(g)), BITS(g), BITS(f)))
+#endif
 #define UNORDERED(f) ((words)((f) != (f)))
 #define ANY(w) any_word(w)
 #define ALL(number) ((number) - (words){0})
+#define UPPER(w) ((words)((signed_words)(w) >> 16))
 #define HALF(name) name##_words
 #include "half.inc.h"
 #else
