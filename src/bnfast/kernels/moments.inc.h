@@ -217,6 +217,14 @@ COLUMN_PIVOTS(column_pivots_wide, double)
 #undef COLUMN_PIVOTS
 #undef PIVOTS_AT_ONCE
 
+/* Asks for the rows that the pivots of the same number of rows at x will be made of: each would be waited for. */
+static ALWAYS_INLINE void FN(ask_for_samples)(const S *x, ptrdiff_t n_rows, ptrdiff_t stride, ptrdiff_t n_columns)
+{
+    for (ptrdiff_t i = 0; i < COLUMN_SAMPLES; i++)
+        for (ptrdiff_t c = 0; c < n_columns; c += LINE)
+            PREFETCH_L2(x, (i * n_rows / COLUMN_SAMPLES * stride + c) * (ptrdiff_t)sizeof(S));
+}
+
 static void FN(moments_interleaved_block)(const S *x, const bnfast_rows *rows, S *packed, ptrdiff_t n_columns,
                                           ptrdiff_t next, const T *restrict center, double *restrict mean,
                                           double *restrict m2)
@@ -243,6 +251,8 @@ static void FN(moments_interleaved_block)(const S *x, const bnfast_rows *rows, S
                                  .passing = NULL,
                                  .sum_v = sum,
                                  .sum_vd = square};
+    if (!rows->near)
+        FN(ask_for_samples)(x + next, n_rows, stride, n_columns);
     FN(sums_of_columns)(&all, n_columns, next, NO_U, rows->near);
     if (n_rows < FEW_ROWS) {
         FN(moments_interleaved_wide)(x, n_rows, stride, n_columns, NULL, center, mean, m2);
