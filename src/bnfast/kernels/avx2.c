@@ -141,6 +141,7 @@ static inline void read_split_bf16(const uint16_t *p, __m256 *even, __m256 *odd)
     *even = _mm256_castsi256_ps(_mm256_slli_epi32(both, 16));
     *odd = _mm256_castsi256_ps(_mm256_and_si256(both, _mm256_set1_epi32((int)0xffff0000)));
 }
+/* The upper halves of the words are the numbers that they round to. */
 static inline __m256i rounded_upper_bf16(__m256 v)
 {
     const __m256i bits = _mm256_castps_si256(v),
@@ -152,22 +153,42 @@ static inline __m256i quiet_bf16(__m256 v, __m256i number)
     const __m256i quiet = _mm256_or_si256(_mm256_castps_si256(v), _mm256_set1_epi32(1 << 22));
     return _mm256_blendv_epi8(number, quiet, _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q)));
 }
-static inline __m256i join_bf16(__m256 even, __m256 odd)
+static inline void round_two_bf16(__m256 a, __m256 b, __m256i *upper_a, __m256i *upper_b)
 {
-    __m256i first = rounded_upper_bf16(even), second = rounded_upper_bf16(odd);
-    if (__builtin_expect(_mm256_movemask_ps(_mm256_cmp_ps(even, odd, _CMP_UNORD_Q)), 0)) {
-        first = quiet_bf16(even, first);
-        second = quiet_bf16(odd, second);
+    *upper_a = rounded_upper_bf16(a);
+    *upper_b = rounded_upper_bf16(b);
+    if (__builtin_expect(_mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_UNORD_Q)), 0)) {
+        *upper_a = quiet_bf16(a, *upper_a);
+        *upper_b = quiet_bf16(b, *upper_b);
     }
-    return _mm256_blend_epi16(_mm256_srli_epi32(first, 16), second, 0xaa);
 }
-static inline void write_split_bf16(uint16_t *p, __m256 even, __m256 odd, int stream)
+static inline void write_both(uint16_t *p, __m256i both, int stream)
 {
-    const __m256i both = join_bf16(even, odd);
     if (stream)
         _mm256_stream_si256((__m256i *)(void *)p, both);
     else
         _mm256_storeu_si256((__m256i *)(void *)p, both);
+}
+static inline void write_split_bf16(uint16_t *p, __m256 even, __m256 odd, int stream)
+{
+    __m256i first, second;
+    round_two_bf16(even, odd, &first, &second);
+    write_both(p, _mm256_blend_epi16(_mm256_srli_epi32(first, 16), second, 0xaa), stream);
+}
+
+/* Two vectors that lie one after the other, to memory that is aligned to both where they go around the caches. */
+#define ISA_JOINS_HALVES 1
+
+static inline void write_joined_f16(uint16_t *p, __m256 first, __m256 second, int stream)
+{
+    write_both(p, _mm256_set_m128i(round_f16(second), round_f16(first)), stream);
+}
+static inline void write_joined_bf16(uint16_t *p, __m256 first, __m256 second, int stream)
+{
+    __m256i one, other;
+    round_two_bf16(first, second, &one, &other);
+    const __m256i both = _mm256_packus_epi32(_mm256_srli_epi32(one, 16), _mm256_srli_epi32(other, 16));
+    write_both(p, _mm256_permute4x64_epi64(both, 0xd8), stream);
 }
 
 #include "isa.inc.h"

@@ -71,7 +71,19 @@ static ALWAYS_INLINE void FN(write_two)(S *p, struct FN(two) two, int stream)
 }
 #endif
 
-/* The first n > 0 of them, the other lanes from `fill`. */
+/* Two vectors one after the other; where they go around the caches p is aligned to both. */
+static ALWAYS_INLINE void FN(write_joined)(S *p, FN(vec) first, FN(vec) second, int stream)
+{
+#if JOINS
+    PASTE(write_joined_, HALF, )(p, first, second, stream);
+#else
+    (void)stream;
+    FN(write)(p, first);
+    FN(write)(p + VN, second);
+#endif
+}
+
+/* The first n > 0 of two vectors, the other lanes from `fill`. */
 static ALWAYS_INLINE struct FN(two) FN(read_two_part)(const S *p, ptrdiff_t n, FN(vec) fill)
 {
     if (n >= 2 * VN)

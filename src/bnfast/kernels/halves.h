@@ -1,7 +1,8 @@
 /* Vectors of float16 and bfloat16 in memory: H, VN of them, as the vectors of float32 that they stand for. Included once by
  * isa.inc.h, after float32's own vectors. An instruction set's file may bring what plain C cannot say: with ISA_HAS_HALVES
  * loads and stores of H and words of H, with ISA_HAS_F16 the conversions of float16 as well, with ISA_ROUNDS_BF16 the
- * rounding to bfloat16. */
+ * rounding to bfloat16, with ISA_HAS_LESSER the lesser and the greater of two vectors; with ISA_SPLITS_BF16 and
+ * ISA_JOINS_HALVES two vectors at once (elements.h). */
 
 #define F32(name) PASTE(name, _f32_, ISA_SUFFIX)
 

@@ -7,6 +7,9 @@
 #ifndef ISA_SPLITS_BF16
 #define ISA_SPLITS_BF16 0
 #endif
+#ifndef ISA_JOINS_HALVES
+#define ISA_JOINS_HALVES 0
+#endif
 
 #define DTYPE BNFAST_FLOAT32
 #define S float
@@ -40,6 +43,7 @@
 
 #define DTYPE BNFAST_FLOAT16
 #define HALF f16
+#define JOINS ISA_JOINS_HALVES
 #define FN(name) PASTE(name, _f16_, ISA_SUFFIX)
 #include "leaves.inc.h"
 #undef DTYPE
@@ -49,6 +53,7 @@
 #define DTYPE BNFAST_BFLOAT16
 #define HALF bf16
 #define SPLITS ISA_SPLITS_BF16
+#define JOINS ISA_JOINS_HALVES
 #define FN(name) PASTE(name, _bf16_, ISA_SUFFIX)
 #include "leaves.inc.h"
 #undef DTYPE

@@ -21,6 +21,9 @@
 #ifndef SPLITS
 #define SPLITS 0
 #endif
+#ifndef JOINS
+#define JOINS 0
+#endif
 
 #include "vec.h"
 
@@ -116,6 +119,7 @@ const bnfast_kernels FN(bnfast_table) = {
 #undef LINE
 #undef SPECIALISES
 #undef SPLITS
+#undef JOINS
 #undef MAPS_TWO
 #undef OF_T
 #undef NARROW

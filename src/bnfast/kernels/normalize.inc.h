@@ -90,6 +90,18 @@ static ALWAYS_INLINE struct FN(map)
     return map;
 }
 
+/* The same of the vector of columns at *column, which goes on to the next. */
+static ALWAYS_INLINE struct FN(map)
+    FN(map_of_next)(const bnfast_coefficients *c, const struct FN(rectifier) * rectifier, ptrdiff_t *column,
+                    ptrdiff_t n_columns, int flags)
+{
+    const struct FN(map) map = FN(map_of_columns)(c, rectifier, *column, VN, flags);
+    *column += VN;
+    if (*column >= n_columns)
+        *column -= n_columns;
+    return map;
+}
+
 static ALWAYS_INLINE struct FN(map) FN(map_of_channel)(const bnfast_coefficients *c, ptrdiff_t i, int flags)
 {
     const FN(vec) zero = FN(set1)(0);
@@ -450,14 +462,30 @@ static ALWAYS_INLINE void FN(map_run)(struct FN(places) at, ptrdiff_t n, ptrdiff
     FN(go_on)(&at, head, head, head, flags);
     struct FN(collected) collected;
     collected.from = NONE;
-    for (; j + VN <= n; j += VN, FN(go_on)(&at, VN, VN, VN, flags)) {
-        const struct FN(places) its = COLLECTS(flags) && stream ? FN(collecting)(&collected, at, j) : at;
-        map = FN(map_of_columns)(c, &rectifier, column, VN, flags);
-        FN(map_elements)(&map, &its, 1, 0, 0, 0, VN, flags, stream);
-        column += VN;
-        if (column >= n_columns)
-            column -= n_columns;
+#define MAP_NEXT_VECTOR \
+    do { \
+        const struct FN(places) its = COLLECTS(flags) && stream ? FN(collecting)(&collected, at, j) : at; \
+        map = FN(map_of_next)(c, &rectifier, &column, n_columns, flags); \
+        FN(map_elements)(&map, &its, 1, 0, 0, 0, VN, flags, stream); \
+        FN(go_on)(&at, VN, VN, VN, flags); \
+        j += VN; \
+    } while (0)
+    if (JOINS && !(flags & BNFAST_MARK)) {
+        if (j + VN <= n && (uintptr_t)at.out % (2 * VN * sizeof(S)) != 0)
+            MAP_NEXT_VECTOR;
+        for (; j + 2 * VN <= n; j += 2 * VN, FN(go_on)(&at, 2 * VN, 2 * VN, 2 * VN, flags)) {
+            FN(vec) value[2];
+            for (int k = 0; k < 2; k++) {
+                map = FN(map_of_next)(c, &rectifier, &column, n_columns, flags);
+                const FN(vec) x = FN(read)(at.x + k * VN), u = READS_U(flags) ? FN(read)(at.u + k * VN) : x;
+                value[k] = FN(map_value)(&map, x, u, NULL, 0, VN, flags);
+            }
+            FN(write_joined)(at.out, value[0], value[1], stream);
+        }
     }
+    while (j + VN <= n)
+        MAP_NEXT_VECTOR;
+#undef MAP_NEXT_VECTOR
     if (COLLECTS(flags))
         FN(put_away)(&collected, at.passed, j);
     if (j < n) {
