@@ -156,35 +156,44 @@ def test_bits_do_not_depend_on_threads_or_alignment(case, name):
 @NAMES
 @pytest.mark.parametrize("stream", [False, True])
 def test_maps_round_every_value_as_one_by_one(isa, name, stream, force_plan):
-    """Some vectors are taken two at once; infinities and every NaN among them, and results that begin anywhere."""
+    """Some vectors are taken two at once; infinities and NaN among them, and results that begin anywhere."""
     values = np.arange(2**16, dtype=np.uint16)
-    several = np.stack([np.roll(values, c) for c in range(24)]).view(DTYPES[name])
-    mean, var = np.linspace(-1, 1, 24), np.geomspace(0.1, 9, 24)
-    gamma, beta = np.full(24, 0.7, np.float32), np.full(24, 0.1, np.float32)
+    several = np.stack([np.roll(values, c) for c in range(25)]).view(DTYPES[name])
+    mean, var = np.linspace(-1, 1, 25), np.geomspace(0.1, 9, 25)
+    gamma, beta = np.full(25, 0.7, np.float32), np.full(25, 0.1, np.float32)
     force_plan(stream=stream)
-    for begin in (0, 1, 9, 23):  # channels that end in parts of vectors, or of two
-        planar, interleaved = several[None, :, begin:].copy(), several.T[begin:].copy()
+    for missing, before in ((0, 0), (1, 5), (9, 8), (23, 17)):  # channels that end in parts of vectors, or of two
+        planar, interleaved = several[None, :, missing:].copy(), several.T[missing:].copy()
         y = F.batch_norm_eval(planar.astype(np.float32), mean, var, gamma, beta)
         with np.errstate(over="ignore"):
             expected = y.astype(DTYPES[name])
         for x, wanted in ((planar, expected), (interleaved, expected[0].T)):
-            memory = np.empty(x.size + begin, x.dtype)
-            out = memory[begin:].reshape(x.shape)
+            memory = np.full(x.size + 64, 7, x.dtype)
+            out = memory[before : before + x.size].reshape(x.shape)
             F.batch_norm_eval(x, mean, var, gamma, beta, out=out)
             same = out.view(np.uint16) == wanted.view(np.uint16)
             assert np.all(same | (np.isnan(out) & np.isnan(wanted)))
+            assert np.all(memory[:before] == 7)
+            assert np.all(memory[before + x.size :] == 7)
 
 
 @NAMES
-def test_a_mean_that_is_any_nan_makes_its_channel_nan(isa, name):
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_mean_that_is_any_nan_makes_its_channel_nan(isa, name, stream, force_plan):
     """Also one that rounding would carry beyond the NaNs, into zero."""
-    x = np.random.default_rng(0).standard_normal((2, 3, 37)).astype(DTYPES[name])
-    mean = np.array([0, 0x7FFFFFFFFFFFFFFF, 0xFFFFFFFFFFFFFFFF], np.uint64).view(np.float64)
-    y = F.batch_norm_eval(x, mean, np.ones(3))
-    dx = F.batch_norm_backward(x, x, mean, np.ones(3))[0]
-    for result in (y, dx):
-        assert not np.isnan(result[:, 0]).any()
-        assert np.isnan(result[:, 1:]).all()
+    planar = np.random.default_rng(0).standard_normal((2, 25, 37)).astype(DTYPES[name])
+    bits = np.zeros(25, np.uint64)
+    bits[1::3], bits[2::3] = 0x7FFFFFFFFFFFFFFF, 0xFFFFFFFFFFFFFFFF
+    mean = bits.view(np.float64)
+    force_plan(stream=stream)
+    for x, axis in ((planar, 1), (np.moveaxis(planar, 1, -1).copy(), -1)):
+        y = F.batch_norm_eval(x, mean, np.ones(25), axis=axis)
+        dx = F.batch_norm_backward(x, x, mean, np.ones(25), axis=axis)[0]
+        for result in (y, dx):
+            channels = np.moveaxis(result, axis, 0)
+            assert not np.isnan(channels[0::3]).any()
+            assert np.isnan(channels[1::3]).all()
+            assert np.isnan(channels[2::3]).all()
 
 
 @NAMES

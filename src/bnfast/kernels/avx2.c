@@ -115,16 +115,23 @@ static inline int any_word(words_avx2 w) { return _mm256_movemask_ps((__m256)w) 
 static inline words_avx2 words_of(H halves) { return (words_avx2)_mm256_cvtepu16_epi32(halves); }
 static inline __m256 widen_f16(H halves) { return _mm256_cvtph_ps(halves); }
 static inline H round_f16(__m256 v) { return _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT); }
-static inline H round_bf16(__m256 v)
+/* The upper halves of the words are the numbers that they round to. */
+static inline __m256i rounded_upper_bf16(__m256 v)
 {
     const __m256i bits = _mm256_castps_si256(v),
                   odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-    __m256i number = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
-    const __m256 nan = _mm256_cmp_ps(v, v, _CMP_UNORD_Q);
-    if (__builtin_expect(_mm256_movemask_ps(nan), 0)) {
-        const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(1 << 22));
-        number = _mm256_blendv_epi8(number, quiet, _mm256_castps_si256(nan));
-    }
+    return _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
+}
+static inline __m256i quiet_bf16(__m256 v, __m256i number)
+{
+    const __m256i quiet = _mm256_or_si256(_mm256_castps_si256(v), _mm256_set1_epi32(1 << 22));
+    return _mm256_blendv_epi8(number, quiet, _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q)));
+}
+static inline H round_bf16(__m256 v)
+{
+    __m256i number = rounded_upper_bf16(v);
+    if (__builtin_expect(_mm256_movemask_ps(_mm256_cmp_ps(v, v, _CMP_UNORD_Q)), 0))
+        number = quiet_bf16(v, number);
     /* the upper halves of the words, side by side in each half of the vector, then in the lower one */
     const __m256i upper = _mm256_setr_epi8(2, 3, 6, 7, 10, 11, 14, 15, -1, -1, -1, -1, -1, -1, -1, -1, 2, 3, 6, 7, 10,
                                            11, 14, 15, -1, -1, -1, -1, -1, -1, -1, -1);
@@ -140,18 +147,6 @@ static inline void read_split_bf16(const uint16_t *p, __m256 *even, __m256 *odd)
     const __m256i both = _mm256_loadu_si256((const __m256i *)(const void *)p);
     *even = _mm256_castsi256_ps(_mm256_slli_epi32(both, 16));
     *odd = _mm256_castsi256_ps(_mm256_and_si256(both, _mm256_set1_epi32((int)0xffff0000)));
-}
-/* The upper halves of the words are the numbers that they round to. */
-static inline __m256i rounded_upper_bf16(__m256 v)
-{
-    const __m256i bits = _mm256_castps_si256(v),
-                  odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-    return _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
-}
-static inline __m256i quiet_bf16(__m256 v, __m256i number)
-{
-    const __m256i quiet = _mm256_or_si256(_mm256_castps_si256(v), _mm256_set1_epi32(1 << 22));
-    return _mm256_blendv_epi8(number, quiet, _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q)));
 }
 static inline void round_two_bf16(__m256 a, __m256 b, __m256i *upper_a, __m256i *upper_b)
 {

@@ -1,8 +1,8 @@
 /* Elements of the data, as they lie in memory (S) and as they are computed with (T): read, and written, a vector, the
- * first n of one, or one by one. Included once per dtype by leaves.inc.h, after vec.h.
+ * first n of one, two at once, or one by one. Included once per dtype by leaves.inc.h, after vec.h.
  *
  * float32 and float64 are computed with as they are. float16 and bfloat16 (HALF) are widened to float32 when read and
- * rounded when written, and that is all they differ in. */
+ * rounded when written, and but for two vectors at once that is all they differ in. */
 
 /* Elements of a line of memory. */
 #define LINE ((ptrdiff_t)(64 / sizeof(S)))
@@ -46,44 +46,25 @@ struct FN(two) {
     FN(vec) v[2];
 };
 
-#if SPLITS
 static ALWAYS_INLINE struct FN(two) FN(read_two)(const S *p)
 {
+#if SPLITS
     struct FN(two) two;
     PASTE(read_split_, HALF, )(p, &two.v[0], &two.v[1]);
+#else
+    const struct FN(two) two = {{FN(read)(p), FN(read)(p + VN)}};
+#endif
     return two;
 }
+
+/* Where two vectors are written around the caches p is aligned to both. */
+#if SPLITS
 static ALWAYS_INLINE void FN(write_two)(S *p, struct FN(two) two, int stream)
 {
     PASTE(write_split_, HALF, )(p, two.v[0], two.v[1], stream);
 }
-#else
-static ALWAYS_INLINE struct FN(two) FN(read_two)(const S *p)
-{
-    const struct FN(two) two = {{FN(read)(p), FN(read)(p + VN)}};
-    return two;
-}
-static ALWAYS_INLINE void FN(write_two)(S *p, struct FN(two) two, int stream)
-{
-    (void)stream;
-    FN(write)(p, two.v[0]);
-    FN(write)(p + VN, two.v[1]);
-}
-#endif
 
-/* Two vectors one after the other; where they go around the caches p is aligned to both. */
-static ALWAYS_INLINE void FN(write_joined)(S *p, FN(vec) first, FN(vec) second, int stream)
-{
-#if JOINS
-    PASTE(write_joined_, HALF, )(p, first, second, stream);
-#else
-    (void)stream;
-    FN(write)(p, first);
-    FN(write)(p + VN, second);
-#endif
-}
-
-/* The first n > 0 of two vectors, the other lanes from `fill`. */
+/* The first n > 0 of them, the other lanes from `fill`. */
 static ALWAYS_INLINE struct FN(two) FN(read_two_part)(const S *p, ptrdiff_t n, FN(vec) fill)
 {
     if (n >= 2 * VN)
@@ -92,10 +73,19 @@ static ALWAYS_INLINE struct FN(two) FN(read_two_part)(const S *p, ptrdiff_t n, F
     memset(some, 0, sizeof some);
     memcpy(some, p, (size_t)n * sizeof(S));
     struct FN(two) two = FN(read_two)(some);
-    two.v[0] = FN(select)(SPLITS ? (n + 1) / 2 : n, two.v[0], fill);
-    two.v[1] = FN(select)(SPLITS ? n / 2 : n - VN, two.v[1], fill);
+    two.v[0] = FN(select)((n + 1) / 2, two.v[0], fill);
+    two.v[1] = FN(select)(n / 2, two.v[1], fill);
     return two;
 }
+#endif
+
+#if JOINS
+/* One after the other. */
+static ALWAYS_INLINE void FN(write_joined)(S *p, FN(vec) first, FN(vec) second, int stream)
+{
+    PASTE(write_joined_, HALF, )(p, first, second, stream);
+}
+#endif
 
 /* The first n of VN elements; where the compiler sees n = VN without a part. */
 static ALWAYS_INLINE FN(vec) FN(read_up_to)(const S *p, ptrdiff_t n, FN(vec) fill)

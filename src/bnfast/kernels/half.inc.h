@@ -3,7 +3,7 @@
  * rounded one its sign. Included with
  *   W, F         uint32_t and float, or vectors of them; BITS(f), FLOATS(w): the one as the other
  *   LESS(a, b)   all bits of a word where a < b, both below 2^31; UNORDERED(f): where f is NaN; ANY(w): whether any bit is set
- *   LESSER(f, g), GREATER(f, g)   of two that are not below 0
+ *   LESSER(f, g), GREATER(f, g)   of two numbers, neither NaN nor subnormal
  *   ALL(number)  W of equal words; UPPER(w): the upper 16 bits of each, and its sign
  *   HALF(x)      names
  * which end here.

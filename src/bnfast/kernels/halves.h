@@ -52,8 +52,8 @@ static ALWAYS_INLINE int any_word(words w)
 #define LESSER lesser
 #define GREATER greater
 #else
-#define LESSER(f, g) FLOATS(CHOOSE(LESS(BITS(f), BITS(g)), BITS(f), BITS(g)))
-#define GREATER(f, g) FLOATS(CHOOSE(LESS(BITS(f), BITS(g)), BITS(g), BITS(f)))
+#define LESSER(f, g) F32(if_at_most)(f, g, f, g)
+#define GREATER(f, g) F32(if_at_most)(f, g, g, f)
 #endif
 #define UNORDERED(f) ((words)((f) != (f)))
 #define ANY(w) any_word(w)

@@ -217,7 +217,8 @@ COLUMN_PIVOTS(column_pivots_wide, double)
 #undef COLUMN_PIVOTS
 #undef PIVOTS_AT_ONCE
 
-/* Asks for the rows that the pivots of the same number of rows at x will be made of: each would be waited for. */
+/* Asks for the rows that the pivots of what is at x are made of, if it has as many rows and columns as this: each would be
+ * waited for. */
 static ALWAYS_INLINE void FN(ask_for_samples)(const S *x, ptrdiff_t n_rows, ptrdiff_t stride, ptrdiff_t n_columns)
 {
     for (ptrdiff_t i = 0; i < COLUMN_SAMPLES; i++)
@@ -251,7 +252,7 @@ static void FN(moments_interleaved_block)(const S *x, const bnfast_rows *rows, S
                                  .passing = NULL,
                                  .sum_v = sum,
                                  .sum_vd = square};
-    if (!rows->near)
+    if (!rows->near && next != 0 && n_rows >= COLUMN_SAMPLES)
         FN(ask_for_samples)(x + next, n_rows, stride, n_columns);
     FN(sums_of_columns)(&all, n_columns, next, NO_U, rows->near);
     if (n_rows < FEW_ROWS) {

@@ -198,10 +198,10 @@ static ALWAYS_INLINE void FN(map_elements)(const struct FN(map) * map, const str
             FN(write_as)(at->passed + r * out_stride, n, passed[r], stream && VN == LINE);
 }
 
-/* The same of two vectors of a row that have one set of coefficients. Where the result goes around the caches it is aligned to
- * both. */
+/* Whether two vectors of a row that have one set of coefficients are mapped at once. */
 #define MAPS_TWO(flags) (SPLITS && !((flags) & BNFAST_MARK))
 
+#if SPLITS
 static ALWAYS_INLINE void FN(map_two)(const struct FN(map) * map, const struct FN(places) * at, int flags, int stream)
 {
     const struct FN(two) x = FN(read_two)(at->x), u = READS_U(flags) ? FN(read_two)(at->u) : x;
@@ -210,6 +210,7 @@ static ALWAYS_INLINE void FN(map_two)(const struct FN(map) * map, const struct F
         value.v[k] = FN(map_value)(map, x.v[k], u.v[k], NULL, 0, VN, flags);
     FN(write_two)(at->out, value, stream);
 }
+#endif
 
 /* A second result on its way around the caches, where a vector is only part of a line of memory: parts of two lines in turn
  * reach memory as parts (1.2 to 2.5 times the time), and lines in turn hold up loads that look like theirs (up to 4 times).
@@ -309,8 +310,9 @@ static ALWAYS_INLINE void FN(write_map)(bnfast_writer *w, ptrdiff_t n, int flags
                 ptrdiff_t until = end;
                 if (stream && VN < LINE && lines.begin < end)
                     until = j < lines.begin ? lines.begin : to_memory && lines.end < end ? lines.end : end;
+#if SPLITS
                 if (MAPS_TWO(flags)) {
-                    if (to_memory && (uintptr_t)(at.out + j) % (2 * VN * sizeof(S)) != 0 && until - j >= VN) {
+                    if (to_memory && (uintptr_t)(at.out + j) % (2 * VN * sizeof(S)) != 0) {
                         MAP_AT(&map, VN, 1);
                         n -= VN;
                         j += VN;
@@ -321,6 +323,7 @@ static ALWAYS_INLINE void FN(write_map)(bnfast_writer *w, ptrdiff_t n, int flags
                         FN(map_two)(&map, &from_j, flags, to_memory);
                     }
                 }
+#endif
                 for (; n > 0 && until - j >= VN; n -= VN, j += VN) {
                     ASK_AHEAD
                     MAP_AT(&map, VN, to_memory);
@@ -470,7 +473,8 @@ static ALWAYS_INLINE void FN(map_run)(struct FN(places) at, ptrdiff_t n, ptrdiff
         FN(go_on)(&at, VN, VN, VN, flags); \
         j += VN; \
     } while (0)
-    if (JOINS && !(flags & BNFAST_MARK)) {
+#if JOINS
+    if (!(flags & BNFAST_MARK)) {
         if (j + VN <= n && (uintptr_t)at.out % (2 * VN * sizeof(S)) != 0)
             MAP_NEXT_VECTOR;
         for (; j + 2 * VN <= n; j += 2 * VN, FN(go_on)(&at, 2 * VN, 2 * VN, 2 * VN, flags)) {
@@ -483,6 +487,7 @@ static ALWAYS_INLINE void FN(map_run)(struct FN(places) at, ptrdiff_t n, ptrdiff
             FN(write_joined)(at.out, value[0], value[1], stream);
         }
     }
+#endif
     while (j + VN <= n)
         MAP_NEXT_VECTOR;
 #undef MAP_NEXT_VECTOR

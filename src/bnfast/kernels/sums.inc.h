@@ -113,6 +113,7 @@ static ALWAYS_INLINE void FN(take)(struct FN(pair) * s, FN(vec) x, FN(vec) u, FN
     s->sum_vd += v * d;
 }
 
+#if SPLITS
 /* wide: VL lanes, of elements that were split (struct two) */
 static ALWAYS_INLINE void FN(put_in_order)(FN(wide) * wide)
 {
@@ -124,6 +125,7 @@ static ALWAYS_INLINE void FN(put_in_order)(FN(wide) * wide)
     }
     memcpy(wide, ordered, sizeof ordered);
 }
+#endif
 
 /* `steps` terms for every lane of both chains; `ahead`: elements to what is to be brought into cache. */
 #define TAKE_STEPS(more) \
@@ -143,10 +145,10 @@ static ALWAYS_INLINE void FN(put_in_order)(FN(wide) * wide)
             } \
         }
 
-/* The same of halves where VL elements are two vectors: those are read, and mapped, at once, and the chains are variables of
- * their own, which as an array were stored at every step (0.6 to 0.95 of the time; of float32 it is the same). */
-#define IN_TWOS(kind) (!SPECIALISES && VU == 2 && (kind) <= RECTIFIED)
-#define TAKE_TWO(i, even, odd, more) \
+/* The same of halves where VL elements are two vectors (AVX2): those are read at once, and the chains are variables of their
+ * own, which as an array were stored at every step (0.6 to 0.95 of the time; of float32 it is the same). */
+#define IN_TWOS(kind) (sizeof(S) < sizeof(T) && VU == 2 && (kind) <= RECTIFIED)
+#define TAKE_TWO(i, first, second, more) \
     do { \
         PREFETCH_L2(row + (i) * VL, ahead * (ptrdiff_t)sizeof(S)); \
         if (with_u) \
@@ -154,24 +156,25 @@ static ALWAYS_INLINE void FN(put_in_order)(FN(wide) * wide)
         more; \
         const struct FN(two) x_two = FN(read_two)(row + (i) * VL), \
                              u_two = with_u ? FN(read_two)(row_u + (i) * VL) : x_two; \
-        FN(take)(&even, x_two.v[0], \
+        FN(take)(&first, x_two.v[0], \
                  FN(taken)(&passing, 0, VN, x_two.v[0], u_two.v[0], center, y_scale, y_shift, with_u), center, \
                  with_u); \
-        FN(take)(&odd, x_two.v[1], \
+        FN(take)(&second, x_two.v[1], \
                  FN(taken)(&passing, 0, VN, x_two.v[1], u_two.v[1], center, y_scale, y_shift, with_u), center, \
                  with_u); \
     } while (0)
 #define TAKE_STEPS_OF_TWO(more) \
     do { \
-        struct FN(pair) even = chain[0][0], odd = chain[0][1], next_even = chain[1][0], next_odd = chain[1][1]; \
+        struct FN(pair) first = chain[0][0], second = chain[0][1], next_first = chain[1][0], \
+                        next_second = chain[1][1]; \
         for (ptrdiff_t s = 0; s < steps; s++, row += 2 * VL, row_u += 2 * VL) { \
-            TAKE_TWO(0, even, odd, more); \
-            TAKE_TWO(1, next_even, next_odd, more); \
+            TAKE_TWO(0, first, second, more); \
+            TAKE_TWO(1, next_first, next_second, more); \
         } \
-        chain[0][0] = even; \
-        chain[0][1] = odd; \
-        chain[1][0] = next_even; \
-        chain[1][1] = next_odd; \
+        chain[0][0] = first; \
+        chain[0][1] = second; \
+        chain[1][0] = next_first; \
+        chain[1][1] = next_second; \
     } while (0)
 
 /* x, u: (n_rows, length), rows `stride` apart IN, u where with_u; next: elements to what is reduced next; sum_v,
@@ -223,6 +226,7 @@ static ALWAYS_INLINE void FN(sums_of_rows)(const S *x, const S *u, ptrdiff_t n_r
 #define MAP_ONE(stream) \
     FN(map_elements)(&map, &at, 1, 0, 0, 0, VN, flags, stream); \
     FN(go_on)(&at, VN, VN, VN, flags)
+#if SPLITS
 #define MAP_TWO(stream) \
     if (MAPS_TWO(flags)) { \
         FN(map_two)(&map, &at, flags, stream); \
@@ -231,6 +235,11 @@ static ALWAYS_INLINE void FN(sums_of_rows)(const S *x, const S *u, ptrdiff_t n_r
         MAP_ONE(stream); \
         MAP_ONE(stream); \
     }
+#else
+#define MAP_TWO(stream) \
+    MAP_ONE(stream); \
+    MAP_ONE(stream)
+#endif
                 if (IN_TWOS(with_u)) {
                     const int stream = w->stream; /* which a store could change, as far as the compiler knows */
                     TAKE_STEPS_OF_TWO(MAP_TWO(stream));
@@ -265,7 +274,8 @@ static ALWAYS_INLINE void FN(sums_of_rows)(const S *x, const S *u, ptrdiff_t n_r
                 PREFETCH_L2(row + i * VL, to_next * (ptrdiff_t)sizeof(S));
                 if (with_u)
                     PREFETCH_L2(row_u + i * VL, to_next * (ptrdiff_t)sizeof(S));
-                if (SPLITS && IN_TWOS(with_u)) {
+#if SPLITS
+                if (IN_TWOS(with_u)) {
                     const struct FN(two) x_two = FN(read_two_part)(row + i * VL, left - i * VL, center),
                                          u_two =
                                              with_u ? FN(read_two_part)(row_u + i * VL, left - i * VL, zero) : x_two;
@@ -276,6 +286,7 @@ static ALWAYS_INLINE void FN(sums_of_rows)(const S *x, const S *u, ptrdiff_t n_r
                     }
                     continue;
                 }
+#endif
                 for (int k = 0; k < VU; k++) {
                     const ptrdiff_t j = i * VL + k * VN;
                     const FN(vec) x_values = FN(read_part)(row + j, left - j, center);
@@ -294,10 +305,12 @@ static ALWAYS_INLINE void FN(sums_of_rows)(const S *x, const S *u, ptrdiff_t n_r
     room = 0;
     FLUSH_CHAINS
 #undef FLUSH_CHAINS
-    if (SPLITS && IN_TWOS(with_u)) {
+#if SPLITS
+    if (IN_TWOS(with_u)) {
         FN(put_in_order)(wide_v);
         FN(put_in_order)(wide_vd);
     }
+#endif
     *sum_v = FN(fold_wide)(wide_v);
     *sum_vd = FN(fold_wide)(wide_vd);
 }
