@@ -4,13 +4,6 @@
 #define PASTE_(a, b, c) a##b##c
 #define PASTE(a, b, c) PASTE_(a, b, c)
 
-#ifndef ISA_SPLITS_BF16
-#define ISA_SPLITS_BF16 0
-#endif
-#ifndef ISA_JOINS_HALVES
-#define ISA_JOINS_HALVES 0
-#endif
-
 #define DTYPE BNFAST_FLOAT32
 #define S float
 #define T float

@@ -2,7 +2,8 @@
  *   DTYPE   its enumerator (kernels.h)
  *   S       an element as it lies in memory
  *   HALF    f16 or bf16 where they are that; else not defined
- *   SPLITS, JOINS   1 where the instruction set has read_split_ and write_split_, or write_joined_, of that half
+ *   SPLITS, JOINS   1 where the instruction set has read_split_ and write_split_, or write_joined_, of that half; else 0 or
+ *           not defined
  *   T       what is computed with: float or double; TI: the integer of its size
  *   FN(x)   x_f32_avx2 and the like
  *   VBYTES  width of a native vector in bytes
@@ -17,13 +18,6 @@
 #define SPECIALISES 0
 #else
 #define SPECIALISES 1
-#endif
-
-#ifndef SPLITS
-#define SPLITS 0
-#endif
-#ifndef JOINS
-#define JOINS 0
 #endif
 
 #include "vec.h"

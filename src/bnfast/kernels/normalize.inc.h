@@ -198,8 +198,8 @@ static ALWAYS_INLINE void FN(map_elements)(const struct FN(map) * map, const str
             FN(write_as)(at->passed + r * out_stride, n, passed[r], stream && VN == LINE);
 }
 
-/* Whether two vectors of a row that have one set of coefficients are mapped at once. */
-#define MAPS_TWO(flags) (SPLITS && !((flags) & BNFAST_MARK))
+/* Whether two vectors are mapped at once, where they are read or written so. */
+#define MAPS_TWO(flags) (!((flags) & BNFAST_MARK))
 
 #if SPLITS
 static ALWAYS_INLINE void FN(map_two)(const struct FN(map) * map, const struct FN(places) * at, int flags, int stream)
@@ -474,7 +474,7 @@ static ALWAYS_INLINE void FN(map_run)(struct FN(places) at, ptrdiff_t n, ptrdiff
         j += VN; \
     } while (0)
 #if JOINS
-    if (!(flags & BNFAST_MARK)) {
+    if (MAPS_TWO(flags)) {
         if (j + VN <= n && (uintptr_t)at.out % (2 * VN * sizeof(S)) != 0)
             MAP_NEXT_VECTOR;
         for (; j + 2 * VN <= n; j += 2 * VN, FN(go_on)(&at, 2 * VN, 2 * VN, 2 * VN, flags)) {
