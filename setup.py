@@ -23,9 +23,9 @@ from Cython.Build import cythonize
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
+INSTRUCTION_SETS = ("baseline", "avx2", "avx512")
 KERNELS = (
-    *("baseline", "avx2", "avx512", "dispatch"),
-    *("plan", "planar", "interleaved", "block", "merge", "positions", "rows"),
+    *("dispatch", "plan", "planar", "interleaved", "block", "merge", "positions", "rows"),
     *("careful", "infinite", "subnormal", "lift", "floor"),
 )
 
@@ -175,9 +175,10 @@ class BuildExt(build_ext):
 
 EXTENSION = Extension(
     "bnfast._core",
-    sources=[
+    sources=[  # the longest to compile first
+        *(f"src/bnfast/kernels/{name}.c" for name in INSTRUCTION_SETS),
         "src/bnfast/core/_core.pyx",
-        *(f"src/bnfast/kernels/{name}.c" for name in KERNELS),  # the longest to compile first
+        *(f"src/bnfast/kernels/{name}.c" for name in KERNELS),
         *(f"src/bnfast/runtime/{name}.c" for name in ("openmp", "budget", "rivals", "waking", "late")),
     ],
     depends=[str(path) for pattern in ("*.h", "*.pxi") for path in sorted(Path("src/bnfast").rglob(pattern))],
