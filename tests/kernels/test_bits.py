@@ -52,11 +52,11 @@ PLANS = [
     {"kind": "phases", "row_by_row": False},
     {"kind": "phases", "row_by_row": True},
     {"kind": "phases", "near": True, "stream": True},
-    {"kind": "phases", "near": False},
+    {"kind": "phases", "near": False, "in_order": True},
     {"kind": "blocks", "row_by_row": False},
     {"kind": "blocks", "pack": True, "stream": True, "row_by_row": True},
-    {"kind": "blocks", "pack": False, "near": True, "written_later": True},
-    {"kind": "blocks", "written_later": False, "stream": True},
+    {"kind": "blocks", "pack": False, "near": True, "written_later": True, "in_order": True},
+    {"kind": "blocks", "written_later": False, "stream": True, "in_order": False},
 ]
 
 
@@ -285,7 +285,8 @@ def test_threads_take_columns_of_their_own_where_rows_are_few(caches):
 
 
 def test_rows_that_fall_on_the_same_lines_of_l1_are_planned_without_asking_ahead(caches):
-    """Of 32 rows at once, and what was asked for ahead of them, hardly any line was still there when it was needed."""
+    """What was asked for ahead of some was hardly ever there when it was needed. The two arrays of a gradient displace
+    each other: they are taken in the order of memory."""
 
     def few(shape, dtype=np.float32):
         found = [_core.explain(shape, 1, dtype, operation, 2) for operation in ("forward", "backward")]
@@ -294,10 +295,10 @@ def test_rows_that_fall_on_the_same_lines_of_l1_are_planned_without_asking_ahead
 
     caches(2**19, 2**25)
     for shape in ((2048, 1024), (64, 65536), (8192, 2048)):
-        assert few(shape) == [True] * 2
+        assert few(shape) == [True, False]
         assert few((shape[0] * 2, shape[1] - 16)) == [False] * 2
     assert few((8192, 512)) == [False] * 2
-    assert few((8192, 512), np.float64) == [True] * 2
+    assert few((8192, 512), np.float64) == [True, False]
     assert few((1000, 1000)) == [True, False]  # and so is what lies in a near part of the last level
     caches(2**21, 480 * 2**20)  # what is far has to be asked for, but for two arrays that fit into L2
     assert few((8192, 2048)) == [False] * 2

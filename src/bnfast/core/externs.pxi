@@ -101,7 +101,7 @@ cdef extern from "kernels/job.h" nogil:
         int n_threads
         bnfast_plan_kind kind
         Py_ssize_t n_segments, segment_rows, segment_length, fold, block_channels, task_channels
-        int near, pack, written_later, asked_for, row_by_row, stream
+        int near, pack, written_later, asked_for, row_by_row, in_order, stream
         Py_ssize_t workspace_bytes
         int n_phases
         bnfast_phase *phases
@@ -114,7 +114,7 @@ cdef extern from "kernels/job.h" nogil:
     int bnfast_is_planar(const bnfast_job *job) noexcept
 
     ctypedef struct bnfast_choices:
-        int kind, stream, near, pack, written_later, row_by_row
+        int kind, stream, near, pack, written_later, row_by_row, in_order
     void bnfast_force(const bnfast_choices *choices) noexcept
 
 cdef extern from "numpy/arrayobject.h":

@@ -18,8 +18,8 @@ def explain(shape, axis, dtype, str operation, int n_threads, bint residual=Fals
 
     -> dict: layout ("planar", "interleaved"), outer, channels, inner, plan ("blocks", "phases"), threads, worth (how
     many threads at most, where they are free), stream, bytes_of_arrays, workspace_bytes, segments (a channel),
-    block_channels, tasks (of each phase), packed, near, written_later, row_by_row, and words: the same as text, a line
-    for each.
+    block_channels, tasks (of each phase), packed, near, written_later, row_by_row, in_order, and words: the same as
+    text, a line for each.
     """
     cdef bnfast_job job = new_job(BNFAST_MOMENTS)
     cdef int ndim = len(shape), i, place
@@ -72,6 +72,7 @@ def explain(shape, axis, dtype, str operation, int n_threads, bint residual=Fals
         "near": bool(job.near),
         "written_later": bool(job.written_later),
         "row_by_row": bool(job.row_by_row),
+        "in_order": bool(job.in_order),
     }
     found["words"] = in_words(found, operation)
     return found
@@ -92,6 +93,8 @@ cdef str in_words(dict plan, str operation):
         lines.append("the rows of a block are copied together while they are reduced")
     if plan["written_later"]:
         lines.append("a block is written while the next is reduced")
+    if plan["layout"] == "planar" and plan["in_order"] and operation not in ("eval", "moments"):
+        lines.append("short rows of neighbouring channels are reduced in the order of memory")
     if plan["layout"] == "interleaved" and operation != "eval":
         lines.append("a few columns at a time, whose sums stay in registers" if plan["near"]
                      else "rows are taken in the order of memory, what follows is asked for ahead")
@@ -106,7 +109,9 @@ cdef str in_words(dict plan, str operation):
     return "\n".join(lines)
 
 
-def force_plan(kind=None, stream=None, near=None, pack=None, written_later=None, row_by_row=None):
+def force_plan(
+    kind=None, stream=None, near=None, pack=None, written_later=None, row_by_row=None, in_order=None
+):
     """For tests: what plans choose from now on; None: by themselves. kind: "blocks" or "phases", the others: bool.
 
     A choice that cannot be had for some shape is passed over. None changes a bit of a result.
@@ -115,7 +120,7 @@ def force_plan(kind=None, stream=None, near=None, pack=None, written_later=None,
     choices.kind = {None: -1, "phases": BNFAST_PHASES, "blocks": BNFAST_BLOCKS}[kind]
     choices.stream, choices.near = as_choice(stream), as_choice(near)
     choices.pack, choices.written_later = as_choice(pack), as_choice(written_later)
-    choices.row_by_row = as_choice(row_by_row)
+    choices.row_by_row, choices.in_order = as_choice(row_by_row), as_choice(in_order)
     bnfast_force(&choices)
 
 

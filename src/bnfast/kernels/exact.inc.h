@@ -181,6 +181,9 @@ static ALWAYS_INLINE void FN(exact_tile)(const S *x, ptrdiff_t n_rows, ptrdiff_t
     }
 }
 
+/* Rows of a tile where they are not near: streams of memory, and the distance of what is asked for ahead. */
+#define EXACT_TILE_ROWS 32
+
 /* Arrays of n_columns <= COLUMNS, with room for a whole vector behind them, where pivots are zero. */
 struct FN(exact_columns) {
     double pivots[COLUMNS + VL], sum[COLUMNS + VL], square[COLUMNS + VL];
@@ -190,7 +193,7 @@ struct FN(exact_columns) {
 static void FN(exact_sums_of_columns)(const S *x, ptrdiff_t n_rows, ptrdiff_t stride, ptrdiff_t n_columns,
                                       ptrdiff_t next, int near, struct FN(exact_columns) * columns)
 {
-    ptrdiff_t tile_rows = TILE_ROWS(0);
+    ptrdiff_t tile_rows = EXACT_TILE_ROWS;
     if (near) /* all at once, but for rows that displace each other from L1 */
         tile_rows = stride * (ptrdiff_t)sizeof(S) % 2048 == 0 ? 2 * COLUMN_CHAIN : n_rows;
     for (ptrdiff_t c = n_columns; c < n_columns + VL; c++)
@@ -284,5 +287,6 @@ static void FN(exact_moments_interleaved)(const void *data, const bnfast_rows *r
     }
 }
 
+#undef EXACT_TILE_ROWS
 #undef LANES
 #undef LANE_VECTORS

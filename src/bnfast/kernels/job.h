@@ -98,6 +98,7 @@ struct bnfast_job {
     int written_later;              /* planar: a block is written while the next is reduced, in one loop */
     int asked_for;                  /* planar: else, the next block is brought into cache while one is written */
     int row_by_row;                 /* interleaved: see bnfast_columns */
+    int in_order;                   /* planar: see bnfast_runs */
     ptrdiff_t apply_rows;           /* rows a task of the apply phase takes */
     int stream;                     /* write around the caches */
     ptrdiff_t scratch_bytes;
@@ -118,7 +119,7 @@ int bnfast_is_planar(const bnfast_job *job);    /* the layout that a plan is mad
 /* For tests: what plans choose from now on, -1: by themselves. A choice that a job cannot be run with is passed over.
  * No bit of a result depends on any. */
 typedef struct {
-    int kind, stream, near, pack, written_later, row_by_row;
+    int kind, stream, near, pack, written_later, row_by_row, in_order;
 } bnfast_choices;
 void bnfast_force(const bnfast_choices *choices);
 

@@ -103,10 +103,11 @@ typedef struct {
 } bnfast_passing;
 
 /* n_rows rows, `stride` apart, of n_channels neighbouring channels with `length` neighbouring elements each; near: as in
- * bnfast_rows, where `length` is so short that elements are summed as columns. */
+ * bnfast_rows, where `length` is so short that elements are summed as columns; in_order: else, the rows of some channels are
+ * taken in the order of memory, not channel by channel. */
 typedef struct {
     ptrdiff_t n_rows, stride, n_channels, length;
-    int near;
+    int near, in_order;
 } bnfast_runs;
 
 /* A map of planar runs that can be done little by little, while something else is reduced: memory reads and writes at

@@ -130,9 +130,9 @@ const bnfast_kernels FN(bnfast_table) = {
 #undef COLUMN_CHAIN
 #undef FEW_ROWS
 #undef AHEAD
+#undef CHANNELS_IN_ORDER
 #undef COLUMNS
-#undef COLUMN_VECTORS
-#undef TILE_ROWS
+#undef ROW_AHEAD
 #undef TRUSTED
 #undef IN_RANGE
 #undef PIVOT_CHANNELS

@@ -23,7 +23,7 @@ static ptrdiff_t believed_last_level(void) { return least(bnfast_last_level_byte
 /* Whether it is slow to read twice from, and what one core has written slow to reach another: it is said to be larger. */
 int bnfast_last_level_is_far(void) { return bnfast_last_level_bytes() > MOST_LAST_LEVEL; }
 
-static bnfast_choices forced = {-1, -1, -1, -1, -1, -1};
+static bnfast_choices forced = {-1, -1, -1, -1, -1, -1, -1};
 
 void bnfast_force(const bnfast_choices *choices) { forced = *choices; }
 
@@ -40,18 +40,26 @@ static int comes_from_memory(const bnfast_job *job)
     return arrays * bytes_of_array(job) >= believed_last_level() / 2;
 }
 
+static int rows_are_multiples_of(const bnfast_job *job, ptrdiff_t bytes)
+{
+    return folded_stride(job) * job->kernels->itemsize % bytes == 0;
+}
+
 /* Whether a few columns are summed at a time, in registers, and nothing is asked for ahead: where each array takes half of the
  * threads' L2 at most (a gradient's two then fill it: 0.9 to 1.05 of the time where the last level is far); and from a last
- * level that is near, up to an eighth of it (0.75 to 1), or where all rows of a tile fall on the same few lines of L1, being a
- * multiple of the size of its ways apart, so that what is asked for displaces what is being read (mostly 0.5 to 0.9; measured
- * with 32 KiB and 8 ways, and 32 MiB of L3). */
+ * level that is near, up to an eighth of it (0.65 to 1), or where all rows of a column fall on the same few lines of L1, being
+ * a multiple of the size of its ways apart (measured with 32 KiB and 8 ways, and 32 MiB of L3). But two arrays whose rows do
+ * so, or a multiple of half that size apart, displace each other: in the order of memory they take 0.6 to 0.9 of the time (halves up to 1.2). */
 static int is_near(const bnfast_job *job)
 {
-    const ptrdiff_t bytes = bytes_of_array(job) * arrays_read(job),
-                    row_bytes = folded_stride(job) * job->kernels->itemsize;
+    const ptrdiff_t bytes = bytes_of_array(job) * arrays_read(job);
+    const int nearby = !bnfast_last_level_is_far();
+    if (nearby && job->u != NULL && !has_halves(job) && !bnfast_is_planar(job) &&
+        rows_are_multiples_of(job, L1_WAY_BYTES / 2))
+        return 0;
     if (bytes_of_array(job) <= bnfast_l2_bytes() / 2 * job->n_threads)
         return 1;
-    return !bnfast_last_level_is_far() && (bytes <= bnfast_last_level_bytes() / 8 || row_bytes % L1_WAY_BYTES == 0);
+    return nearby && (bytes <= bnfast_last_level_bytes() / 8 || rows_are_multiples_of(job, L1_WAY_BYTES));
 }
 
 /* Channels that a task of the phase of coefficients makes: about one task a thread, of at least FEWEST. */
@@ -94,6 +102,8 @@ static int is_read_once(const bnfast_job *job, ptrdiff_t channel_bytes)
 
 static ptrdiff_t enough_of_a_row(const bnfast_job *job, ptrdiff_t channel_bytes)
 {
+    if (!applies(job)) /* nothing is read twice */
+        return RUN_BYTES;
     const ptrdiff_t written = applies(job) ? job->outer * job->inner * job->kernels->itemsize : 0;
     const int two_results = job->stream && passed_late(job) && !has_halves(job) && !bnfast_last_level_is_far();
     const ptrdiff_t from_memory = two_results ? RUN_BYTES_OF_TWO_RESULTS : RUN_BYTES_FROM_MEMORY;
@@ -104,6 +114,13 @@ static ptrdiff_t enough_of_a_row(const bnfast_job *job, ptrdiff_t channel_bytes)
     if (comes_from_memory(job) && is_read_once(job, channel_bytes))
         return from_memory;
     return channel_bytes <= bnfast_l2_bytes() / 4 ? RUN_BYTES : RUN_BYTES_OUT_OF_L2;
+}
+
+/* Whether the rows of a block's channels are read in the order of memory: from beyond L2 short rows, far apart, are read at
+ * half the speed otherwise (0.65 to 1 of the time; in L2 what a channel has summed so far had to be stored after each row). */
+static int comes_from_beyond_l2(const bnfast_job *job)
+{
+    return bytes_of_array(job) * arrays_read(job) > bnfast_l2_bytes() * job->n_threads;
 }
 
 static void cut_planar_segments(bnfast_job *job)
@@ -139,6 +156,7 @@ static void choose_planar(bnfast_job *job)
     job->block_channels = job->channels;
     job->coefficient_channels = coefficient_channels(job);
     job->near = choice(forced.near, is_near(job));
+    job->in_order = choice(forced.in_order, comes_from_beyond_l2(job));
     const int enough = threads == 1 || job->channels % threads == 0 || job->channels >= 4 * threads;
     const ptrdiff_t run = job->inner * job->kernels->itemsize, channel_bytes = job->outer * run * arrays_read(job);
     const ptrdiff_t share = threads == 1 ? job->channels : quotient_up(job->channels, PLANAR_TASKS * threads);
@@ -197,7 +215,7 @@ static int displaces_itself(const bnfast_job *job, ptrdiff_t bytes)
 /* All rows of some channels, which stay in L2 until they are mapped: a range of columns wide enough to be read well, or
  * a narrower one. Where its rows displace each other they are copied together while they are reduced, which pays only
  * if the array itself, or what a phase leaves for the next, does not stay in cache; and not where a few columns are taken at
- * a time, which from a near last level is faster than the copy (0.5 to 1 of the time; a second time they come from there).
+ * a time, or could be, which from a near last level is faster than the copy (0.5 to 1 of the time; a second time they come from there).
  * Returns the channels, in whole lines; 0: each step for the whole array. */
 static ptrdiff_t channels_of_block(bnfast_job *job)
 {
@@ -215,7 +233,8 @@ static ptrdiff_t channels_of_block(bnfast_job *job)
         return n;
     if (stays || period(job) % line != 0)
         return 0;
-    job->pack = may_pack(job) && !job->near;
+    job->pack =
+        may_pack(job) && !job->near && (bnfast_last_level_is_far() || !rows_are_multiples_of(job, L1_WAY_BYTES));
     return wide ? n : most_channels;
 }
 
@@ -234,8 +253,8 @@ static ptrdiff_t channels_of_thread(const bnfast_job *job)
 {
     const ptrdiff_t size = job->kernels->itemsize, line = 64 / size, threads = job->n_threads;
     const ptrdiff_t even = quotient_up(job->channels, threads), n = period(job) % line ? even : round_up(even, line);
-    if (threads == 1 || n * job->inner * size < RANGE_BYTES || job->outer > FEW_ROWS || (reduces(job) && !job->near) ||
-        n * threads > job->channels + job->channels / 8)
+    if (threads == 1 || n * job->inner * size < RANGE_BYTES || job->outer > FEW_ROWS ||
+        (reduces(job) && !job->near && job->u == NULL) || n * threads > job->channels + job->channels / 8)
         return 0;
     return n;
 }

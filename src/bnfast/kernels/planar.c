@@ -34,7 +34,7 @@ static void reduce(const bnfast_job *job, const bnfast_block *block, ptrdiff_t s
                    bnfast_writer *writer)
 {
     ptrdiff_t row, begin, next_row, next_begin, unused;
-    bnfast_runs runs = {.stride = period(job), .n_channels = n, .near = job->near};
+    bnfast_runs runs = {.stride = period(job), .n_channels = n, .near = job->near, .in_order = job->in_order};
     segment(job, s, &row, &begin, &runs.n_rows, &runs.length);
     const ptrdiff_t from = row * period(job) + begin;
     ptrdiff_t next = n * job->inner - from; /* the channels behind these, if this was their last segment */

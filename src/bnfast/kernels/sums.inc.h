@@ -11,16 +11,17 @@
 #define CHAIN 16
 #define COLUMN_CHAIN 4
 
+/* At most this many channels whose rows are taken in the order of memory. */
+#define CHANNELS_IN_ORDER 16
+
 /* Steps of the sums between two turns of a map (BY_TURNS). */
 #define TURN 8
 
-/* At most this many columns at once, so that what is gathered for them stays in cache; and this many rows of each
- * array, streams of memory that the hardware follows and the distance of what is asked for ahead: of one array 32 were
- * faster than 16 by up to a fifth, of two arrays 8 were, by as much. */
+/* At most this many columns at once, so that what is gathered for them stays in cache. */
 #define COLUMNS ((ptrdiff_t)(4096 / sizeof(T)))
-#define TILE_ROWS(with_u) ((with_u) ? 8 : 32)
-_Static_assert(TILE_ROWS(0) % (2 * COLUMN_CHAIN) == 0 && TILE_ROWS(1) % (2 * COLUMN_CHAIN) == 0,
-               "chains end where tiles do, or bits would depend on the tiles");
+
+/* Of rows of columns, so many elements ahead, or the next row. */
+#define ROW_AHEAD ((ptrdiff_t)(2048 / sizeof(S)))
 
 /* How many elements ahead of the sums memory is asked for, in long rows of one array twice as many: the sums of a block
  * are not the simple stream that the hardware expects. */
@@ -177,11 +178,35 @@ static ALWAYS_INLINE void FN(put_in_order)(FN(wide) * wide)
         chain[1][1] = next_second; \
     } while (0)
 
-/* x, u: (n_rows, length), rows `stride` apart IN, u where with_u; next: elements to what is reduced next; sum_v,
- * sum_vd: scalars OUT; w: a map that goes on meanwhile, or NULL; flags: its own, or BY_TURNS */
-static ALWAYS_INLINE void FN(sums_of_rows)(const S *x, const S *u, ptrdiff_t n_rows, ptrdiff_t stride, ptrdiff_t length,
-                                           ptrdiff_t next, T center_value, struct FN(passing) passing, int with_u,
-                                           double *sum_v, double *sum_vd, bnfast_writer *w, int flags)
+/* The sums of a channel so far: two chains, which may take `room` more terms, and what they have been added to. */
+struct FN(row_sums) {
+    struct FN(pair) chain[2][VU];
+    FN(wide) wide_v[VU * WIDE_PER_VEC], wide_vd[VU * WIDE_PER_VEC];
+    ptrdiff_t room;
+};
+
+static ALWAYS_INLINE void FN(begin_rows)(struct FN(row_sums) * sums)
+{
+    memset(sums, 0, sizeof *sums);
+    sums->room = CHAIN;
+}
+
+static ALWAYS_INLINE void FN(flush_chains)(struct FN(pair) chain[2][VU], FN(wide) * wide_v, FN(wide) * wide_vd)
+{
+    const FN(vec) zero = FN(set1)(0);
+    for (int k = 0; k < VU; k++) {
+        FN(widen_add)(wide_v + k * WIDE_PER_VEC, chain[0][k].sum_v + chain[1][k].sum_v);
+        FN(widen_add)(wide_vd + k * WIDE_PER_VEC, chain[0][k].sum_vd + chain[1][k].sum_vd);
+        for (int i = 0; i < 2; i++)
+            chain[i][k].sum_v = chain[i][k].sum_vd = zero;
+    }
+}
+
+/* x, u: (n_rows, length), rows `stride` apart IN, u where with_u; next: elements to what is reduced next; sums: IN and OUT;
+ * w: a map that goes on meanwhile, or NULL; flags: its own, or BY_TURNS */
+static ALWAYS_INLINE void FN(sums_of_rows)(struct FN(row_sums) * sums, const S *x, const S *u, ptrdiff_t n_rows,
+                                           ptrdiff_t stride, ptrdiff_t length, ptrdiff_t next, T center_value,
+                                           struct FN(passing) passing, int with_u, bnfast_writer *w, int flags)
 {
     const FN(vec) center = FN(set1)(center_value), zero = FN(set1)(0);
     FN(vec) y_scale = zero, y_shift = zero;
@@ -190,22 +215,14 @@ static ALWAYS_INLINE void FN(sums_of_rows)(const S *x, const S *u, ptrdiff_t n_r
         y_shift = FN(set1)(*passing.y_shift);
     }
     struct FN(pair) chain[2][VU];
-    FN(wide) wide_v[VU * WIDE_PER_VEC], wide_vd[VU * WIDE_PER_VEC];
-    memset(wide_v, 0, sizeof wide_v);
-    memset(wide_vd, 0, sizeof wide_vd);
     for (int k = 0; k < VU; k++)
         for (int i = 0; i < 2; i++)
-            chain[i][k].sum_v = chain[i][k].sum_vd = zero;
-    ptrdiff_t room = CHAIN; /* terms a chain may still take */
-    const ptrdiff_t reach = !with_u && length > 2 * AHEAD ? 2 * AHEAD : AHEAD;
+            chain[i][k] = sums->chain[i][k];
+    ptrdiff_t room = sums->room;
+    const ptrdiff_t furthest = with_u ? AHEAD : 2 * AHEAD, reach = length < furthest ? length : furthest;
 #define FLUSH_CHAINS \
     if (room == 0) { \
-        for (int k = 0; k < VU; k++) { \
-            FN(widen_add)(wide_v + k * WIDE_PER_VEC, chain[0][k].sum_v + chain[1][k].sum_v); \
-            FN(widen_add)(wide_vd + k * WIDE_PER_VEC, chain[0][k].sum_vd + chain[1][k].sum_vd); \
-            for (int i = 0; i < 2; i++) \
-                chain[i][k].sum_v = chain[i][k].sum_vd = zero; \
-        } \
+        FN(flush_chains)(chain, sums->wide_v, sums->wide_vd); \
         room = CHAIN; \
     }
     for (ptrdiff_t r = 0; r < n_rows; r++) {
@@ -302,22 +319,38 @@ static ALWAYS_INLINE void FN(sums_of_rows)(const S *x, const S *u, ptrdiff_t n_r
             FLUSH_CHAINS
         }
     }
-    room = 0;
-    FLUSH_CHAINS
 #undef FLUSH_CHAINS
-#if SPLITS
-    if (IN_TWOS(with_u)) {
-        FN(put_in_order)(wide_v);
-        FN(put_in_order)(wide_vd);
-    }
-#endif
-    *sum_v = FN(fold_wide)(wide_v);
-    *sum_vd = FN(fold_wide)(wide_vd);
+    for (int k = 0; k < VU; k++)
+        for (int i = 0; i < 2; i++)
+            sums->chain[i][k] = chain[i][k];
+    sums->room = room;
 }
 
-/* A tile: n_rows rows, of which some vectors of columns are added to their sums, or n < VN columns. Everything points to
- * its first column; packed_x, packed_u: (n_rows, .) OUT, rows `packed_stride` apart, the same elements again, or NULL;
- * ahead: elements from what is taken to what is asked for */
+static ALWAYS_INLINE void FN(end_rows)(struct FN(row_sums) * sums, int with_u, double *sum_v, double *sum_vd)
+{
+    FN(flush_chains)(sums->chain, sums->wide_v, sums->wide_vd);
+#if SPLITS
+    if (IN_TWOS(with_u)) {
+        FN(put_in_order)(sums->wide_v);
+        FN(put_in_order)(sums->wide_vd);
+    }
+#else
+    (void)with_u;
+#endif
+    *sum_v = FN(fold_wide)(sums->wide_v);
+    *sum_vd = FN(fold_wide)(sums->wide_vd);
+}
+
+/* Of rows that are not near: what far_tile works in; rows to the last one; and to what is asked for, of the last ones
+ * elements. */
+struct FN(far) {
+    struct FN(pair) chains[2][COLUMNS / VN];
+    ptrdiff_t rows_left, rows_ahead, to_next;
+};
+
+/* A tile: n_rows rows, of which some vectors of columns are added to their sums, or n columns. Everything points to its
+ * first column; packed_x, packed_u: (n_rows, .) OUT, rows `packed_stride` apart, the same elements again, or NULL. (Of at
+ * most 128 bytes: GCC copies larger ones by an instruction that takes as long as the sums of a few rows.) */
 struct FN(tile) {
     const S *x, *u;
     ptrdiff_t n_rows, stride;
@@ -327,8 +360,10 @@ struct FN(tile) {
     const struct FN(passing) * passing; /* of u, where some of it is taken, from `element` and `channel` on */
     ptrdiff_t element, channel;
     double *sum_v, *sum_vd;
-    ptrdiff_t n, ahead;
+    ptrdiff_t n;
+    struct FN(far) * far;
 };
+_Static_assert(sizeof(struct FN(tile)) <= 128, "copied by ordinary instructions");
 
 /* The tile `columns` further on. */
 static ALWAYS_INLINE struct FN(tile) FN(tile_at)(const struct FN(tile) * from, ptrdiff_t columns)
@@ -353,73 +388,62 @@ static ALWAYS_INLINE struct FN(passing) FN(passing_in)(const struct FN(tile) * t
     return TAKES_SOME(kind) ? FN(passing_at)(*tile->passing, tile->element, tile->channel, kind) : FN(passing_of)(NULL);
 }
 
-/* Rows that are not near, at most TILE_ROWS of them: in the order of memory, while what is ahead is asked for. */
-static ALWAYS_INLINE void FN(far_tile)(const struct FN(tile) * tile, int vectors, ptrdiff_t n, int with_u)
+/* Rows that are not near, at most two chains of them: one after another, as one stream of memory, while what follows is
+ * asked for. The chains lie in memory, too, (COLUMNS / VN,) of each, which begin and end as zeros. */
+static ALWAYS_INLINE void FN(far_tile)(const struct FN(tile) * tile, int with_u)
 {
     const FN(vec) zero = FN(set1)(0);
     const struct FN(passing) passing = FN(passing_in)(tile, with_u);
-    const ptrdiff_t n_rows = tile->n_rows, stride = tile->stride, packed_stride = tile->packed_stride;
-    const ptrdiff_t ahead = tile->ahead;
+    const ptrdiff_t n_rows = tile->n_rows, stride = tile->stride, n_columns = tile->n;
+    struct FN(far) *const far = tile->far;
     const int as_it_is = with_u >= MARKED && passing.marks && !passing.stored; /* the map goes by marks itself */
-    double *const sum_v = tile->sum_v, *const sum_vd = tile->sum_vd;
     const S *x = tile->x, *u = tile->u;
     S *packed_x = tile->packed_x, *packed_u = tile->packed_u;
-    FN(vec) center[COLUMN_VECTORS], y_scale[COLUMN_VECTORS], y_shift[COLUMN_VECTORS];
-    struct FN(pair) chain[2][COLUMN_VECTORS];
     ptrdiff_t at = 0;
-    for (int k = 0; k < vectors; k++) {
-        center[k] = FN(load_up_to)(tile->centers + k * VN, n, zero);
-        y_scale[k] = y_shift[k] = zero;
-        if (TAKES_SOME(with_u)) {
-            y_scale[k] = FN(load_up_to)(passing.y_scale + k * VN, n, zero);
-            y_shift[k] = FN(load_up_to)(passing.y_shift + k * VN, n, zero);
-        }
-    }
-#define TAKE_ROW(i) \
-    for (int k = 0; k < vectors; k++) { \
-        PREFETCH_L2(x + k * VN, ahead * (ptrdiff_t)sizeof(S)); \
-        const FN(vec) x_values = FN(read_up_to)(x + k * VN, n, center[k]); \
+    for (ptrdiff_t r = 0; r < n_rows; r++, x += stride, u += stride, at += stride) {
+        const ptrdiff_t ahead = r + far->rows_ahead < far->rows_left ? far->rows_ahead * stride : far->to_next;
+        struct FN(pair) *const chain = far->chains[r % 2];
+#define TAKE_COLUMNS(n) \
+    do { \
+        const FN(vec) center = FN(load_up_to)(tile->centers + c, n, zero); \
+        PREFETCH_L2(x + c, ahead * (ptrdiff_t)sizeof(S)); \
+        const FN(vec) x_values = FN(read_up_to)(x + c, n, center); \
         FN(vec) u_values = zero; \
         if (packed_x) \
-            FN(write_up_to)(packed_x + k * VN, n, x_values); \
+            FN(write_up_to)(packed_x + c, n, x_values); \
         if (with_u) { \
-            PREFETCH_L2(u + k * VN, ahead * (ptrdiff_t)sizeof(S)); \
-            u_values = FN(read_up_to)(u + k * VN, n, zero); \
+            FN(vec) y_scale = zero, y_shift = zero; \
+            if (TAKES_SOME(with_u)) { \
+                y_scale = FN(load_up_to)(passing.y_scale + c, n, zero); \
+                y_shift = FN(load_up_to)(passing.y_shift + c, n, zero); \
+            } \
+            PREFETCH_L2(u + c, ahead * (ptrdiff_t)sizeof(S)); \
+            u_values = FN(read_up_to)(u + c, n, zero); \
             if (packed_x && as_it_is) \
-                FN(write_up_to)(packed_u + k * VN, n, u_values); \
-            u_values = \
-                FN(taken)(&passing, at + k * VN, n, x_values, u_values, center[k], y_scale[k], y_shift[k], with_u); \
+                FN(write_up_to)(packed_u + c, n, u_values); \
+            u_values = FN(taken)(&passing, at + c, n, x_values, u_values, center, y_scale, y_shift, with_u); \
             if (packed_x && !as_it_is) \
-                FN(write_up_to)(packed_u + k * VN, n, u_values); \
+                FN(write_up_to)(packed_u + c, n, u_values); \
         } \
-        FN(take)(&chain[i][k], x_values, u_values, center[k], with_u); \
-    } \
-    x += stride; \
-    u += stride; \
-    at += stride; \
-    if (packed_x) { \
-        packed_x += packed_stride; \
-        packed_u += packed_stride; \
-    }
-    for (ptrdiff_t r = 0; r < n_rows; r += 2 * COLUMN_CHAIN) {
-        const ptrdiff_t end = n_rows - r < 2 * COLUMN_CHAIN ? n_rows : r + 2 * COLUMN_CHAIN;
-        ptrdiff_t t = r;
-        for (int k = 0; k < vectors; k++)
-            for (int i = 0; i < 2; i++)
-                chain[i][k].sum_v = chain[i][k].sum_vd = zero;
-        for (; t + 2 <= end; t += 2) {
-            TAKE_ROW(0)
-            TAKE_ROW(1)
-        }
-        if (t < end) {
-            TAKE_ROW(0)
-        }
-        for (int k = 0; k < vectors; k++) {
-            FN(widen_add_columns)(sum_v + k * VN, chain[0][k].sum_v + chain[1][k].sum_v, n);
-            FN(widen_add_columns)(sum_vd + k * VN, chain[0][k].sum_vd + chain[1][k].sum_vd, n);
+        FN(take)(&chain[c / VN], x_values, u_values, center, with_u); \
+    } while (0)
+        ptrdiff_t c = 0;
+        for (; c + VN <= n_columns; c += VN)
+            TAKE_COLUMNS(VN);
+        if (c < n_columns)
+            TAKE_COLUMNS(n_columns - c);
+#undef TAKE_COLUMNS
+        if (packed_x) {
+            packed_x += tile->packed_stride;
+            packed_u += tile->packed_stride;
         }
     }
-#undef TAKE_ROW
+    for (ptrdiff_t c = 0; c < n_columns; c += VN) {
+        struct FN(pair) *const first = far->chains[0] + c / VN, *const second = far->chains[1] + c / VN;
+        FN(widen_add_columns)(tile->sum_v + c, first->sum_v + second->sum_v, FN(within)(n_columns - c));
+        FN(widen_add_columns)(tile->sum_vd + c, first->sum_vd + second->sum_vd, FN(within)(n_columns - c));
+        first->sum_v = first->sum_vd = second->sum_v = second->sum_vd = zero;
+    }
 }
 
 /* The sums of one vector of columns, in float64, while their rows are taken. */
@@ -564,12 +588,7 @@ static ALWAYS_INLINE void FN(near_tile)(const struct FN(tile) * tile, int vector
     { \
         FN(near_tile)(tile, 1, tile->n, kind); \
     } \
-    static NEVER_INLINE void FN(far_some_##kind)(const struct FN(tile) * tile) \
-    { \
-        FN(far_tile)(tile, COLUMN_VECTORS, VN, kind); \
-    } \
-    static NEVER_INLINE void FN(far_one_##kind)(const struct FN(tile) * tile) { FN(far_tile)(tile, 1, VN, kind); } \
-    static NEVER_INLINE void FN(far_part_##kind)(const struct FN(tile) * tile) { FN(far_tile)(tile, 1, tile->n, kind); }
+    static NEVER_INLINE void FN(far_##kind)(const struct FN(tile) * tile) { FN(far_tile)(tile, kind); }
 
 TILES_OF(NO_U)
 TILES_OF(ALL)
@@ -624,22 +643,21 @@ static ALWAYS_INLINE void FN(sums_of_near_columns)(const struct FN(tile) * all, 
     }
 }
 
-/* next: elements from the first row to what is needed after these */
-static ALWAYS_INLINE void FN(sums_of_far_columns)(const struct FN(tile) * all, ptrdiff_t n_columns, ptrdiff_t next,
-                                                  int with_u)
+/* next: elements from the first row to what is needed after these. */
+static NEVER_INLINE void FN(sums_of_far_columns)(const struct FN(tile) * all, ptrdiff_t n_columns, ptrdiff_t next,
+                                                 int with_u)
 {
-    const ptrdiff_t tile_rows = TILE_ROWS(with_u), stride = all->stride, n_rows = all->n_rows;
+    const ptrdiff_t tile_rows = 2 * COLUMN_CHAIN, stride = all->stride, n_rows = all->n_rows;
+    struct FN(far) far;
     struct FN(tile) tile = *all;
+    memset(far.chains, 0, sizeof far.chains);
+    far.rows_ahead = n_columns < ROW_AHEAD ? ROW_AHEAD / n_columns : 1;
+    far.to_next = next + (far.rows_ahead - n_rows) * stride;
+    tile.far = &far;
     for (ptrdiff_t r = 0; r < n_rows; r += tile_rows) {
-        ptrdiff_t c = 0;
-        tile.n_rows = n_rows - r < tile_rows ? n_rows - r : tile_rows;
-        tile.ahead = r + tile_rows < n_rows ? tile_rows * stride : next - r * stride;
-        for (; c + COLUMN_VECTORS * VN <= n_columns; c += COLUMN_VECTORS * VN)
-            DO_TILE(far_some, c, VN);
-        for (; c + VN <= n_columns; c += VN)
-            DO_TILE(far_one, c, VN);
-        if (c < n_columns)
-            DO_TILE(far_part, c, n_columns - c);
+        far.rows_left = n_rows - r;
+        tile.n_rows = far.rows_left < tile_rows ? far.rows_left : tile_rows;
+        DO_TILE(far, 0, n_columns);
         tile.x += tile_rows * stride;
         tile.u += tile_rows * stride;
         if (tile.packed_x) {
@@ -754,9 +772,22 @@ static ALWAYS_INLINE void FN(sums_of_long_rows)(const S *x, const S *u, const bn
                                                 double *sum_v, double *sum_vd, bnfast_writer *w, int flags)
 {
     const struct FN(passing) all = FN(passing_of)(passing);
-    for (ptrdiff_t i = 0; i < runs->n_channels; i++) {
-        const ptrdiff_t at = i * runs->length, to_next = i + 1 < runs->n_channels ? runs->length : next - at;
-        FN(sums_of_rows)(x + at, u + at, runs->n_rows, runs->stride, runs->length, to_next, centers[i],
-                         FN(passing_at)(all, at, i, with_u), with_u, sum_v + i, sum_vd + i, w, flags);
+    const ptrdiff_t length = runs->length, stride = runs->stride, n_rows = runs->n_rows;
+    const ptrdiff_t group = runs->in_order ? CHANNELS_IN_ORDER : 1, rows = runs->in_order ? 1 : n_rows;
+    struct FN(row_sums) sums[CHANNELS_IN_ORDER];
+    for (ptrdiff_t first = 0; first < runs->n_channels; first += group) {
+        const ptrdiff_t n = runs->n_channels - first < group ? runs->n_channels - first : group;
+        const ptrdiff_t to_next = first + n < runs->n_channels ? n * length : next - first * length;
+        for (ptrdiff_t c = 0; c < n; c++)
+            FN(begin_rows)(sums + c);
+        for (ptrdiff_t r = 0; r < n_rows; r += rows)
+            for (ptrdiff_t c = 0; c < n; c++) {
+                const ptrdiff_t at = r * stride + (first + c) * length, i = first + c;
+                FN(sums_of_rows)(sums + c, x + at, u + at, rows, stride, length,
+                                 r + rows < n_rows ? rows * stride : to_next - r * stride, centers[i],
+                                 FN(passing_at)(all, at, i, with_u), with_u, w, flags);
+            }
+        for (ptrdiff_t c = 0; c < n; c++)
+            FN(end_rows)(sums + c, with_u, sum_v + first + c, sum_vd + first + c);
     }
 }

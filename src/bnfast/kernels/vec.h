@@ -74,9 +74,6 @@ static inline FN(vec) FN(if_outside)(FN(vec) a, FN(vec) low, FN(vec) high, FN(ve
 /* n as the count of a vector's elements. */
 static ALWAYS_INLINE ptrdiff_t FN(within)(ptrdiff_t n) { return n < 0 ? 0 : n < VN ? n : VN; }
 
-/* Vectors of columns that are summed at once: as many as there are registers for. */
-#define COLUMN_VECTORS (VBYTES >= 64 ? 4 : VBYTES >= 32 ? 2 : 1)
-
 static inline FN(vec) FN(load)(const T *p) { return *(const FN(unaligned) *)p; }
 static inline void FN(store)(T *p, FN(vec) v) { *(FN(unaligned) *)p = v; }
 static inline FN(wide) FN(load_wide)(const double *p) { return *(const FN(unaligned_wide) *)p; }

@@ -483,7 +483,7 @@ static void planar_reductions(ptrdiff_t n_rows, ptrdiff_t n_channels, ptrdiff_t 
                               int stream, kind_of_sums kind)
 {
     const ptrdiff_t n = n_channels * length, stride = n + gap;
-    const bnfast_runs runs = {n_rows, stride, n_channels, length, length % 2 == 0};
+    const bnfast_runs runs = {n_rows, stride, n_channels, length, length % 2 == 0, n_rows % 2 == 0};
     const void *x = new_rows(n_rows, stride, n, 3), *u = new_rows(n_rows, stride, n, 0.5);
     const void *center = new_values(n_channels, 3), *from = new_rows(n_rows, stride, n, 1);
     void *out = new_rows(n_rows, stride, n, 9);
