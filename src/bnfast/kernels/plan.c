@@ -49,7 +49,8 @@ static int rows_are_multiples_of(const bnfast_job *job, ptrdiff_t bytes)
  * threads' L2 at most (a gradient's two then fill it: 0.9 to 1.05 of the time where the last level is far); and from a last
  * level that is near, up to an eighth of it (0.65 to 1), or where all rows of a column fall on the same few lines of L1, being
  * a multiple of the size of its ways apart (measured with 32 KiB and 8 ways, and 32 MiB of L3). But two arrays whose rows do
- * so, or a multiple of half that size apart, displace each other: in the order of memory they take 0.6 to 0.9 of the time (halves up to 1.2). */
+ * so, or a multiple of half that size apart, displace each other: in the order of memory they take 0.6 to 0.9 of the time
+ * (halves up to 1.2). */
 static int is_near(const bnfast_job *job)
 {
     const ptrdiff_t bytes = bytes_of_array(job) * arrays_read(job);
@@ -96,15 +97,14 @@ enum {
 static int is_read_once(const bnfast_job *job, ptrdiff_t channel_bytes)
 {
     const ptrdiff_t row = job->inner * job->kernels->itemsize;
-    return applies(job) && !has_halves(job) &&
-           (job->u ? channel_bytes <= bnfast_l2_bytes() / 4 : row >= LONG_ROW_FROM_NEARBY);
+    return !has_halves(job) && (job->u ? channel_bytes <= bnfast_l2_bytes() / 4 : row >= LONG_ROW_FROM_NEARBY);
 }
 
 static ptrdiff_t enough_of_a_row(const bnfast_job *job, ptrdiff_t channel_bytes)
 {
     if (!applies(job)) /* nothing is read twice */
         return RUN_BYTES;
-    const ptrdiff_t written = applies(job) ? job->outer * job->inner * job->kernels->itemsize : 0;
+    const ptrdiff_t written = job->outer * job->inner * job->kernels->itemsize;
     const int two_results = job->stream && passed_late(job) && !has_halves(job) && !bnfast_last_level_is_far();
     const ptrdiff_t from_memory = two_results ? RUN_BYTES_OF_TWO_RESULTS : RUN_BYTES_FROM_MEMORY;
     if (channel_bytes * job->channels > believed_last_level() / 4 * 3)
