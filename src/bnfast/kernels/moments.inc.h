@@ -12,11 +12,13 @@
  * is most of it.
  * Memory traffic: one read. */
 
-/* SAMPLES: elements for a pivot, spread over the segment, a power of two. PIVOT_CHANNELS: pivots at once. FEW_ROWS:
+/* SAMPLES: elements for a pivot, spread over the segment, a power of two. PIVOT_CHANNELS: pivots at once. WIDE_COLUMNS:
+ * columns that are summed in float64 at once. FEW_ROWS:
  * columns of float32 with fewer are always done in two passes of float64, as too few roundings average out */
 #define PIVOT_SAMPLES 16
 #define COLUMN_SAMPLES 8
-#define PIVOT_CHANNELS 64
+#define PIVOT_CHANNELS 16
+#define WIDE_COLUMNS ((ptrdiff_t)(1024 / sizeof(T)))
 #define PIVOT_LOSS 3.0
 #define FEW_ROWS (NARROW ? 16 : 0)
 /* d*d of float32 is normal above 1.2e-38: a mean square below this is not trusted. float64 has nothing wider. */
@@ -141,15 +143,15 @@ static void FN(moments_planar)(const void *data, const bnfast_runs *runs, ptrdif
     }
 }
 
-/* The same two passes for a block of columns; writes the columns marked in `wanted` alone, so that what one column
+/* The same two passes for n_columns <= WIDE_COLUMNS; writes the columns marked in `wanted` alone, so that what one column
  * holds (a NaN, say) never moves another's bits. wanted: (n_columns,) IN, or NULL: all; mean, m2: (n_columns,) OUT
  * where wanted */
-static void FN(moments_interleaved_wide)(const S *x, ptrdiff_t n_rows, ptrdiff_t stride, ptrdiff_t n_columns,
-                                         const int *wanted, const T *center, double *mean, double *m2)
+static void FN(moments_of_columns_wide)(const S *x, ptrdiff_t n_rows, ptrdiff_t stride, ptrdiff_t n_columns,
+                                        const int *wanted, const T *center, double *mean, double *m2)
 {
     const double n = (double)n_rows, inverse = FN(exact_inverse)(n);
-    double pivot[COLUMNS], sum[COLUMNS], square[COLUMNS];
-    T copy[COLUMNS];
+    double pivot[WIDE_COLUMNS], sum[WIDE_COLUMNS], square[WIDE_COLUMNS];
+    T copy[WIDE_COLUMNS];
     for (ptrdiff_t c = 0; c < n_columns; c++)
         pivot[c] = sum[c] = square[c] = 0.0;
     for (ptrdiff_t r = 0; r < n_rows; r++) {
@@ -175,6 +177,15 @@ static void FN(moments_interleaved_wide)(const S *x, ptrdiff_t n_rows, ptrdiff_t
         }
 }
 
+/* The same of any number of columns. */
+static void FN(moments_interleaved_wide)(const S *x, ptrdiff_t n_rows, ptrdiff_t stride, ptrdiff_t n_columns,
+                                         const int *wanted, const T *center, double *mean, double *m2)
+{
+    for (ptrdiff_t c = 0; c < n_columns; c += WIDE_COLUMNS)
+        FN(moments_of_columns_wide)(x + c, n_rows, stride, n_columns - c < WIDE_COLUMNS ? n_columns - c : WIDE_COLUMNS,
+                                    wanted ? wanted + c : NULL, center + c, mean + c, m2 + c);
+}
+
 /* Pivots of n_columns <= COLUMNS columns, in P: the mean of a few rows of each, as a tree. Of halves some at a time, widened
  * together. */
 #define PIVOTS_AT_ONCE (sizeof(S) == sizeof(T) ? COLUMNS : PIVOT_CHANNELS)
@@ -185,7 +196,7 @@ static void FN(moments_interleaved_wide)(const S *x, ptrdiff_t n_rows, ptrdiff_t
         ptrdiff_t samples = COLUMN_SAMPLES; \
         while (samples > n_rows) \
             samples /= 2; \
-        const T *row[COLUMN_SAMPLES]; \
+        const T *row[COLUMN_SAMPLES] = {NULL}; \
         T copy[COLUMN_SAMPLES][PIVOT_CHANNELS]; \
         for (ptrdiff_t i = 0; i < samples; i++) \
             row[i] = FN(values)(x + i * n_rows / samples * stride, 1, n_columns, copy[i]); \
@@ -237,7 +248,6 @@ static void FN(moments_interleaved_block)(const S *x, const bnfast_rows *rows, S
         return;
     }
     T pivots[COLUMNS];
-    double sum[COLUMNS], square[COLUMNS];
     int untrusted[COLUMNS];
     int64_t n_untrusted = 0; /* as wide as what is compared */
     FN(column_pivots)(x, n_rows, stride, n_columns, pivots);
@@ -250,8 +260,8 @@ static void FN(moments_interleaved_block)(const S *x, const bnfast_rows *rows, S
                                  .packed_stride = rows->n_columns,
                                  .centers = pivots,
                                  .passing = NULL,
-                                 .sum_v = sum,
-                                 .sum_vd = square};
+                                 .sum_v = mean,
+                                 .sum_vd = m2};
     if (!rows->near && next != 0 && n_rows >= COLUMN_SAMPLES)
         FN(ask_for_samples)(x + next, n_rows, stride, n_columns);
     FN(sums_of_columns)(&all, n_columns, next, NO_U, rows->near);
@@ -261,15 +271,13 @@ static void FN(moments_interleaved_block)(const S *x, const bnfast_rows *rows, S
     }
     const double least_square = n * SMALLEST_MEAN_SQUARE, inverse = FN(exact_inverse)(n);
     for (ptrdiff_t c = 0; c < n_columns; c++) {
-        const double shift = FN(quotient)(sum[c], n, inverse);
+        const double sum = mean[c], square = m2[c], shift = FN(quotient)(sum, n, inverse);
         mean[c] = ((double)pivots[c] - (double)center[c]) + shift;
-        m2[c] = square[c] - sum[c] * shift;
-        n_untrusted += !TRUSTED(least_square, sum[c], square[c], m2[c]);
+        m2[c] = square - sum * shift;
+        n_untrusted += untrusted[c] = !TRUSTED(least_square, sum, square, m2[c]);
     }
     if (n_untrusted == 0)
         return;
-    for (ptrdiff_t c = 0; c < n_columns; c++)
-        untrusted[c] = !TRUSTED(least_square, sum[c], square[c], m2[c]);
     if (n_untrusted > n_columns / 8)
         FN(moments_interleaved_wide)(x, n_rows, stride, n_columns, untrusted, center, mean, m2);
     else

@@ -12,7 +12,7 @@
 #define COLUMN_CHAIN 4
 
 /* At most this many channels whose rows are taken in the order of memory. */
-#define CHANNELS_IN_ORDER 16
+#define CHANNELS_IN_ORDER 8
 
 /* Steps of the sums between two turns of a map (BY_TURNS). */
 #define TURN 8
@@ -747,8 +747,9 @@ static ALWAYS_INLINE void FN(sums_of_short_rows_as)(const S *x, const S *u, cons
     }
 }
 
-static void FN(sums_of_short_rows)(const S *x, const S *u, const bnfast_runs *runs, ptrdiff_t next, const T *centers,
-                                   const bnfast_passing *passing, int with_u, double *sum_v, double *sum_vd)
+static NEVER_INLINE void FN(sums_of_short_rows)(const S *x, const S *u, const bnfast_runs *runs, ptrdiff_t next,
+                                                const T *centers, const bnfast_passing *passing, int with_u,
+                                                double *sum_v, double *sum_vd)
 {
     const struct FN(passing) all = FN(passing_of)(passing);
 #define SUMS(kind) FN(sums_of_short_rows_as)(x, u, runs, next, centers, all, kind, sum_v, sum_vd)
