@@ -28,6 +28,7 @@ from numpy.exceptions import AxisError, TooHardError
 cimport cython
 cimport numpy as cnp
 from cpython.contextvars cimport get_value
+from cpython.long cimport PyLong_AsLongAndOverflow
 from cpython.number cimport PyNumber_Index
 from cpython.mem cimport PyMem_RawFree, PyMem_RawMalloc
 from cython.parallel cimport prange

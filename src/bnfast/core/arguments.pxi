@@ -135,13 +135,15 @@ cdef bint same_shape(cnp.ndarray a, cnp.ndarray b) noexcept:
 
 
 cdef int as_axis(object axis, cnp.ndarray array) except -1:
-    cdef int ndim = cnp.PyArray_NDIM(array)
+    cdef int ndim = cnp.PyArray_NDIM(array), beyond = 0
+    cdef long i
     try:
-        i = PyNumber_Index(axis)
+        number = PyNumber_Index(axis)
     except TypeError:
         raise TypeError(f"axis: expected an int, got {type(axis).__name__}") from None
-    if not -ndim <= i < ndim:
-        raise AxisError(i, ndim, "axis")
+    i = PyLong_AsLongAndOverflow(number, &beyond)
+    if beyond or not -ndim <= i < ndim:
+        raise AxisError(number, ndim, "axis")
     return i if i >= 0 else i + ndim
 
 

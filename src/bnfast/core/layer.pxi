@@ -392,7 +392,8 @@ cdef class Options:
 
     def __cinit__(self, axis, Py_ssize_t channels, bint tracks, bint unbiased, str nonfinite, activation=None,
                   negative_slope=None):
-        cdef bnfast_job job = new_job(BNFAST_FORWARD)
+        cdef bnfast_job job
+        begin_job(&job, BNFAST_FORWARD)
         set_activation(&job, activation, negative_slope)
         self.rectifies, self.rectifier = job.rectifies, job.rectifier
         self.axis, self.channels, self.tracks, self.unbiased = axis, channels, tracks, unbiased
@@ -482,7 +483,8 @@ cdef cnp.ndarray map_with_batch(Forward forward, Options options, int keep, out,
 
     exact: statistics as `moments` has them, of a forward that was made so.
     """
-    cdef bnfast_job job = new_job(BNFAST_FORWARD)
+    cdef bnfast_job job
+    begin_job(&job, BNFAST_FORWARD)
     cdef cnp.ndarray y, given_out = as_out(out, forward.x)
     check_batch(forward)
     job.eps = forward.eps if forward.eps > 0.0 else as_positive_eps(forward.eps)
@@ -498,7 +500,8 @@ cdef cnp.ndarray map_with_batch(Forward forward, Options options, int keep, out,
 
 cdef cnp.ndarray map_with_running(Forward forward, Running running, int keep, out, tuple living):
     """-> y: a new forward normalises with the running statistics, as constants."""
-    cdef bnfast_job job = new_job(BNFAST_EVAL)
+    cdef bnfast_job job
+    begin_job(&job, BNFAST_EVAL)
     cdef cnp.ndarray y, given_out = as_out(out, forward.x)
     cdef bnfast_parameter var = [running.row(1), NULL]
     forward.running = running
@@ -641,7 +644,8 @@ def backward_of(Forward forward, dy, out, tuple living, dtype, out_residual=None
     dresidual is None without a residual."""
     if forward.processes is not None:
         return backward_together(forward, dy, out, living, dtype, out_residual)
-    cdef bnfast_job job = new_job(BNFAST_BACKWARD if forward.running is None else BNFAST_BACKWARD_EVAL)
+    cdef bnfast_job job
+    begin_job(&job, BNFAST_BACKWARD if forward.running is None else BNFAST_BACKWARD_EVAL)
     cdef cnp.ndarray x = forward.x, u, given_out, given_out_residual, inv_std
     cdef int type_number = cnp.NPY_FLOAT32 if dtype.itemsize == 4 else cnp.NPY_FLOAT64, axis = forward.axis
     cdef Py_ssize_t i

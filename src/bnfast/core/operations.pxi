@@ -189,7 +189,8 @@ cdef int check_variance(const bnfast_parameter *var, Py_ssize_t channels, double
 
 def moments(x, axis):
     """-> (count, mean, m2, rest): values a channel, and (C,) float64 arrays; mean + rest is the mean."""
-    cdef bnfast_job job = new_job(BNFAST_MOMENTS)
+    cdef bnfast_job job
+    begin_job(&job, BNFAST_MOMENTS)
     cdef cnp.ndarray data = as_samples(x, "x")
     cdef int channel_axis = as_axis(axis, data)
     cdef Py_ssize_t channels = cnp.PyArray_DIM(data, channel_axis)
@@ -207,7 +208,8 @@ def moments(x, axis):
 def batch_norm(x, gamma, beta, axis, eps, out, residual=None, activation=None, negative_slope=None,
                bint return_var=False):
     """-> (y, mean, inv_std), and var if that is asked for; y like x, the others (C,) float64 arrays."""
-    cdef bnfast_job job = new_job(BNFAST_FORWARD)
+    cdef bnfast_job job
+    begin_job(&job, BNFAST_FORWARD)
     cdef cnp.ndarray data = as_samples(x, "x")
     cdef int channel_axis = as_axis(axis, data)
     cdef Py_ssize_t channels = cnp.PyArray_DIM(data, channel_axis)
@@ -234,7 +236,8 @@ def batch_norm(x, gamma, beta, axis, eps, out, residual=None, activation=None, n
 
 def batch_norm_eval(x, mean, var, gamma, beta, axis, eps, out, residual=None, activation=None, negative_slope=None):
     """-> y like x."""
-    cdef bnfast_job job = new_job(BNFAST_EVAL)
+    cdef bnfast_job job
+    begin_job(&job, BNFAST_EVAL)
     cdef cnp.ndarray data = as_samples(x, "x")
     cdef int channel_axis = as_axis(axis, data)
     cdef Py_ssize_t channels = cnp.PyArray_DIM(data, channel_axis)
@@ -259,7 +262,8 @@ def batch_norm_eval(x, mean, var, gamma, beta, axis, eps, out, residual=None, ac
 
 def before_activation(x, mean, inv_std, gamma, beta, axis, residual):
     """-> (x - mean) * inv_std * gamma + beta + residual, like x: what an activation meets, to the bit."""
-    cdef bnfast_job job = new_job(BNFAST_EVAL)
+    cdef bnfast_job job
+    begin_job(&job, BNFAST_EVAL)
     cdef cnp.ndarray data = as_samples(x, "x")
     cdef int channel_axis = as_axis(axis, data)
     cdef Py_ssize_t channels = cnp.PyArray_DIM(data, channel_axis)
@@ -275,7 +279,8 @@ def before_activation(x, mean, inv_std, gamma, beta, axis, residual):
 
 def passed_by(cnp.ndarray u, cnp.ndarray y, activation, negative_slope, out):
     """-> u, or `out`: u times the derivative of an activation at y, in place."""
-    cdef bnfast_job job = new_job(BNFAST_EVAL)
+    cdef bnfast_job job
+    begin_job(&job, BNFAST_EVAL)
     set_activation(&job, activation, negative_slope)
     if job.rectifies:
         np.multiply(u, job.rectifier.slope, out=u, where=y <= 0)
@@ -300,7 +305,8 @@ def affine(x, center, scale, shift, out, bint search):
 
     infinite: whether x has an infinity, False unless `search`; y is of no use then.
     """
-    cdef bnfast_job job = new_job(BNFAST_EVAL)
+    cdef bnfast_job job
+    begin_job(&job, BNFAST_EVAL)
     cdef cnp.ndarray data = as_samples(x, "x")
     cdef int channel_axis = as_axis(1, data), infinite = 0
     cdef Py_ssize_t channels = cnp.PyArray_DIM(data, channel_axis)
@@ -356,7 +362,8 @@ def batch_norm_backward(dy, x, mean, inv_std, gamma, axis, training, out, beta=N
                         negative_slope=None, out_residual=None):
     """-> (dx, dgamma, dbeta), and dresidual with a residual: dx, dresidual like x, two (C,) arrays of x's dtype,
     or of float32 where that is narrower."""
-    cdef bnfast_job job = new_job(BNFAST_BACKWARD if training else BNFAST_BACKWARD_EVAL)
+    cdef bnfast_job job
+    begin_job(&job, BNFAST_BACKWARD if training else BNFAST_BACKWARD_EVAL)
     cdef cnp.ndarray data = as_samples(x, "x")
     cdef int channel_axis = as_axis(axis, data)
     cdef Py_ssize_t channels = cnp.PyArray_DIM(data, channel_axis)
@@ -386,7 +393,8 @@ def batch_norm_backward(dy, x, mean, inv_std, gamma, axis, training, out, beta=N
 
 def batch_norm_backward_sums(dy, x, mean, inv_std, gamma, axis, beta, residual, activation, negative_slope):
     """-> (count, dgamma, dbeta): the sums as (C,) float64 arrays."""
-    cdef bnfast_job job = new_job(BNFAST_BACKWARD_SUMS)
+    cdef bnfast_job job
+    begin_job(&job, BNFAST_BACKWARD_SUMS)
     cdef cnp.ndarray data = as_samples(x, "x")
     cdef int channel_axis = as_axis(axis, data)
     cdef Py_ssize_t channels = cnp.PyArray_DIM(data, channel_axis)
@@ -419,7 +427,8 @@ def batch_norm_backward_sums(dy, x, mean, inv_std, gamma, axis, beta, residual, 
 def batch_norm_backward_apply(dy, x, mean, inv_std, gamma, double count, dgamma, dbeta, axis, beta, residual,
                               activation, negative_slope, out, out_residual):
     """-> dx like x; (dx, dresidual) with a residual. count, dgamma, dbeta: of the whole batch."""
-    cdef bnfast_job job = new_job(BNFAST_BACKWARD_APPLY)
+    cdef bnfast_job job
+    begin_job(&job, BNFAST_BACKWARD_APPLY)
     cdef cnp.ndarray data = as_samples(x, "x")
     cdef int channel_axis = as_axis(axis, data)
     cdef Py_ssize_t channels = cnp.PyArray_DIM(data, channel_axis)
@@ -447,7 +456,8 @@ def batch_norm_backward_apply(dy, x, mean, inv_std, gamma, double count, dgamma,
 
 def batch_norm_jvp(v, x, mean, inv_std, gamma, axis, vgamma, vbeta, out):
     """-> dy like x."""
-    cdef bnfast_job job = new_job(BNFAST_JVP)
+    cdef bnfast_job job
+    begin_job(&job, BNFAST_JVP)
     cdef cnp.ndarray data = as_samples(x, "x")
     cdef int channel_axis = as_axis(axis, data)
     cdef Py_ssize_t channels = cnp.PyArray_DIM(data, channel_axis)
@@ -471,7 +481,8 @@ def memory_floor(cnp.ndarray x, cnp.ndarray u, cnp.ndarray out):
 
     All C-contiguous, of one shape and dtype, float32 or float64; u may be None.
     """
-    cdef bnfast_job job = new_job(BNFAST_FLOOR)
+    cdef bnfast_job job
+    begin_job(&job, BNFAST_FLOOR)
     cdef cnp.ndarray array
     for array in (x, out) if u is None else (x, u, out):
         if not (cnp.PyArray_ISCARRAY(array) and same_shape(array, x)

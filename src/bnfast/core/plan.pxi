@@ -21,7 +21,8 @@ def explain(shape, axis, dtype, str operation, int n_threads, bint residual=Fals
     block_channels, tasks (of each phase), packed, near, written_later, row_by_row, in_order, and words: the same as
     text, a line for each.
     """
-    cdef bnfast_job job = new_job(BNFAST_MOMENTS)
+    cdef bnfast_job job
+    begin_job(&job, BNFAST_MOMENTS)
     cdef int ndim = len(shape), i, place
     cdef Py_ssize_t size
     dtype = np.dtype(dtype)

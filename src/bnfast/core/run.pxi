@@ -17,11 +17,10 @@ def set_thread_sources(context, cpus):
     bnfast_forget_cpus()
 
 
-cdef bnfast_job new_job(bnfast_operation operation) noexcept:
-    cdef bnfast_job job
-    memset(&job, 0, sizeof(job))
+cdef inline void begin_job(bnfast_job *job, bnfast_operation operation) noexcept:
+    """Of which nothing else is set. (In its place: a copy of all that would show in the time of small calls.)"""
+    memset(job, 0, sizeof(bnfast_job))
     job.operation = operation
-    return job
 
 
 cdef void run_alone(bnfast_job *job) noexcept nogil:

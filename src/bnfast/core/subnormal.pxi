@@ -23,7 +23,8 @@ cdef void lower_what_is_lifted(const bnfast_job *job, char *shared) noexcept:
 
 cdef bint lower_all(const bnfast_job *job, void *out) except -1:
     """Whether something was too large, and has been left."""
-    cdef bnfast_job lower = new_job(BNFAST_LOWER)
+    cdef bnfast_job lower
+    begin_job(&lower, BNFAST_LOWER)
     cdef int beyond = 0
     lower.kernels, lower.outer, lower.channels, lower.inner = job.kernels, job.outer, job.channels, job.inner
     lower.out, lower.infinite = out, &beyond
@@ -44,7 +45,8 @@ cdef bint scale_sums(double *sums, Py_ssize_t channels, int exponent) noexcept:
 cdef int compute_lifted(bnfast_job *given, cnp.ndarray x) except -1:
     """A backward whose u is subnormal in places: all of it is taken times a power of two, and so are its results, until
     they are there. If some of u, or of them, is too large for that, as it is."""
-    cdef bnfast_job job = given[0], lift = new_job(BNFAST_LIFT)
+    cdef bnfast_job job = given[0], lift
+    begin_job(&lift, BNFAST_LIFT)
     cdef Py_ssize_t channels = job.channels
     cdef bint has_sums = given.dbeta != NULL or given.narrow_dbeta != NULL
     cdef bint gives_sums = has_sums and job.operation != BNFAST_BACKWARD_APPLY

@@ -16,7 +16,8 @@ cdef void set_nothing(cnp.ndarray row) noexcept:
 
 cdef int reduce_part(Forward forward, cnp.ndarray row) except -1:
     """Count, mean, m2 and what the mean was rounded by, of this process's part."""
-    cdef bnfast_job job = new_job(BNFAST_MOMENTS)
+    cdef bnfast_job job
+    begin_job(&job, BNFAST_MOMENTS)
     cdef cnp.ndarray data = forward.x
     cdef int axis = forward.axis
     cdef Positions there = forward.positions()
@@ -60,7 +61,8 @@ cdef tuple forward_together(AtomicReference contents, Options options, Processes
                             momentum, int keep, bint update, out, tuple living, residual, mask):
     """-> (y, Forward) of this process's part x of a training batch, whose contents are exchanged for those after it."""
     cdef Forward forward
-    cdef bnfast_job job = new_job(BNFAST_EVAL)
+    cdef bnfast_job job
+    begin_job(&job, BNFAST_EVAL)
     cdef cnp.ndarray y, given_out, row, rows
     processes.begin()
     row = new_row(processes.code(FOR_FORWARD), 3 * options.channels)
@@ -106,7 +108,9 @@ cdef tuple backward_together(Forward forward, dy, out, tuple living, dtype, out_
     """As `backward_of`, of a forward of this process's part: dgamma and dbeta are those of the part."""
     cdef Processes processes = forward.processes
     cdef Py_ssize_t channels = forward.channels
-    cdef bnfast_job job = new_job(BNFAST_BACKWARD_SUMS), apply = new_job(BNFAST_BACKWARD_APPLY)
+    cdef bnfast_job job, apply
+    begin_job(&job, BNFAST_BACKWARD_SUMS)
+    begin_job(&apply, BNFAST_BACKWARD_APPLY)
     cdef cnp.ndarray x = forward.x, u, given_out, given_out_residual, row, rows
     cdef int type_number = cnp.NPY_FLOAT32 if dtype.itemsize == 4 else cnp.NPY_FLOAT64, axis = forward.axis
     cdef Positions there
