@@ -284,7 +284,7 @@ def test_threads_take_columns_of_their_own_where_rows_are_few(caches):
     assert _core.explain((64, 2048), 1, np.float32, "eval", 2)["plan"] == "phases"
 
 
-def test_rows_that_fall_on_the_same_lines_of_l1_are_planned_without_asking_ahead(caches):
+def test_rows_that_fall_on_the_same_lines_of_l1_are_planned_by_how_many_arrays_are_read(caches):
     """What was asked for ahead of some was hardly ever there when it was needed. The two arrays of a gradient displace
     each other: they are taken in the order of memory."""
 
@@ -304,6 +304,28 @@ def test_rows_that_fall_on_the_same_lines_of_l1_are_planned_without_asking_ahead
     assert few((8192, 2048)) == [False] * 2
     assert few((2048, 256)) == [True] * 2
     assert few((2052, 256)) == [False] * 2
+
+
+def test_short_rows_from_beyond_l2_are_planned_in_the_order_of_memory(caches):
+    def in_order(shape):
+        operations = ("forward", "backward", "eval")
+        return [_core.explain(shape, 1, np.float32, operation, 2)["in_order"] for operation in operations]
+
+    caches(2**19, 2**25)
+    assert in_order((128, 256, 14, 14)) == [True, True, False]
+    assert in_order((2, 256, 14, 14)) == [False] * 3  # in L2
+    assert in_order((8, 256, 128, 128)) == [False] * 3  # long: segment by segment, each a part of one
+    assert in_order((20, 64, 14, 14)) == [False, True, False]  # two arrays are beyond it
+
+
+def test_few_rows_of_a_gradient_are_copied_together_where_the_last_level_is_far(caches):
+    def packed():
+        return _core.explain((16, 65536), 1, np.float32, "backward", 2)["packed"]
+
+    caches(2**19, 2**25)
+    assert not packed()
+    caches(2**21, 480 * 2**20)
+    assert packed()
 
 
 def test_rows_are_mapped_one_by_one_where_the_last_level_is_far(caches):

@@ -135,7 +135,7 @@ def assert_same_digests(plain_driver):
 @pytest.mark.parametrize(
     "flags",
     [
-        pytest.param(("-O0",), id="-O0"),
+        pytest.param(("-O0",), id="-O0 but for the leaves"),
         # the extension itself is built with -O3: it takes minutes to compile
         pytest.param(("-O3", "-march=native"), id="-O3 -march=native", marks=pytest.mark.campaign),
     ],

@@ -94,11 +94,12 @@ cdef str in_words(dict plan, str operation):
         lines.append("the rows of a block are copied together while they are reduced")
     if plan["written_later"]:
         lines.append("a block is written while the next is reduced")
-    if plan["layout"] == "planar" and plan["in_order"] and operation not in ("eval", "moments"):
+    if plan["layout"] == "planar" and plan["in_order"] and plan["block_channels"] > 1 and operation != "moments":
         lines.append("short rows of neighbouring channels are reduced in the order of memory")
     if plan["layout"] == "interleaved" and operation != "eval":
         lines.append("a few columns at a time, whose sums stay in registers" if plan["near"]
-                     else "rows are taken in the order of memory, what follows is asked for ahead")
+                     else ("a few columns of 32 rows at a time" if operation == "moments"
+                           else "rows are taken in the order of memory") + ", what follows is asked for ahead")
     if plan["layout"] == "interleaved" and operation != "moments" and not plan["stream"]:
         lines.append("whole rows are mapped one by one" if plan["row_by_row"]
                      else "some rows are mapped together, which share the loads of coefficients")

@@ -4,7 +4,7 @@
  *
  * Elements are widened when they are read, and all else is as moments.inc.h and sums.inc.h do it for float64, in the
  * same lanes and chains: so the result is, to the bit, that of the same numbers given as float64.
- * Relative error of m2: 1e-15 (docs/error-bounds.md).
+ * Relative error of m2: 1e-15 (docs/theory/error-bounds.md).
  * Memory traffic: one read.
  *
  * VN elements, a vector of the narrow dtype, are WIDE_PER_VEC vectors `wide`. */

@@ -136,6 +136,7 @@ const bnfast_kernels FN(bnfast_table) = {
 #undef TRUSTED
 #undef IN_RANGE
 #undef PIVOT_CHANNELS
+#undef SAMPLED_CHANNELS
 #undef WIDE_COLUMNS
 #undef TAKE_STEPS
 #undef IN_TWOS

@@ -12,12 +12,13 @@
  * is most of it.
  * Memory traffic: one read. */
 
-/* SAMPLES: elements for a pivot, spread over the segment, a power of two. PIVOT_CHANNELS: pivots at once. WIDE_COLUMNS:
- * columns that are summed in float64 at once. FEW_ROWS:
+/* SAMPLES: elements for a pivot, spread over the segment, a power of two. PIVOT_CHANNELS: pivots at once, whose samples
+ * are gathered for some at a time. WIDE_COLUMNS: columns that are summed in float64 at once. FEW_ROWS:
  * columns of float32 with fewer are always done in two passes of float64, as too few roundings average out */
 #define PIVOT_SAMPLES 16
 #define COLUMN_SAMPLES 8
-#define PIVOT_CHANNELS 16
+#define PIVOT_CHANNELS 64
+#define SAMPLED_CHANNELS 16
 #define WIDE_COLUMNS ((ptrdiff_t)(1024 / sizeof(T)))
 #define PIVOT_LOSS 3.0
 #define FEW_ROWS (NARROW ? 16 : 0)
@@ -69,12 +70,12 @@ static void FN(moments_wide)(const S *x, ptrdiff_t n_rows, ptrdiff_t stride, ptr
         *m2 = 0.0;
 }
 
-/* For each of n_channels <= PIVOT_CHANNELS channels the mean of a few elements spread over its segment.
+/* For each of n_channels <= SAMPLED_CHANNELS channels the mean of a few elements spread over its segment.
  * x: (n_rows, n_channels, length), rows `stride` apart IN; pivots: (n_channels,) OUT */
-static void FN(pivots_wide)(const S *x, ptrdiff_t n_rows, ptrdiff_t stride, ptrdiff_t n_channels, ptrdiff_t length,
-                            double *pivots)
+static void FN(some_pivots_wide)(const S *x, ptrdiff_t n_rows, ptrdiff_t stride, ptrdiff_t n_channels, ptrdiff_t length,
+                                 double *pivots)
 {
-    double sample[PIVOT_SAMPLES][PIVOT_CHANNELS];
+    double sample[PIVOT_SAMPLES][SAMPLED_CHANNELS];
     ptrdiff_t samples = PIVOT_SAMPLES;
     while (samples > n_rows * length)
         samples /= 2;
@@ -91,7 +92,16 @@ static void FN(pivots_wide)(const S *x, ptrdiff_t n_rows, ptrdiff_t stride, ptrd
         pivots[c] = sample[0][c] / (double)samples;
 }
 
-/* The same in the data's dtype. */
+/* The same for any number of channels. */
+static void FN(pivots_wide)(const S *x, ptrdiff_t n_rows, ptrdiff_t stride, ptrdiff_t n_channels, ptrdiff_t length,
+                            double *pivots)
+{
+    for (ptrdiff_t c = 0; c < n_channels; c += SAMPLED_CHANNELS)
+        FN(some_pivots_wide)(x + c * length, n_rows, stride,
+                             n_channels - c < SAMPLED_CHANNELS ? n_channels - c : SAMPLED_CHANNELS, length, pivots + c);
+}
+
+/* The same in the data's dtype, of n_channels <= PIVOT_CHANNELS. */
 static void FN(pivots)(const S *x, ptrdiff_t n_rows, ptrdiff_t stride, ptrdiff_t n_channels, ptrdiff_t length,
                        T *pivots)
 {
@@ -196,7 +206,7 @@ static void FN(moments_interleaved_wide)(const S *x, ptrdiff_t n_rows, ptrdiff_t
         ptrdiff_t samples = COLUMN_SAMPLES; \
         while (samples > n_rows) \
             samples /= 2; \
-        const T *row[COLUMN_SAMPLES] = {NULL}; \
+        const T *row[COLUMN_SAMPLES]; \
         T copy[COLUMN_SAMPLES][PIVOT_CHANNELS]; \
         for (ptrdiff_t i = 0; i < samples; i++) \
             row[i] = FN(values)(x + i * n_rows / samples * stride, 1, n_columns, copy[i]); \

@@ -156,7 +156,7 @@ static void choose_planar(bnfast_job *job)
     job->block_channels = job->channels;
     job->coefficient_channels = coefficient_channels(job);
     job->near = choice(forced.near, is_near(job));
-    job->in_order = choice(forced.in_order, comes_from_beyond_l2(job));
+    job->in_order = choice(forced.in_order, reduces(job) && job->segment_rows > 1 && comes_from_beyond_l2(job));
     const int enough = threads == 1 || job->channels % threads == 0 || job->channels >= 4 * threads;
     const ptrdiff_t run = job->inner * job->kernels->itemsize, channel_bytes = job->outer * run * arrays_read(job);
     const ptrdiff_t share = threads == 1 ? job->channels : quotient_up(job->channels, PLANAR_TASKS * threads);
@@ -215,7 +215,8 @@ static int displaces_itself(const bnfast_job *job, ptrdiff_t bytes)
 /* All rows of some channels, which stay in L2 until they are mapped: a range of columns wide enough to be read well, or
  * a narrower one. Where its rows displace each other they are copied together while they are reduced, which pays only
  * if the array itself, or what a phase leaves for the next, does not stay in cache; and not where a few columns are taken at
- * a time, or could be, which from a near last level is faster than the copy (0.5 to 1 of the time; a second time they come from there).
+ * a time, or could be, which from a near last level is faster than the copy (0.5 to 1 of the time; a second time they come
+ * from there).
  * Returns the channels, in whole lines; 0: each step for the whole array. */
 static ptrdiff_t channels_of_block(bnfast_job *job)
 {
@@ -247,14 +248,15 @@ static void take_lead(bnfast_job *job)
 }
 
 /* Channels of a thread where each takes its own for all steps, so that none waits for another: where rows are few, and
- * coefficients weigh as much as the map. (With many rows each would end in a line of memory that two threads write.)
- * 0: that would not pay. */
+ * coefficients weigh as much as the map. (With many rows each would end in a line of memory that two threads write.) Not
+ * where a reduction asks ahead, but for two arrays from a near last level. 0: that would not pay. */
 static ptrdiff_t channels_of_thread(const bnfast_job *job)
 {
     const ptrdiff_t size = job->kernels->itemsize, line = 64 / size, threads = job->n_threads;
     const ptrdiff_t even = quotient_up(job->channels, threads), n = period(job) % line ? even : round_up(even, line);
     if (threads == 1 || n * job->inner * size < RANGE_BYTES || job->outer > FEW_ROWS ||
-        (reduces(job) && !job->near && job->u == NULL) || n * threads > job->channels + job->channels / 8)
+        (reduces(job) && !job->near && (job->u == NULL || bnfast_last_level_is_far())) ||
+        n * threads > job->channels + job->channels / 8)
         return 0;
     return n;
 }

@@ -341,8 +341,8 @@ static ALWAYS_INLINE void FN(end_rows)(struct FN(row_sums) * sums, int with_u, d
     *sum_vd = FN(fold_wide)(sums->wide_vd);
 }
 
-/* Of rows that are not near: what far_tile works in; rows to the last one; and to what is asked for, of the last ones
- * elements. */
+/* Of rows that are not near: what far_tile works in; how many rows are left from the tile's first on; how many rows ahead
+ * memory is asked for; and elements to what is asked for where no such row is left. */
 struct FN(far) {
     struct FN(pair) chains[2][COLUMNS / VN];
     ptrdiff_t rows_left, rows_ahead, to_next;
@@ -597,7 +597,7 @@ TILES_OF(MARKED)
 TILES_OF(PASSED)
 #undef TILES_OF
 
-/* A tile from column c on, n columns of it where it is a part of a vector. */
+/* A tile from column c on, `count` columns of it: one vector or two, a part of one, or all that there are (far). */
 #define DO_TILE(name, c, count) \
     do { \
         struct FN(tile) some = FN(tile_at)(&tile, c); \

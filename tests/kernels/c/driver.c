@@ -483,7 +483,7 @@ static void planar_reductions(ptrdiff_t n_rows, ptrdiff_t n_channels, ptrdiff_t 
                               int stream, kind_of_sums kind)
 {
     const ptrdiff_t n = n_channels * length, stride = n + gap;
-    const bnfast_runs runs = {n_rows, stride, n_channels, length, length % 2 == 0, n_rows % 2 == 0};
+    const bnfast_runs runs = {n_rows, stride, n_channels, length, length % 2 == 0, (n_rows + length) % 2 == 0};
     const void *x = new_rows(n_rows, stride, n, 3), *u = new_rows(n_rows, stride, n, 0.5);
     const void *center = new_values(n_channels, 3), *from = new_rows(n_rows, stride, n, 1);
     void *out = new_rows(n_rows, stride, n, 9);
@@ -690,7 +690,8 @@ static void leaves_of_size(ptrdiff_t n)
             reductions(row_counts[i], n, i % 2 * 3, kind);
             /* beside sums that meet a residual a map finds stored what they took */
             const int beside_too = n >= SHORTEST_RUN && kind != PASSED_WITH_RESIDUAL;
-            for (int n_channels = 1; n_channels < 4; n_channels += 2)
+            const int most_channels = row_counts[i] == 7 ? 19 : 3; /* more than are taken together, or a few */
+            for (int n_channels = 1; n_channels <= most_channels; n_channels += most_channels - 1)
                 for (int beside = 0; beside <= beside_too; beside++)
                     planar_reductions(row_counts[i], n_channels, n, i % 2 * 3, beside, i % 2, kind);
         }
