@@ -116,8 +116,7 @@ static ptrdiff_t enough_of_a_row(const bnfast_job *job, ptrdiff_t channel_bytes)
     return channel_bytes <= bnfast_l2_bytes() / 4 ? RUN_BYTES : RUN_BYTES_OUT_OF_L2;
 }
 
-/* Whether the rows of a block's channels are read in the order of memory: from beyond L2 short rows, far apart, are read at
- * half the speed otherwise (0.65 to 1 of the time; in L2 what a channel has summed so far had to be stored after each row). */
+/* Whether what is read is more than the threads' L2 hold. */
 static int comes_from_beyond_l2(const bnfast_job *job)
 {
     return bytes_of_array(job) * arrays_read(job) > bnfast_l2_bytes() * job->n_threads;
@@ -156,13 +155,14 @@ static void choose_planar(bnfast_job *job)
     job->block_channels = job->channels;
     job->coefficient_channels = coefficient_channels(job);
     job->near = choice(forced.near, is_near(job));
+    /* from beyond L2 short rows, far apart, are read at half the speed otherwise (0.65 to 1 of the time; in L2 what a
+     * channel has summed so far had to be stored after each row) */
     job->in_order = choice(forced.in_order, reduces(job) && job->segment_rows > 1 && comes_from_beyond_l2(job));
     const int enough = threads == 1 || job->channels % threads == 0 || job->channels >= 4 * threads;
     const ptrdiff_t run = job->inner * job->kernels->itemsize, channel_bytes = job->outer * run * arrays_read(job);
     const ptrdiff_t share = threads == 1 ? job->channels : quotient_up(job->channels, PLANAR_TASKS * threads);
     const ptrdiff_t n = most(1, least(bnfast_l2_bytes() / 4 / channel_bytes, share));
-    const ptrdiff_t bytes = channel_bytes * job->channels;
-    const int scattered = bytes > bnfast_l2_bytes() * threads && n * run < enough_of_a_row(job, channel_bytes);
+    const int scattered = comes_from_beyond_l2(job) && n * run < enough_of_a_row(job, channel_bytes);
     if (!reduces(job) || choice(forced.kind, enough && !scattered ? BNFAST_BLOCKS : BNFAST_PHASES) == BNFAST_PHASES)
         return;
     job->kind = BNFAST_BLOCKS;
