@@ -5,6 +5,7 @@ test_layouts.py, large arrays in test_big_arrays.py, the suite under sanitizers 
 import functools
 import gc
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 from campaign import short_and_long
 from places import KERNELS, SOURCES
-from scripts import NO_RSS_LIMIT, SANITIZED
+from scripts import NO_RSS_LIMIT, SANITIZED, run_script
 
 import bnfast
 from bnfast import _core
@@ -291,3 +292,65 @@ def test_memory_does_not_grow(name, n):
     grown = resident_bytes() - before
     assert [sys.getrefcount(a) for a in inputs] == references
     assert SANITIZED or grown < 2**20, f"{grown} bytes after {n} calls"  # the sanitizer keeps what is freed
+
+
+# --- large workspaces ----------------------------------------------------------------------------------------------
+
+MANY_CHANNELS = """
+import resource
+from pathlib import Path
+import numpy as np
+import bnfast
+from bnfast import functional as F
+
+n = 5_000_000
+x, y = np.full((1, n), 3, np.float32), np.zeros((1, n), np.float32)
+mean, var, gamma, beta = np.ones(n), np.ones(n), np.full(n, 2, np.float32), np.ones(n, np.float32)
+evaluate = lambda: F.batch_norm_eval(x, mean, var, gamma, beta, eps=0.0, out=y)
+"""
+
+
+def large_pages():
+    path = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    return path.exists() and "[never]" not in path.read_text()
+
+
+@pytest.mark.skipif(not large_pages(), reason="the system gives no large pages to those who ask for them")
+@pytest.mark.skipif(SANITIZED, reason="a sanitizer's own memory has faults of its own")
+def test_a_large_workspace_comes_in_large_pages():
+    """Of 40 MB of parameters, which are copied for each call, small pages would be 9,800 faults a call."""
+    faults = run_script(
+        MANY_CHANNELS
+        + """
+evaluate()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(3):
+    evaluate()
+print((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) // 3)
+"""
+    )
+    assert int(faults) < 3000
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the limit is on Linux's address space")
+@pytest.mark.skipif(SANITIZED, reason="a sanitizer needs the address space that would be limited")
+def test_a_workspace_that_cannot_be_had_changes_nothing():
+    done = run_script(
+        MANY_CHANNELS
+        + """
+with bnfast.num_threads(2):  # whose threads are there before memory is short
+    F.batch_norm_eval(x[:, :1_000_000], mean[:1_000_000], var[:1_000_000], out=y[:, :1_000_000].copy())
+    y[:] = 7
+    in_use = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (in_use + (16 << 20), resource.RLIM_INFINITY))
+    try:
+        evaluate()
+    except MemoryError as error:
+        print(error)
+    resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    assert (y == 7).all()
+    evaluate()
+    assert (y == 5).all()
+"""
+    )
+    assert re.fullmatch(r"no memory for \d+ bytes of workspace", done)

@@ -3,6 +3,9 @@
 # Bytes of workspace that need no allocation.
 cdef enum:
     WORKSPACE_ON_STACK = 12288
+    # So much is an array of NumPy's, which asks for large pages: malloc maps and gives back each time what is over 32 MiB, and
+    # in small pages to meet that memory again took half the time of calls with millions of channels.
+    LARGE_WORKSPACE = 4 << 20
 
 # Of threads.py: the ContextVar of `with num_threads` (to a pair whose first is a number, or None), and () -> int, the
 # CPUs that the system grants. Asked only for work that is not small.
@@ -163,6 +166,8 @@ cdef int plan_and_run(bnfast_job *job) except -1:
     cdef int p
     cdef char on_stack[WORKSPACE_ON_STACK]  # an allocation costs small calls a twentieth of their time
     cdef char *memory = on_stack
+    cdef cnp.ndarray large = None  # whose memory it is, where there is much of it
+    cdef cnp.npy_intp size
     cdef char *at
     cdef char *shared = NULL
     cdef Py_ssize_t worth
@@ -185,12 +190,19 @@ cdef int plan_and_run(bnfast_job *job) except -1:
             more += parameter_bytes(parameters[p], job.channels)
     if may_lift(job):
         more += job.channels
-    if more + job.workspace_bytes + 64 > WORKSPACE_ON_STACK:
-        memory = <char *>PyMem_RawMalloc(more + job.workspace_bytes + 64)
+    size = more + job.workspace_bytes + 64
+    if size >= LARGE_WORKSPACE:
+        try:
+            large = cnp.PyArray_EMPTY(1, &size, cnp.NPY_UINT8, 0)
+            memory = cnp.PyArray_BYTES(large)
+        except MemoryError:
+            memory = NULL
+    elif size > WORKSPACE_ON_STACK:
+        memory = <char *>PyMem_RawMalloc(size)
     if memory == NULL:
         if not small:
             bnfast_openmp_leave(budget, job.n_threads)
-        raise MemoryError(f"no memory for {job.workspace_bytes} bytes of workspace")
+        raise MemoryError(f"no memory for {size} bytes of workspace")
     job.workspace = memory + (-<uintptr_t>memory & 63)
     if not small:
         shared = job.workspace
@@ -207,6 +219,6 @@ cdef int plan_and_run(bnfast_job *job) except -1:
         run(job, shared)
         lower_what_is_lifted(job, shared)
         bnfast_openmp_leave(budget, job.n_threads)
-    if memory != on_stack:
+    if memory != on_stack and large is None:
         PyMem_RawFree(memory)
     return 0
