@@ -319,17 +319,22 @@ def large_pages():
 @pytest.mark.skipif(SANITIZED, reason="a sanitizer's own memory has faults of its own")
 def test_a_large_workspace_comes_in_large_pages():
     """Of 40 MB of parameters, which are copied for each call, small pages would be 9,800 faults a call."""
-    faults = run_script(
+    of_numpy, ours = run_script(
         MANY_CHANNELS
         + """
-evaluate()
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(3):
-    evaluate()
-print((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) // 3)
+def faults(call):
+    call()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(3):
+        call()
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) // 3
+
+print(faults(lambda: np.empty(40_000_000, np.uint8).fill(1)), faults(evaluate))
 """
-    )
-    assert int(faults) < 3000
+    ).split()
+    if int(of_numpy) >= 3000:
+        pytest.skip("NumPy's own arrays come in small pages: it does not ask for others, or there are none left")
+    assert int(ours) < 3000
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the limit is on Linux's address space")
