@@ -3,8 +3,8 @@
 # Bytes of workspace that need no allocation.
 cdef enum:
     WORKSPACE_ON_STACK = 12288
-    # So much is an array of NumPy's, which asks for large pages: malloc maps and gives back each time what is over 32 MiB, and
-    # in small pages to meet that memory again took half the time of calls with millions of channels.
+    # So much is an array of NumPy's, which asks for large pages: malloc maps and gives back each time what is over
+    # 32 MiB, and in small pages to meet that memory again took half the time of calls with millions of channels.
     LARGE_WORKSPACE = 4 << 20
 
 # Of threads.py: the ContextVar of `with num_threads` (to a pair whose first is a number, or None), and () -> int, the
