@@ -284,26 +284,22 @@ def test_threads_take_columns_of_their_own_where_rows_are_few(caches):
     assert _core.explain((64, 2048), 1, np.float32, "eval", 2)["plan"] == "phases"
 
 
-def test_rows_that_fall_on_the_same_lines_of_l1_are_planned_by_how_many_arrays_are_read(caches):
-    """What was asked for ahead of some was hardly ever there when it was needed. The two arrays of a gradient displace
-    each other: they are taken in the order of memory."""
-
-    def few(shape, dtype=np.float32):
+def test_rows_are_near_in_half_of_l2_and_in_a_quarter_of_a_last_level_that_is_near(caches):
+    def near(shape, dtype=np.float32):
         found = [_core.explain(shape, 1, dtype, operation, 2) for operation in ("forward", "backward")]
         assert not any(plan["packed"] for plan in found)
         return [plan["near"] for plan in found]
 
     caches(2**19, 2**25)
-    for shape in ((2048, 1024), (64, 65536), (8192, 2048)):
-        assert few(shape) == [True, False]
-        assert few((shape[0] * 2, shape[1] - 16)) == [False] * 2
-    assert few((8192, 512)) == [False] * 2
-    assert few((8192, 512), np.float64) == [True, False]
-    assert few((1000, 1000)) == [True, False]  # and so is what lies in a near part of the last level
-    caches(2**21, 480 * 2**20)  # what is far has to be asked for, but for two arrays that fit into L2
-    assert few((8192, 2048)) == [False] * 2
-    assert few((2048, 256)) == [True] * 2
-    assert few((2052, 256)) == [False] * 2
+    assert near((1000, 1000)) == [True, True]  # of a gradient two arrays are read
+    assert near((2000, 1000)) == [True, False]
+    assert near((2000, 1000), np.float64) == [False] * 2
+    for shape in ((2048, 1024), (64, 65536), (8192, 2048)):  # rows that displace each other are no exception
+        assert near(shape) == near((shape[0], shape[1] - 16))
+    caches(2**21, 480 * 2**20)  # what is far has to be asked for, but for arrays of which each takes half of L2
+    assert near((8192, 2048)) == [False] * 2
+    assert near((2048, 256)) == [True] * 2
+    assert near((2052, 256)) == [False] * 2
 
 
 def test_short_rows_from_beyond_l2_are_planned_in_the_order_of_memory(caches):

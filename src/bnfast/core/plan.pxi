@@ -98,8 +98,8 @@ cdef str in_words(dict plan, str operation):
         lines.append("short rows of neighbouring channels are reduced in the order of memory")
     if plan["layout"] == "interleaved" and operation != "eval":
         lines.append("a few columns at a time, whose sums stay in registers" if plan["near"]
-                     else ("a few columns of 32 rows at a time" if operation == "moments"
-                           else "rows are taken in the order of memory") + ", what follows is asked for ahead")
+                     else {"moments": "a few columns of 32 rows at a time", "forward": "eight rows at a time"}.get(
+                         operation, "rows are taken in the order of memory") + ", what follows is asked for ahead")
     if plan["layout"] == "interleaved" and operation != "moments" and not plan["stream"]:
         lines.append("whole rows are mapped one by one" if plan["row_by_row"]
                      else "some rows are mapped together, which share the loads of coefficients")

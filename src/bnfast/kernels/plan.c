@@ -40,27 +40,19 @@ static int comes_from_memory(const bnfast_job *job)
     return arrays * bytes_of_array(job) >= believed_last_level() / 2;
 }
 
-static int rows_are_multiples_of(const bnfast_job *job, ptrdiff_t bytes)
+static int rows_share_a_way_of_l1(const bnfast_job *job)
 {
-    return folded_stride(job) * job->kernels->itemsize % bytes == 0;
+    return folded_stride(job) * job->kernels->itemsize % L1_WAY_BYTES == 0;
 }
 
-/* Whether a few columns are summed at a time, in registers, and nothing is asked for ahead: where each array takes half of the
- * threads' L2 at most (a gradient's two then fill it: 0.9 to 1.05 of the time where the last level is far); and from a last
- * level that is near, up to an eighth of it (0.65 to 1), or where all rows of a column fall on the same few lines of L1, being
- * a multiple of the size of its ways apart (measured with 32 KiB and 8 ways, and 32 MiB of L3). But two arrays whose rows do
- * so, or a multiple of half that size apart, displace each other: in the order of memory they take 0.6 to 0.9 of the time
- * (halves up to 1.2). */
+/* Whether nothing is asked for ahead, and columns are summed a few at a time, in registers, also those of a gradient's two
+ * arrays: where each array takes half of the threads' L2 at most (0.8 to 1.05 of the time); and from a last level that is near,
+ * up to a quarter of it (0.7 to 1; measured with 32 MiB). */
 static int is_near(const bnfast_job *job)
 {
     const ptrdiff_t bytes = bytes_of_array(job) * arrays_read(job);
-    const int nearby = !bnfast_last_level_is_far();
-    if (nearby && job->u != NULL && !has_halves(job) && !bnfast_is_planar(job) &&
-        rows_are_multiples_of(job, L1_WAY_BYTES / 2))
-        return 0;
-    if (bytes_of_array(job) <= bnfast_l2_bytes() / 2 * job->n_threads)
-        return 1;
-    return nearby && (bytes <= bnfast_last_level_bytes() / 8 || rows_are_multiples_of(job, L1_WAY_BYTES));
+    return bytes_of_array(job) <= bnfast_l2_bytes() / 2 * job->n_threads ||
+           (!bnfast_last_level_is_far() && bytes <= bnfast_last_level_bytes() / 4);
 }
 
 /* Channels that a task of the phase of coefficients makes: about one task a thread, of at least FEWEST. */
@@ -234,8 +226,7 @@ static ptrdiff_t channels_of_block(bnfast_job *job)
         return n;
     if (stays || period(job) % line != 0)
         return 0;
-    job->pack =
-        may_pack(job) && !job->near && (bnfast_last_level_is_far() || !rows_are_multiples_of(job, L1_WAY_BYTES));
+    job->pack = may_pack(job) && !job->near && (bnfast_last_level_is_far() || !rows_share_a_way_of_l1(job));
     return wide ? n : most_channels;
 }
 

@@ -341,15 +341,21 @@ static ALWAYS_INLINE void FN(end_rows)(struct FN(row_sums) * sums, int with_u, d
     *sum_vd = FN(fold_wide)(sums->wide_vd);
 }
 
-/* Of rows that are not near: what far_tile works in; how many rows are left from the tile's first on; how many rows ahead
- * memory is asked for; and elements to what is asked for where no such row is left. */
+/* Of rows that are not near: how many are left from a tile's first on; how many rows ahead memory is asked for; elements to
+ * what is asked for where no such row is left; and what rows_in_order works in. */
 struct FN(far) {
-    struct FN(pair) chains[2][COLUMNS / VN];
     ptrdiff_t rows_left, rows_ahead, to_next;
+    struct FN(pair) (*chains)[COLUMNS / VN];
 };
 
-/* A tile: n_rows rows, of which some vectors of columns are added to their sums, or n columns. Everything points to its
- * first column; packed_x, packed_u: (n_rows, .) OUT, rows `packed_stride` apart, the same elements again, or NULL. (Of at
+/* From row r of a tile. */
+static ALWAYS_INLINE ptrdiff_t FN(elements_ahead)(const struct FN(far) * far, ptrdiff_t r, ptrdiff_t stride)
+{
+    return r + far->rows_ahead < far->rows_left ? far->rows_ahead * stride : far->to_next;
+}
+
+/* A tile: n_rows rows, of which four vectors of columns are added to their sums, or one, or n columns. Everything points to
+ * its first column; packed_x, packed_u: (n_rows, .) OUT, rows `packed_stride` apart, the same elements again, or NULL. (Of at
  * most 128 bytes: GCC copies larger ones by an instruction that takes as long as the sums of a few rows.) */
 struct FN(tile) {
     const S *x, *u;
@@ -361,7 +367,7 @@ struct FN(tile) {
     ptrdiff_t element, channel;
     double *sum_v, *sum_vd;
     ptrdiff_t n;
-    struct FN(far) * far;
+    const struct FN(far) * far;
 };
 _Static_assert(sizeof(struct FN(tile)) <= 128, "copied by ordinary instructions");
 
@@ -388,43 +394,42 @@ static ALWAYS_INLINE struct FN(passing) FN(passing_in)(const struct FN(tile) * t
     return TAKES_SOME(kind) ? FN(passing_at)(*tile->passing, tile->element, tile->channel, kind) : FN(passing_of)(NULL);
 }
 
-/* Rows that are not near, at most two chains of them: one after another, as one stream of memory, while what follows is
- * asked for. The chains lie in memory, too, (COLUMNS / VN,) of each, which begin and end as zeros. */
-static ALWAYS_INLINE void FN(far_tile)(const struct FN(tile) * tile, int with_u)
+/* Rows of x and u that are not near, at most two chains of them: one after another, as one stream of memory each, while
+ * what follows is asked for (in tiles they took up to 1.2 times as long). The chains lie in memory, too, (COLUMNS / VN,) of
+ * each, which begin and end as zeros. */
+static ALWAYS_INLINE void FN(rows_in_order)(const struct FN(tile) * tile, int with_u)
 {
     const FN(vec) zero = FN(set1)(0);
     const struct FN(passing) passing = FN(passing_in)(tile, with_u);
     const ptrdiff_t n_rows = tile->n_rows, stride = tile->stride, n_columns = tile->n;
-    struct FN(far) *const far = tile->far;
+    const struct FN(far) *const far = tile->far;
     const int as_it_is = with_u >= MARKED && passing.marks && !passing.stored; /* the map goes by marks itself */
     const S *x = tile->x, *u = tile->u;
     S *packed_x = tile->packed_x, *packed_u = tile->packed_u;
     ptrdiff_t at = 0;
     for (ptrdiff_t r = 0; r < n_rows; r++, x += stride, u += stride, at += stride) {
-        const ptrdiff_t ahead = r + far->rows_ahead < far->rows_left ? far->rows_ahead * stride : far->to_next;
+        const ptrdiff_t ahead = FN(elements_ahead)(far, r, stride) * (ptrdiff_t)sizeof(S);
         struct FN(pair) *const chain = far->chains[r % 2];
 #define TAKE_COLUMNS(n) \
     do { \
         const FN(vec) center = FN(load_up_to)(tile->centers + c, n, zero); \
-        PREFETCH_L2(x + c, ahead * (ptrdiff_t)sizeof(S)); \
+        FN(vec) y_scale = zero, y_shift = zero; \
+        PREFETCH_L2(x + c, ahead); \
+        PREFETCH_L2(u + c, ahead); \
         const FN(vec) x_values = FN(read_up_to)(x + c, n, center); \
-        FN(vec) u_values = zero; \
-        if (packed_x) \
+        FN(vec) u_values = FN(read_up_to)(u + c, n, zero); \
+        if (TAKES_SOME(with_u)) { \
+            y_scale = FN(load_up_to)(passing.y_scale + c, n, zero); \
+            y_shift = FN(load_up_to)(passing.y_shift + c, n, zero); \
+        } \
+        if (packed_x) { \
             FN(write_up_to)(packed_x + c, n, x_values); \
-        if (with_u) { \
-            FN(vec) y_scale = zero, y_shift = zero; \
-            if (TAKES_SOME(with_u)) { \
-                y_scale = FN(load_up_to)(passing.y_scale + c, n, zero); \
-                y_shift = FN(load_up_to)(passing.y_shift + c, n, zero); \
-            } \
-            PREFETCH_L2(u + c, ahead * (ptrdiff_t)sizeof(S)); \
-            u_values = FN(read_up_to)(u + c, n, zero); \
-            if (packed_x && as_it_is) \
-                FN(write_up_to)(packed_u + c, n, u_values); \
-            u_values = FN(taken)(&passing, at + c, n, x_values, u_values, center, y_scale, y_shift, with_u); \
-            if (packed_x && !as_it_is) \
+            if (as_it_is) \
                 FN(write_up_to)(packed_u + c, n, u_values); \
         } \
+        u_values = FN(taken)(&passing, at + c, n, x_values, u_values, center, y_scale, y_shift, with_u); \
+        if (packed_x && !as_it_is) \
+            FN(write_up_to)(packed_u + c, n, u_values); \
         FN(take)(&chain[c / VN], x_values, u_values, center, with_u); \
     } while (0)
         ptrdiff_t c = 0;
@@ -446,218 +451,199 @@ static ALWAYS_INLINE void FN(far_tile)(const struct FN(tile) * tile, int with_u)
     }
 }
 
-/* The sums of one vector of columns, in float64, while their rows are taken. */
-struct FN(columns) {
-    FN(vec) center, y_scale, y_shift;
-    FN(wide) v0, v1, vd0, vd1; /* v1, vd1: where a vector widens to two */
-};
-
-/* Two chains of at most COLUMN_CHAIN rows each (rows 0, 2, 4, ... and 1, 3, 5, ...) of the first n columns. */
-static ALWAYS_INLINE void FN(take_rows)(struct FN(columns) * c, const S *x, const S *u, ptrdiff_t n_rows,
-                                        ptrdiff_t stride, ptrdiff_t n, const struct FN(passing) * passing, ptrdiff_t at,
-                                        int with_u)
+/* `vectors` (four or one) of n columns each: row by row, so that a line of memory that two vectors share, and one that the
+ * hardware brings with its neighbour, is used before the next rows displace it. Two chains (rows 0, 2, 4, ... and 1, 3, 5,
+ * ...), which registers hold. far: of x alone; what follows is asked for meanwhile, and rows may be packed */
+static ALWAYS_INLINE void FN(sum_tile)(const struct FN(tile) * tile, int vectors, ptrdiff_t n, int with_u, int far)
 {
     const FN(vec) zero = FN(set1)(0);
-    struct FN(pair) chain[2] = {{zero, zero}, {zero, zero}};
-#define TAKE_ROW(r, i) \
-    do { \
-        const FN(vec) x_values = FN(read_up_to)(x + (r) * stride, n, c->center); \
-        FN(vec) u_values = zero; \
-        if (with_u) \
-            u_values = FN(taken)(passing, at + (r) * stride, n, x_values, FN(read_up_to)(u + (r) * stride, n, zero), \
-                                 c->center, c->y_scale, c->y_shift, with_u); \
-        FN(take)(&chain[i], x_values, u_values, c->center, with_u); \
-    } while (0)
-    if (n_rows == 2 * COLUMN_CHAIN) {
-        TAKE_ROW(0, 0);
-        TAKE_ROW(1, 1);
-        TAKE_ROW(2, 0);
-        TAKE_ROW(3, 1);
-        TAKE_ROW(4, 0);
-        TAKE_ROW(5, 1);
-        TAKE_ROW(6, 0);
-        TAKE_ROW(7, 1);
-    } else
-        for (ptrdiff_t r = 0; r < n_rows; r += 2) {
-            TAKE_ROW(r, 0);
-            if (r + 1 < n_rows)
-                TAKE_ROW(r + 1, 1);
-        }
-#undef TAKE_ROW
-    const FN(vec) v = chain[0].sum_v + chain[1].sum_v, vd = chain[0].sum_vd + chain[1].sum_vd;
-    c->v0 += FN(widen)(v, 0);
-    c->vd0 += FN(widen)(vd, 0);
-    if (WIDE_PER_VEC > 1) {
-        c->v1 += FN(widen)(v, 1);
-        c->vd1 += FN(widen)(vd, 1);
-    }
-}
-_Static_assert(COLUMN_CHAIN == 4, "take_rows has its rows written out");
-
-static ALWAYS_INLINE void FN(begin_columns)(struct FN(columns) * c, const T *centers, ptrdiff_t n,
-                                            const struct FN(passing) * passing, ptrdiff_t first, int with_u,
-                                            const double *sum_v, const double *sum_vd)
-{
-    const FN(vec) zero = FN(set1)(0);
-    c->center = FN(load_up_to)(centers, n, zero);
-    c->y_scale = c->y_shift = zero;
-    if (TAKES_SOME(with_u)) {
-        c->y_scale = FN(load_up_to)(passing->y_scale + first, n, zero);
-        c->y_shift = FN(load_up_to)(passing->y_shift + first, n, zero);
-    }
-    if (n == VN) {
-        c->v0 = FN(load_wide)(sum_v);
-        c->vd0 = FN(load_wide)(sum_vd);
-        if (WIDE_PER_VEC > 1) {
-            c->v1 = FN(load_wide)(sum_v + WN);
-            c->vd1 = FN(load_wide)(sum_vd + WN);
-        }
-        return;
-    }
-    double v[2 * WN] = {0}, vd[2 * WN] = {0};
-    for (ptrdiff_t i = 0; i < n; i++) {
-        v[i] = sum_v[i];
-        vd[i] = sum_vd[i];
-    }
-    c->v0 = FN(load_wide)(v);
-    c->v1 = FN(load_wide)(v + WN);
-    c->vd0 = FN(load_wide)(vd);
-    c->vd1 = FN(load_wide)(vd + WN);
-}
-
-static ALWAYS_INLINE void FN(end_columns)(const struct FN(columns) * c, ptrdiff_t n, double *sum_v, double *sum_vd)
-{
-    if (n == VN) {
-        FN(store_wide)(sum_v, c->v0);
-        FN(store_wide)(sum_vd, c->vd0);
-        if (WIDE_PER_VEC > 1) {
-            FN(store_wide)(sum_v + WN, c->v1);
-            FN(store_wide)(sum_vd + WN, c->vd1);
-        }
-        return;
-    }
-    double v[2 * WN] = {0}, vd[2 * WN] = {0};
-    FN(store_wide)(v, c->v0);
-    FN(store_wide)(vd, c->vd0);
-    if (WIDE_PER_VEC > 1) {
-        FN(store_wide)(v + WN, c->v1);
-        FN(store_wide)(vd + WN, c->vd1);
-    }
-    for (ptrdiff_t i = 0; i < n; i++) {
-        sum_v[i] = v[i];
-        sum_vd[i] = vd[i];
-    }
-}
-
-/* Rows that are near (bnfast_rows); at most two vectors, because their sums fit into registers. */
-static ALWAYS_INLINE void FN(near_tile)(const struct FN(tile) * tile, int vectors, ptrdiff_t n, int with_u)
-{
+    const struct FN(pair) none = {zero, zero};
     const struct FN(passing) passing = FN(passing_in)(tile, with_u);
-    const ptrdiff_t stride = tile->stride;
+    const ptrdiff_t n_rows = tile->n_rows, stride = tile->stride;
     const S *x = tile->x, *u = tile->u;
+    S *packed_x = far ? tile->packed_x : NULL;
     double *const sum_v = tile->sum_v, *const sum_vd = tile->sum_vd;
-    struct FN(columns) first, second;
-    ptrdiff_t at = 0;
-    FN(begin_columns)(&first, tile->centers, n, &passing, 0, with_u, sum_v, sum_vd);
-    if (vectors == 2)
-        FN(begin_columns)(&second, tile->centers + VN, VN, &passing, VN, with_u, sum_v + VN, sum_vd + VN);
-    for (ptrdiff_t left = tile->n_rows, rows; left > 0;
-         left -= rows, x += rows * stride, u += rows * stride, at += rows * stride) {
-        rows = 2 * COLUMN_CHAIN;
-        if (left >= rows) {
-            FN(take_rows)(&first, x, u, 2 * COLUMN_CHAIN, stride, n, &passing, at, with_u);
-            if (vectors == 2)
-                FN(take_rows)(&second, x + VN, u + VN, 2 * COLUMN_CHAIN, stride, VN, &passing, at + VN, with_u);
-        } else {
-            rows = left;
-            FN(take_rows)(&first, x, u, rows, stride, n, &passing, at, with_u);
-            if (vectors == 2)
-                FN(take_rows)(&second, x + VN, u + VN, rows, stride, VN, &passing, at + VN, with_u);
+    FN(vec) center[4], y_scale[4], y_shift[4];
+    struct FN(pair) chain[2][4];
+    ptrdiff_t at = 0, bytes_ahead = 0;
+#define FOR_EACH_VECTOR(DO) \
+    do { \
+        DO(0); \
+        if (vectors == 4) { \
+            DO(1); \
+            DO(2); \
+            DO(3); \
+        } \
+    } while (0)
+#define BEGIN(k) \
+    do { \
+        center[k] = FN(load_up_to)(tile->centers + (k) * VN, n, zero); \
+        y_scale[k] = TAKES_SOME(with_u) ? FN(load_up_to)(passing.y_scale + (k) * VN, n, zero) : zero; \
+        y_shift[k] = TAKES_SOME(with_u) ? FN(load_up_to)(passing.y_shift + (k) * VN, n, zero) : zero; \
+        chain[0][k] = chain[1][k] = none; \
+    } while (0)
+#define TAKE_VECTOR(i, k) \
+    do { \
+        if (far) \
+            PREFETCH_L2(x + (k) * VN, bytes_ahead); \
+        const FN(vec) x_values = FN(read_up_to)(x + (k) * VN, n, center[k]); \
+        FN(vec) u_values = zero; \
+        if (packed_x) \
+            FN(write_up_to)(packed_x + (k) * VN, n, x_values); \
+        if (with_u) \
+            u_values = FN(taken)(&passing, at + (k) * VN, n, x_values, FN(read_up_to)(u + (k) * VN, n, zero), \
+                                 center[k], y_scale[k], y_shift[k], with_u); \
+        FN(take)(&chain[i][k], x_values, u_values, center[k], with_u); \
+    } while (0)
+#define TAKE_FIRST(k) TAKE_VECTOR(0, k)
+#define TAKE_SECOND(k) TAKE_VECTOR(1, k)
+#define TAKE_ROW(DO) \
+    do { \
+        if (far) \
+            bytes_ahead = FN(elements_ahead)(tile->far, r, stride) * (ptrdiff_t)sizeof(S); \
+        FOR_EACH_VECTOR(DO); \
+        x += stride, u += stride, at += stride; \
+        if (packed_x) \
+            packed_x += tile->packed_stride; \
+    } while (0)
+#define END(k) \
+    do { \
+        FN(widen_add_columns)(sum_v + (k) * VN, chain[0][k].sum_v + chain[1][k].sum_v, n); \
+        FN(widen_add_columns)(sum_vd + (k) * VN, chain[0][k].sum_vd + chain[1][k].sum_vd, n); \
+        chain[0][k] = chain[1][k] = none; \
+    } while (0)
+    FOR_EACH_VECTOR(BEGIN);
+    for (ptrdiff_t r = 0; r < n_rows;) {
+        const ptrdiff_t end = r + 2 * COLUMN_CHAIN < n_rows ? r + 2 * COLUMN_CHAIN : n_rows;
+        for (; r < end; r++) {
+            TAKE_ROW(TAKE_FIRST);
+            if (++r == end)
+                break;
+            TAKE_ROW(TAKE_SECOND);
         }
+        FOR_EACH_VECTOR(END);
     }
-    FN(end_columns)(&first, n, sum_v, sum_vd);
-    if (vectors == 2)
-        FN(end_columns)(&second, VN, sum_v + VN, sum_vd + VN);
+#undef FOR_EACH_VECTOR
+#undef BEGIN
+#undef TAKE_VECTOR
+#undef TAKE_FIRST
+#undef TAKE_SECOND
+#undef TAKE_ROW
+#undef END
 }
 
 /* One function for each kind of tile: the bodies are long. */
+#define TILE(name, vectors, n, kind, far) \
+    static NEVER_INLINE void FN(name)(const struct FN(tile) * tile) { FN(sum_tile)(tile, vectors, n, kind, far); }
 #define TILES_OF(kind) \
-    static NEVER_INLINE void FN(near_two_##kind)(const struct FN(tile) * tile) { FN(near_tile)(tile, 2, VN, kind); } \
-    static NEVER_INLINE void FN(near_one_##kind)(const struct FN(tile) * tile) { FN(near_tile)(tile, 1, VN, kind); } \
-    static NEVER_INLINE void FN(near_part_##kind)(const struct FN(tile) * tile) \
-    { \
-        FN(near_tile)(tile, 1, tile->n, kind); \
-    } \
-    static NEVER_INLINE void FN(far_##kind)(const struct FN(tile) * tile) { FN(far_tile)(tile, kind); }
+    TILE(near_four_##kind, 4, VN, kind, 0) \
+    TILE(near_one_##kind, 1, VN, kind, 0) \
+    TILE(near_part_##kind, 1, tile->n, kind, 0)
+#define IN_ORDER(kind) \
+    static NEVER_INLINE void FN(in_order_##kind)(const struct FN(tile) * tile) { FN(rows_in_order)(tile, kind); }
 
 TILES_OF(NO_U)
 TILES_OF(ALL)
 TILES_OF(RECTIFIED)
 TILES_OF(MARKED)
 TILES_OF(PASSED)
+TILE(far_four, 4, VN, NO_U, 1)
+TILE(far_one, 1, VN, NO_U, 1)
+TILE(far_part, 1, tile->n, NO_U, 1)
+IN_ORDER(ALL)
+IN_ORDER(RECTIFIED)
+IN_ORDER(MARKED)
+IN_ORDER(PASSED)
 #undef TILES_OF
+#undef IN_ORDER
+#undef TILE
 
-/* A tile from column c on, `count` columns of it: one vector or two, a part of one, or all that there are (far). */
+/* A tile from column c on: four vectors, one, or a part of one, `count` columns. */
 #define DO_TILE(name, c, count) \
     do { \
         struct FN(tile) some = FN(tile_at)(&tile, c); \
         some.n = count; \
-        if (with_u == NO_U) \
-            FN(name##_NO_U)(&some); \
+        if (with_u == NO_U && far) \
+            FN(far_##name)(&some); \
+        else if (with_u == NO_U) \
+            FN(near_##name##_NO_U)(&some); \
         else if (with_u == ALL) \
-            FN(name##_ALL)(&some); \
+            FN(near_##name##_ALL)(&some); \
         else if (with_u == RECTIFIED) \
-            FN(name##_RECTIFIED)(&some); \
+            FN(near_##name##_RECTIFIED)(&some); \
         else if (with_u == MARKED) \
-            FN(name##_MARKED)(&some); \
+            FN(near_##name##_MARKED)(&some); \
         else \
-            FN(name##_PASSED)(&some); \
+            FN(near_##name##_PASSED)(&some); \
     } while (0)
 
-/* The rows are taken all at once, so that the sums stay in registers; but eight at a time where they displace each
- * other from L1, being a power of two apart. */
-static ALWAYS_INLINE void FN(sums_of_near_columns)(const struct FN(tile) * all, ptrdiff_t n_columns, int with_u)
+/* How far ahead of `all` is asked for. next: elements from the first row to what is needed after these; rows: that are taken
+ * together */
+static ALWAYS_INLINE struct FN(far)
+    FN(far_from)(const struct FN(tile) * all, ptrdiff_t n_columns, ptrdiff_t next, ptrdiff_t rows)
+{
+    const ptrdiff_t rows_ahead = rows * n_columns < ROW_AHEAD ? ROW_AHEAD / n_columns : rows;
+    const struct FN(far) far = {all->n_rows, rows_ahead, next + (rows_ahead - all->n_rows) * all->stride, NULL};
+    return far;
+}
+
+/* far: or NULL, where rows are near. Those are taken all at once; but eight at a time where they displace each other from
+ * L1, being a power of two apart. So are all that are far, about in the order of memory. */
+static ALWAYS_INLINE void FN(sums_of_tiles)(const struct FN(tile) * all, ptrdiff_t n_columns, int with_u,
+                                            struct FN(far) * far)
 {
     const ptrdiff_t stride = all->stride, n_rows = all->n_rows;
-    const ptrdiff_t tile_rows = stride * (ptrdiff_t)sizeof(S) % 2048 == 0 ? 2 * COLUMN_CHAIN : n_rows;
+    const ptrdiff_t tile_rows = far || stride * (ptrdiff_t)sizeof(S) % 2048 == 0 ? 2 * COLUMN_CHAIN : n_rows;
     /* columns before the first that begins a line of memory, where that is the same one in every row; not for so few
      * that the parts of vectors at both ends would cost more */
     const ptrdiff_t head = stride % LINE == 0 && n_columns >= 16 * VL ? FN(to_line)(all->x, LINE) : 0;
     struct FN(tile) tile = *all;
+    tile.far = far;
     for (ptrdiff_t r = 0; r < n_rows; r += tile_rows) {
         ptrdiff_t c = 0;
         tile.n_rows = n_rows - r < tile_rows ? n_rows - r : tile_rows;
+        if (far)
+            far->rows_left = n_rows - r;
         for (; c + VN <= head; c += VN)
-            DO_TILE(near_one, c, VN);
+            DO_TILE(one, c, VN);
         if (c < head)
-            DO_TILE(near_part, c, head - c);
-        for (c = head; c + 2 * VN <= n_columns; c += 2 * VN)
-            DO_TILE(near_two, c, VN);
+            DO_TILE(part, c, head - c);
+        for (c = head; c + 4 * VN <= n_columns; c += 4 * VN)
+            DO_TILE(four, c, VN);
         for (; c + VN <= n_columns; c += VN)
-            DO_TILE(near_one, c, VN);
+            DO_TILE(one, c, VN);
         if (c < n_columns)
-            DO_TILE(near_part, c, n_columns - c);
+            DO_TILE(part, c, n_columns - c);
         tile.x += tile_rows * stride;
         tile.u += tile_rows * stride;
+        if (tile.packed_x)
+            tile.packed_x += tile_rows * tile.packed_stride;
         tile.element += tile_rows * stride;
     }
 }
 
-/* next: elements from the first row to what is needed after these. */
-static NEVER_INLINE void FN(sums_of_far_columns)(const struct FN(tile) * all, ptrdiff_t n_columns, ptrdiff_t next,
-                                                 int with_u)
+/* Of x and u, where rows are far. */
+static NEVER_INLINE void FN(sums_in_order)(const struct FN(tile) * all, ptrdiff_t n_columns, ptrdiff_t next, int with_u)
 {
     const ptrdiff_t tile_rows = 2 * COLUMN_CHAIN, stride = all->stride, n_rows = all->n_rows;
-    struct FN(far) far;
+    struct FN(pair) chains[2][COLUMNS / VN];
+    struct FN(far) far = FN(far_from)(all, n_columns, next, 1);
     struct FN(tile) tile = *all;
-    memset(far.chains, 0, sizeof far.chains);
-    far.rows_ahead = n_columns < ROW_AHEAD ? ROW_AHEAD / n_columns : 1;
-    far.to_next = next + (far.rows_ahead - n_rows) * stride;
+    memset(chains, 0, sizeof chains);
+    far.chains = chains;
     tile.far = &far;
+    tile.n = n_columns;
     for (ptrdiff_t r = 0; r < n_rows; r += tile_rows) {
         far.rows_left = n_rows - r;
         tile.n_rows = far.rows_left < tile_rows ? far.rows_left : tile_rows;
-        DO_TILE(far, 0, n_columns);
+        if (with_u == ALL)
+            FN(in_order_ALL)(&tile);
+        else if (with_u == RECTIFIED)
+            FN(in_order_RECTIFIED)(&tile);
+        else if (with_u == MARKED)
+            FN(in_order_MARKED)(&tile);
+        else
+            FN(in_order_PASSED)(&tile);
         tile.x += tile_rows * stride;
         tile.u += tile_rows * stride;
         if (tile.packed_x) {
@@ -674,17 +660,20 @@ static ALWAYS_INLINE ptrdiff_t FN(next_of)(const bnfast_rows *rows, ptrdiff_t fi
     return first + some < rows->n_columns ? some : rows->next - first;
 }
 
-/* all: n_rows rows, n_columns <= COLUMNS, sum_v, sum_vd: (n_columns,) OUT; next: as for sums_of_far_columns; near: as in
- * bnfast_rows */
+/* all: n_rows rows, n_columns <= COLUMNS, sum_v, sum_vd: (n_columns,) OUT; next: elements from the first row to what
+ * is needed after these; near: as in bnfast_rows */
 static ALWAYS_INLINE void FN(sums_of_columns)(const struct FN(tile) * all, ptrdiff_t n_columns, ptrdiff_t next,
                                               int with_u, int near)
 {
     memset(all->sum_v, 0, (size_t)n_columns * sizeof *all->sum_v);
     memset(all->sum_vd, 0, (size_t)n_columns * sizeof *all->sum_vd);
     if (near && all->packed_x == NULL)
-        FN(sums_of_near_columns)(all, n_columns, with_u);
-    else
-        FN(sums_of_far_columns)(all, n_columns, next, with_u);
+        FN(sums_of_tiles)(all, n_columns, with_u, NULL);
+    else if (with_u == NO_U) {
+        struct FN(far) far = FN(far_from)(all, n_columns, next, 2 * COLUMN_CHAIN);
+        FN(sums_of_tiles)(all, n_columns, with_u, &far);
+    } else
+        FN(sums_in_order)(all, n_columns, next, with_u);
 }
 
 /* Where rows are short and many, their elements are summed as columns, and the columns of a channel added at the end:
