@@ -74,6 +74,20 @@ def test_frozen_backward_takes_the_statistics_as_constants():
     assert_close(bn.grad_gamma, (dy * (x - bn.running_mean) * inv_std).sum(0))
 
 
+@pytest.mark.parametrize("channels", [3, 1000])
+def test_gradients_of_float32_parameters_are_rounded_to_float32_whatever_the_data_are(channels):
+    rng = np.random.default_rng(0)
+    x, dy = rng.normal(3.0, 2.0, (8, channels)), rng.normal(size=(8, channels))
+    bn = BatchNorm(channels)
+    bn(x)
+    bn.backward(dy)
+    _, mean, inv_std = F.batch_norm(x, bn.gamma, bn.beta)
+    _, dgamma, dbeta = F.batch_norm_backward(dy, x, mean, inv_std, bn.gamma)
+    assert dgamma.dtype == np.float64
+    assert_same_bits(bn.grad_gamma, dgamma.astype(np.float32))
+    assert_same_bits(bn.grad_beta, dbeta.astype(np.float32))
+
+
 def test_backward_belongs_to_the_mode_of_its_forward():
     bn, x, dy = trained(dtype=np.float64).eval(), batch(seed=1), np.sin(batch(seed=2))
     bn(x)

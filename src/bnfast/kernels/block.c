@@ -167,19 +167,15 @@ static void widen_statistics(const bnfast_job *job, const bnfast_block *block, p
         widen(job->narrow_var + at, n, block->var + i);
 }
 
-static void narrow(const double *wide, ptrdiff_t n, float *rounded)
-{
-    for (ptrdiff_t k = 0; k < n; k++)
-        rounded[k] = (float)wide[k];
-}
-
 void bnfast_narrow_gradients(const bnfast_job *job, const bnfast_block *block, ptrdiff_t i, ptrdiff_t n)
 {
     const ptrdiff_t at = block->first + i;
+    const bnfast_kernels *const of_float32 =
+        bnfast_of_same_isa(job->kernels, BNFAST_FLOAT32); /* whatever the data are */
     if (job->narrow_dbeta)
-        narrow(block->dbeta + i, n, job->narrow_dbeta + at);
+        of_float32->round_values(n, block->dbeta + i, job->narrow_dbeta + at);
     if (job->narrow_dgamma)
-        narrow(block->dgamma + i, n, job->narrow_dgamma + at);
+        of_float32->round_values(n, block->dgamma + i, job->narrow_dgamma + at);
 }
 
 void bnfast_choose_centers(const bnfast_job *job, const bnfast_block *block)
