@@ -291,8 +291,9 @@ def test_rows_are_near_in_half_of_l2_and_in_a_quarter_of_a_last_level_that_is_ne
         return [plan["near"] for plan in found]
 
     caches(2**19, 2**25)
-    assert near((1000, 1000)) == [True, True]  # of a gradient two arrays are read
-    assert near((2000, 1000)) == [True, False]
+    assert near((1000, 1000)) == near((1024, 1024)) == [True, True]  # of a gradient two arrays are read
+    assert near((2048, 1024)) == [True, False]  # a quarter
+    assert near((2049, 1024)) == [False] * 2
     assert near((2000, 1000), np.float64) == [False] * 2
     for shape in ((2048, 1024), (64, 65536), (8192, 2048)):  # rows that displace each other are no exception
         assert near(shape) == near((shape[0], shape[1] - 16))
@@ -300,6 +301,17 @@ def test_rows_are_near_in_half_of_l2_and_in_a_quarter_of_a_last_level_that_is_ne
     assert near((8192, 2048)) == [False] * 2
     assert near((2048, 256)) == [True] * 2
     assert near((2052, 256)) == [False] * 2
+
+
+def test_a_plan_says_how_rows_are_summed(caches):
+    caches(2**19, 2**25)
+
+    def words(rows, operation):
+        return _core.explain((rows, 1024), 1, np.float32, operation, 2)["words"]
+
+    assert "eight rows at a time" in words(8192, "forward")
+    assert "order of memory" in words(8192, "backward")
+    assert all("eight rows or all at a time" in words(64, operation) for operation in ("forward", "backward"))
 
 
 def test_short_rows_from_beyond_l2_are_planned_in_the_order_of_memory(caches):

@@ -97,7 +97,7 @@ cdef str in_words(dict plan, str operation):
     if plan["layout"] == "planar" and plan["in_order"] and plan["block_channels"] > 1 and operation != "moments":
         lines.append("short rows of neighbouring channels are reduced in the order of memory")
     if plan["layout"] == "interleaved" and operation != "eval":
-        lines.append("a few columns at a time, whose sums stay in registers" if plan["near"]
+        lines.append("eight rows or all at a time, a few columns of them" if plan["near"]
                      else {"moments": "a few columns of 32 rows at a time", "forward": "eight rows at a time"}.get(
                          operation, "rows are taken in the order of memory") + ", what follows is asked for ahead")
     if plan["layout"] == "interleaved" and operation != "moments" and not plan["stream"]:

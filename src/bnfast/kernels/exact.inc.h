@@ -195,7 +195,7 @@ static void FN(exact_sums_of_columns)(const S *x, ptrdiff_t n_rows, ptrdiff_t st
 {
     ptrdiff_t tile_rows = EXACT_TILE_ROWS;
     if (near) /* all at once, but for rows that displace each other from L1 */
-        tile_rows = stride * (ptrdiff_t)sizeof(S) % 2048 == 0 ? 2 * COLUMN_CHAIN : n_rows;
+        tile_rows = ROWS_DISPLACE(stride) ? 2 * COLUMN_CHAIN : n_rows;
     for (ptrdiff_t c = n_columns; c < n_columns + VL; c++)
         columns->pivots[c] = 0.0;
     memset(columns->sum, 0, (size_t)(n_columns + VL) * sizeof *columns->sum);

@@ -93,7 +93,7 @@ struct bnfast_job {
     ptrdiff_t task_segments;        /* interleaved: that it takes one after another */
     ptrdiff_t coefficient_channels; /* that a task of the phase of coefficients makes */
     ptrdiff_t lead;                 /* interleaved: columns before the first that begins a cache line of `out` */
-    int near;                       /* of what is summed as columns: a few at a time, their sums in registers */
+    int near;                       /* of what is summed as columns: nothing is asked for ahead */
     int pack;                       /* interleaved: copy a block's rows together while they are reduced */
     int written_later;              /* planar: a block is written while the next is reduced, in one loop */
     int asked_for;                  /* planar: else, the next block is brought into cache while one is written */

@@ -128,8 +128,8 @@ typedef struct {
     ptrdiff_t row, channel, at, end;
 } bnfast_writer;
 
-/* n_rows rows, `stride` apart, of n_columns; next: elements from the first to what is needed after these; near: a
- * few columns at a time, whose sums stay in registers, and nothing is asked for ahead */
+/* n_rows rows, `stride` apart, of n_columns; next: elements from the first to what is needed after these; near:
+ * nothing is asked for ahead, and two arrays are taken in tiles, too (sums.inc.h) */
 typedef struct {
     ptrdiff_t n_rows, stride, n_columns, next;
     int near;

@@ -15,7 +15,7 @@ enum { PLANAR_INNER = 16 };
 /* Of a last level that is said to be larger others have their part. */
 enum { MOST_LAST_LEVEL = 96 << 20 };
 
-/* What lies a multiple of this apart shares the ways of L1, 8 or 12. */
+/* What lies a multiple of this apart shares a set of L1, 8 or 12 lines. */
 enum { L1_WAY_BYTES = 4096 };
 
 static ptrdiff_t believed_last_level(void) { return least(bnfast_last_level_bytes(), MOST_LAST_LEVEL); }
@@ -40,14 +40,14 @@ static int comes_from_memory(const bnfast_job *job)
     return arrays * bytes_of_array(job) >= believed_last_level() / 2;
 }
 
-static int rows_share_a_way_of_l1(const bnfast_job *job)
+static int rows_displace_in_l1(const bnfast_job *job)
 {
     return folded_stride(job) * job->kernels->itemsize % L1_WAY_BYTES == 0;
 }
 
-/* Whether nothing is asked for ahead, and columns are summed a few at a time, in registers, also those of a gradient's two
- * arrays: where each array takes half of the threads' L2 at most (0.8 to 1.05 of the time); and from a last level that is near,
- * up to a quarter of it (0.7 to 1; measured with 32 MiB). */
+/* Whether nothing is asked for ahead, and a gradient's two arrays, too, are summed in tiles: where each array takes half of the
+ * threads' L2 at most (0.8 to 1.05 of the time), or all together a quarter of a last level that is near (0.7 to 1; measured
+ * with 32 MiB). */
 static int is_near(const bnfast_job *job)
 {
     const ptrdiff_t bytes = bytes_of_array(job) * arrays_read(job);
@@ -179,7 +179,7 @@ enum {
     WAYS = 8,
     TASK_COLUMNS = 2048,
     FEWEST_TASK_COLUMNS = 512,
-    FEWEST_NEAR_COLUMNS = 32, /* as many as are summed at once where they are near, or more (sums.inc.h) */
+    FEWEST_NEAR_COLUMNS = 64, /* a tile of float32 has as many, or fewer (sums.inc.h) */
     FEW_ROWS = 32,
     REDUCE_BYTES = 1 << 19, /* of a task, where there are enough tasks for all threads */
     APPLY_BYTES = 1 << 18,
@@ -206,9 +206,8 @@ static int displaces_itself(const bnfast_job *job, ptrdiff_t bytes)
 
 /* All rows of some channels, which stay in L2 until they are mapped: a range of columns wide enough to be read well, or
  * a narrower one. Where its rows displace each other they are copied together while they are reduced, which pays only
- * if the array itself, or what a phase leaves for the next, does not stay in cache; and not where a few columns are taken at
- * a time, or could be, which from a near last level is faster than the copy (0.5 to 1 of the time; a second time they come
- * from there).
+ * if the array itself, or what a phase leaves for the next, does not stay in cache; and not of near rows, nor
+ * from a near last level where rows fall on the same lines of L1 (0.5 to 1 of the time; a second time they come from there).
  * Returns the channels, in whole lines; 0: each step for the whole array. */
 static ptrdiff_t channels_of_block(bnfast_job *job)
 {
@@ -226,7 +225,7 @@ static ptrdiff_t channels_of_block(bnfast_job *job)
         return n;
     if (stays || period(job) % line != 0)
         return 0;
-    job->pack = may_pack(job) && !job->near && (bnfast_last_level_is_far() || !rows_share_a_way_of_l1(job));
+    job->pack = may_pack(job) && !job->near && (bnfast_last_level_is_far() || !rows_displace_in_l1(job));
     return wide ? n : most_channels;
 }
 

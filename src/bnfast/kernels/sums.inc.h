@@ -20,7 +20,7 @@
 /* At most this many columns at once, so that what is gathered for them stays in cache. */
 #define COLUMNS ((ptrdiff_t)(4096 / sizeof(T)))
 
-/* Of rows of columns, so many elements ahead, or the next row. */
+/* Of rows of columns, so many elements ahead, or the next rows. */
 #define ROW_AHEAD ((ptrdiff_t)(2048 / sizeof(S)))
 
 /* How many elements ahead of the sums memory is asked for, in long rows of one array twice as many: the sums of a block
@@ -453,15 +453,15 @@ static ALWAYS_INLINE void FN(rows_in_order)(const struct FN(tile) * tile, int wi
 
 /* `vectors` (four or one) of n columns each: row by row, so that a line of memory that two vectors share, and one that the
  * hardware brings with its neighbour, is used before the next rows displace it. Two chains (rows 0, 2, 4, ... and 1, 3, 5,
- * ...), which registers hold. far: of x alone; what follows is asked for meanwhile, and rows may be packed */
-static ALWAYS_INLINE void FN(sum_tile)(const struct FN(tile) * tile, int vectors, ptrdiff_t n, int with_u, int far)
+ * ...), which registers hold where there are 32. asks: of x alone; what follows is asked for meanwhile, and rows may be packed */
+static ALWAYS_INLINE void FN(sum_tile)(const struct FN(tile) * tile, int vectors, ptrdiff_t n, int with_u, int asks)
 {
     const FN(vec) zero = FN(set1)(0);
     const struct FN(pair) none = {zero, zero};
     const struct FN(passing) passing = FN(passing_in)(tile, with_u);
     const ptrdiff_t n_rows = tile->n_rows, stride = tile->stride;
     const S *x = tile->x, *u = tile->u;
-    S *packed_x = far ? tile->packed_x : NULL;
+    S *packed_x = asks ? tile->packed_x : NULL;
     double *const sum_v = tile->sum_v, *const sum_vd = tile->sum_vd;
     FN(vec) center[4], y_scale[4], y_shift[4];
     struct FN(pair) chain[2][4];
@@ -484,7 +484,7 @@ static ALWAYS_INLINE void FN(sum_tile)(const struct FN(tile) * tile, int vectors
     } while (0)
 #define TAKE_VECTOR(i, k) \
     do { \
-        if (far) \
+        if (asks) \
             PREFETCH_L2(x + (k) * VN, bytes_ahead); \
         const FN(vec) x_values = FN(read_up_to)(x + (k) * VN, n, center[k]); \
         FN(vec) u_values = zero; \
@@ -499,7 +499,7 @@ static ALWAYS_INLINE void FN(sum_tile)(const struct FN(tile) * tile, int vectors
 #define TAKE_SECOND(k) TAKE_VECTOR(1, k)
 #define TAKE_ROW(DO) \
     do { \
-        if (far) \
+        if (asks) \
             bytes_ahead = FN(elements_ahead)(tile->far, r, stride) * (ptrdiff_t)sizeof(S); \
         FOR_EACH_VECTOR(DO); \
         x += stride, u += stride, at += stride; \
@@ -533,8 +533,8 @@ static ALWAYS_INLINE void FN(sum_tile)(const struct FN(tile) * tile, int vectors
 }
 
 /* One function for each kind of tile: the bodies are long. */
-#define TILE(name, vectors, n, kind, far) \
-    static NEVER_INLINE void FN(name)(const struct FN(tile) * tile) { FN(sum_tile)(tile, vectors, n, kind, far); }
+#define TILE(name, vectors, n, kind, asks) \
+    static NEVER_INLINE void FN(name)(const struct FN(tile) * tile) { FN(sum_tile)(tile, vectors, n, kind, asks); }
 #define TILES_OF(kind) \
     TILE(near_four_##kind, 4, VN, kind, 0) \
     TILE(near_one_##kind, 1, VN, kind, 0) \
@@ -582,18 +582,19 @@ IN_ORDER(PASSED)
 static ALWAYS_INLINE struct FN(far)
     FN(far_from)(const struct FN(tile) * all, ptrdiff_t n_columns, ptrdiff_t next, ptrdiff_t rows)
 {
-    const ptrdiff_t rows_ahead = rows * n_columns < ROW_AHEAD ? ROW_AHEAD / n_columns : rows;
-    const struct FN(far) far = {all->n_rows, rows_ahead, next + (rows_ahead - all->n_rows) * all->stride, NULL};
+    const ptrdiff_t enough = rows * n_columns < ROW_AHEAD ? ROW_AHEAD / n_columns : rows;
+    const ptrdiff_t rows_ahead = enough < all->n_rows ? enough : all->n_rows;
+    const struct FN(far) far = {0, rows_ahead, next + (rows_ahead - all->n_rows) * all->stride, NULL};
     return far;
 }
 
-/* far: or NULL, where rows are near. Those are taken all at once; but eight at a time where they displace each other from
+/* far: of x alone; or NULL, where rows are near. Those are taken all at once; but eight at a time where they displace each other from
  * L1, being a power of two apart. So are all that are far, about in the order of memory. */
 static ALWAYS_INLINE void FN(sums_of_tiles)(const struct FN(tile) * all, ptrdiff_t n_columns, int with_u,
                                             struct FN(far) * far)
 {
     const ptrdiff_t stride = all->stride, n_rows = all->n_rows;
-    const ptrdiff_t tile_rows = far || stride * (ptrdiff_t)sizeof(S) % 2048 == 0 ? 2 * COLUMN_CHAIN : n_rows;
+    const ptrdiff_t tile_rows = far || ROWS_DISPLACE(stride) ? 2 * COLUMN_CHAIN : n_rows;
     /* columns before the first that begins a line of memory, where that is the same one in every row; not for so few
      * that the parts of vectors at both ends would cost more */
     const ptrdiff_t head = stride % LINE == 0 && n_columns >= 16 * VL ? FN(to_line)(all->x, LINE) : 0;
@@ -667,11 +668,11 @@ static ALWAYS_INLINE void FN(sums_of_columns)(const struct FN(tile) * all, ptrdi
 {
     memset(all->sum_v, 0, (size_t)n_columns * sizeof *all->sum_v);
     memset(all->sum_vd, 0, (size_t)n_columns * sizeof *all->sum_vd);
-    if (near && all->packed_x == NULL)
-        FN(sums_of_tiles)(all, n_columns, with_u, NULL);
-    else if (with_u == NO_U) {
+    /* of rows that a tile fills, tiles are the order of memory: the hardware asks for them (0.75 to 0.95 of the time) */
+    const int in_cache = (near || all->stride <= 4 * VN) && all->packed_x == NULL;
+    if (in_cache || with_u == NO_U) {
         struct FN(far) far = FN(far_from)(all, n_columns, next, 2 * COLUMN_CHAIN);
-        FN(sums_of_tiles)(all, n_columns, with_u, &far);
+        FN(sums_of_tiles)(all, n_columns, with_u, in_cache ? NULL : &far);
     } else
         FN(sums_in_order)(all, n_columns, next, with_u);
 }
