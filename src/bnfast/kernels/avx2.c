@@ -148,6 +148,13 @@ static inline void read_split_bf16(const uint16_t *p, __m256 *even, __m256 *odd)
     *even = _mm256_castsi256_ps(_mm256_slli_epi32(both, 16));
     *odd = _mm256_castsi256_ps(_mm256_and_si256(both, _mm256_set1_epi32((int)0xffff0000)));
 }
+/* The first n of them, and zeros; 0 < n < 16 */
+static inline void read_split_part_bf16(const uint16_t *p, ptrdiff_t n, __m256 *even, __m256 *odd)
+{
+    uint16_t some[16] = {0};
+    memcpy(some, p, (size_t)n * sizeof *some);
+    read_split_bf16(some, even, odd);
+}
 static inline void round_two_bf16(__m256 a, __m256 b, __m256i *upper_a, __m256i *upper_b)
 {
     *upper_a = rounded_upper_bf16(a);

@@ -146,16 +146,86 @@ static inline int any_word(words_avx512 w) { return _mm512_test_epi32_mask((__m5
 static inline words_avx512 words_of(H halves) { return (words_avx512)_mm512_cvtepu16_epi32(halves); }
 static inline __m512 widen_f16(H halves) { return _mm512_cvtph_ps(halves); }
 static inline H round_f16(__m512 v) { return _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT); }
+/* The upper halves of the words are the numbers that they round to. */
+static inline __m512i rounded_upper_bf16(__m512 v)
+{
+    const __m512i bits = _mm512_castps_si512(v), even = _mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff));
+    const __mmask16 odd = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(1 << 16));
+    return _mm512_mask_add_epi32(even, odd, bits, _mm512_set1_epi32(0x8000));
+}
+static inline __m512i quiet_bf16(__m512 v, __m512i number)
+{
+    return _mm512_mask_or_epi32(number, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), _mm512_castps_si512(v),
+                                _mm512_set1_epi32(1 << 22));
+}
+/* Of the words of one vector and of the next. */
+static const uint16_t upper_halves[32] = {1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31,
+                                          33, 35, 37, 39, 41, 43, 45, 47, 49, 51, 53, 55, 57, 59, 61, 63};
 static inline H round_bf16(__m512 v)
 {
-    static const uint16_t upper[32] = {1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31};
-    const __m512i bits = _mm512_castps_si512(v);
-    const __mmask16 odd = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(1 << 16)),
-                    nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
-    const __m512i even = _mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff));
-    const __m512i number = _mm512_mask_add_epi32(even, odd, bits, _mm512_set1_epi32(0x8000));
-    const __m512i rounded = _mm512_mask_or_epi32(number, nan, bits, _mm512_set1_epi32(1 << 22));
-    return _mm512_castsi512_si256(_mm512_permutexvar_epi16(_mm512_loadu_si512(upper), rounded));
+    __m512i number = rounded_upper_bf16(v);
+    if (__builtin_expect(_mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), 0))
+        number = quiet_bf16(v, number);
+    return _mm512_castsi512_si256(_mm512_permutexvar_epi16(_mm512_loadu_si512(upper_halves), number));
+}
+
+/* Two vectors of bfloat16 at once, one of every other element from the first on and one of those between: a line of memory, whose
+ * elements stay where they are. */
+#define ISA_SPLITS_BF16 1
+
+static inline void split_bf16(__m512i both, __m512 *even, __m512 *odd)
+{
+    *even = _mm512_castsi512_ps(_mm512_slli_epi32(both, 16));
+    *odd = _mm512_castsi512_ps(_mm512_and_si512(both, _mm512_set1_epi32((int)0xffff0000)));
+}
+static inline void read_split_bf16(const uint16_t *p, __m512 *even, __m512 *odd)
+{
+    split_bf16(_mm512_loadu_si512(p), even, odd);
+}
+/* The first n of them, and zeros; 0 < n < 32 */
+static inline void read_split_part_bf16(const uint16_t *p, ptrdiff_t n, __m512 *even, __m512 *odd)
+{
+    split_bf16(_mm512_maskz_loadu_epi16((__mmask32)((1u << n) - 1u), p), even, odd);
+}
+static inline void round_two_bf16(__m512 a, __m512 b, __m512i *upper_a, __m512i *upper_b)
+{
+    *upper_a = rounded_upper_bf16(a);
+    *upper_b = rounded_upper_bf16(b);
+    if (__builtin_expect(_mm512_cmp_ps_mask(a, b, _CMP_UNORD_Q), 0)) {
+        *upper_a = quiet_bf16(a, *upper_a);
+        *upper_b = quiet_bf16(b, *upper_b);
+    }
+}
+static inline void write_both(uint16_t *p, __m512i both, int stream)
+{
+    if (stream)
+        _mm512_stream_si512((__m512i *)(void *)p, both);
+    else
+        _mm512_storeu_si512(p, both);
+}
+static inline void write_split_bf16(uint16_t *p, __m512 even, __m512 odd, int stream)
+{
+    __m512i first, second;
+    round_two_bf16(even, odd, &first, &second);
+    write_both(p, _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(first, 16), second), stream);
+}
+/* Two vectors that lie one after the other, to memory that is aligned to both where they go around the caches. */
+#define ISA_JOINS_HALVES 1
+
+static inline void write_joined_f16(uint16_t *p, __m512 first, __m512 second, int stream)
+{
+    write_both(p, _mm512_inserti64x4(_mm512_castsi256_si512(round_f16(first)), round_f16(second), 1), stream);
+}
+static inline void write_joined_bf16(uint16_t *p, __m512 first, __m512 second, int stream)
+{
+    __m512i one, other;
+    round_two_bf16(first, second, &one, &other);
+    write_both(p, _mm512_permutex2var_epi16(one, _mm512_loadu_si512(upper_halves), other), stream);
+}
+/* The lower halves of two vectors, and the upper ones: their sums. */
+static inline __m512 add_split_bf16(__m512 even, __m512 odd)
+{
+    return _mm512_add_ps(_mm512_shuffle_f32x4(even, odd, 0x44), _mm512_shuffle_f32x4(even, odd, 0xee));
 }
 
 #include "isa.inc.h"

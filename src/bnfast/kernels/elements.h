@@ -69,10 +69,8 @@ static ALWAYS_INLINE struct FN(two) FN(read_two_part)(const S *p, ptrdiff_t n, F
 {
     if (n >= 2 * VN)
         return FN(read_two)(p);
-    S some[2 * VN];
-    memset(some, 0, sizeof some);
-    memcpy(some, p, (size_t)n * sizeof(S));
-    struct FN(two) two = FN(read_two)(some);
+    struct FN(two) two;
+    PASTE(read_split_part_, HALF, )(p, n, &two.v[0], &two.v[1]);
     two.v[0] = FN(select)((n + 1) / 2, two.v[0], fill);
     two.v[1] = FN(select)(n / 2, two.v[1], fill);
     return two;

@@ -2,8 +2,8 @@
  *   DTYPE   its enumerator (kernels.h)
  *   S       an element as it lies in memory
  *   HALF    f16 or bf16 where they are that; else not defined
- *   SPLITS, JOINS   1 where the instruction set has read_split_ and write_split_, or write_joined_, of that half; else 0 or
- *           not defined
+ *   SPLITS, JOINS   1 where the instruction set has read_split_, read_split_part_ and write_split_ (and of vectors of 64 bytes
+ *           add_split_), or write_joined_, of that half; else 0 or not defined
  *   T       what is computed with: float or double; TI: the integer of its size
  *   FN(x)   x_f32_avx2 and the like
  *   VBYTES  width of a native vector in bytes
@@ -140,6 +140,8 @@ const bnfast_kernels FN(bnfast_table) = {
 #undef WIDE_COLUMNS
 #undef TAKE_STEPS
 #undef IN_TWOS
+#undef FIRST_OF_TWO
+#undef SECOND_OF_TWO
 #undef TAKE_TWO
 #undef TAKE_STEPS_OF_TWO
 #undef ROWS

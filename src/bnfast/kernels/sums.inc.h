@@ -146,17 +146,19 @@ static ALWAYS_INLINE void FN(put_in_order)(FN(wide) * wide)
             } \
         }
 
-/* The same of halves where VL elements are two vectors (AVX2): those are read at once, and the chains are variables of their
- * own, which as an array were stored at every step (0.6 to 0.95 of the time; of float32 it is the same). */
-#define IN_TWOS(kind) (sizeof(S) < sizeof(T) && VU == 2 && (kind) <= RECTIFIED)
-#define TAKE_TWO(i, first, second, more) \
+/* The same of halves, of two vectors at once, which are VL elements (AVX2), or those of both chains (AVX-512); the chains are
+ * variables of their own, which as an array were stored at every step (0.6 to 0.95 of the time; of float32 it is the same). */
+#define IN_TWOS(kind) (sizeof(S) < sizeof(T) && VU <= 2 && (kind) <= RECTIFIED)
+#define FIRST_OF_TWO(i) chain[i][0]
+#define SECOND_OF_TWO(i) chain[VU == 1 ? 1 : (i)][VU - 1]
+#define TAKE_TWO(from, first, second, more) \
     do { \
-        PREFETCH_L2(row + (i) * VL, ahead * (ptrdiff_t)sizeof(S)); \
+        PREFETCH_L2(row + (from), ahead * (ptrdiff_t)sizeof(S)); \
         if (with_u) \
-            PREFETCH_L2(row_u + (i) * VL, ahead * (ptrdiff_t)sizeof(S)); \
+            PREFETCH_L2(row_u + (from), ahead * (ptrdiff_t)sizeof(S)); \
         more; \
-        const struct FN(two) x_two = FN(read_two)(row + (i) * VL), \
-                             u_two = with_u ? FN(read_two)(row_u + (i) * VL) : x_two; \
+        const struct FN(two) x_two = FN(read_two)(row + (from)), \
+                             u_two = with_u ? FN(read_two)(row_u + (from)) : x_two; \
         FN(take)(&first, x_two.v[0], \
                  FN(taken)(&passing, 0, VN, x_two.v[0], u_two.v[0], center, y_scale, y_shift, with_u), center, \
                  with_u); \
@@ -166,16 +168,19 @@ static ALWAYS_INLINE void FN(put_in_order)(FN(wide) * wide)
     } while (0)
 #define TAKE_STEPS_OF_TWO(more) \
     do { \
-        struct FN(pair) first = chain[0][0], second = chain[0][1], next_first = chain[1][0], \
-                        next_second = chain[1][1]; \
+        struct FN(pair) first = FIRST_OF_TWO(0), second = SECOND_OF_TWO(0), next_first = FIRST_OF_TWO(1), \
+                        next_second = SECOND_OF_TWO(1); \
         for (ptrdiff_t s = 0; s < steps; s++, row += 2 * VL, row_u += 2 * VL) { \
             TAKE_TWO(0, first, second, more); \
-            TAKE_TWO(1, next_first, next_second, more); \
+            if (VU == 2) \
+                TAKE_TWO(VL, next_first, next_second, more); \
         } \
-        chain[0][0] = first; \
-        chain[0][1] = second; \
-        chain[1][0] = next_first; \
-        chain[1][1] = next_second; \
+        if (VU == 2) { \
+            FIRST_OF_TWO(1) = next_first; \
+            SECOND_OF_TWO(1) = next_second; \
+        } \
+        FIRST_OF_TWO(0) = first; \
+        SECOND_OF_TWO(0) = second; \
     } while (0)
 
 /* The sums of a channel so far: two chains, which may take `room` more terms, and what they have been added to. */
@@ -191,12 +196,24 @@ static ALWAYS_INLINE void FN(begin_rows)(struct FN(row_sums) * sums)
     sums->room = CHAIN;
 }
 
-static ALWAYS_INLINE void FN(flush_chains)(struct FN(pair) chain[2][VU], FN(wide) * wide_v, FN(wide) * wide_vd)
+/* A vector of each of two chains; where the chains' elements were split, one of the even ones of both and one of the odd. */
+static ALWAYS_INLINE FN(vec) FN(add_chains)(FN(vec) first, FN(vec) second, int with_u)
+{
+#if SPLITS && VBYTES == 64
+    if (IN_TWOS(with_u))
+        return PASTE(add_split_, HALF, )(first, second);
+#endif
+    (void)with_u;
+    return first + second;
+}
+
+static ALWAYS_INLINE void FN(flush_chains)(struct FN(pair) chain[2][VU], FN(wide) * wide_v, FN(wide) * wide_vd,
+                                           int with_u)
 {
     const FN(vec) zero = FN(set1)(0);
     for (int k = 0; k < VU; k++) {
-        FN(widen_add)(wide_v + k * WIDE_PER_VEC, chain[0][k].sum_v + chain[1][k].sum_v);
-        FN(widen_add)(wide_vd + k * WIDE_PER_VEC, chain[0][k].sum_vd + chain[1][k].sum_vd);
+        FN(widen_add)(wide_v + k * WIDE_PER_VEC, FN(add_chains)(chain[0][k].sum_v, chain[1][k].sum_v, with_u));
+        FN(widen_add)(wide_vd + k * WIDE_PER_VEC, FN(add_chains)(chain[0][k].sum_vd, chain[1][k].sum_vd, with_u));
         for (int i = 0; i < 2; i++)
             chain[i][k].sum_v = chain[i][k].sum_vd = zero;
     }
@@ -222,7 +239,7 @@ static ALWAYS_INLINE void FN(sums_of_rows)(struct FN(row_sums) * sums, const S *
     const ptrdiff_t furthest = with_u ? AHEAD : 2 * AHEAD, reach = length < furthest ? length : furthest;
 #define FLUSH_CHAINS \
     if (room == 0) { \
-        FN(flush_chains)(chain, sums->wide_v, sums->wide_vd); \
+        FN(flush_chains)(chain, sums->wide_v, sums->wide_vd, with_u); \
         room = CHAIN; \
     }
     for (ptrdiff_t r = 0; r < n_rows; r++) {
@@ -287,34 +304,38 @@ static ALWAYS_INLINE void FN(sums_of_rows)(struct FN(row_sums) * sums, const S *
         if (left > 0) {
             if (w)
                 FN(write_some)(w, left);
-            for (int i = 0; i < 2 && left > i * VL; i++) {
-                PREFETCH_L2(row + i * VL, to_next * (ptrdiff_t)sizeof(S));
-                if (with_u)
-                    PREFETCH_L2(row_u + i * VL, to_next * (ptrdiff_t)sizeof(S));
 #if SPLITS
-                if (IN_TWOS(with_u)) {
-                    const struct FN(two) x_two = FN(read_two_part)(row + i * VL, left - i * VL, center),
-                                         u_two =
-                                             with_u ? FN(read_two_part)(row_u + i * VL, left - i * VL, zero) : x_two;
+            if (IN_TWOS(with_u)) {
+                for (int i = 0; i < VU && left > i * 2 * VN; i++) {
+                    const ptrdiff_t from = i * 2 * VN;
+                    PREFETCH_L2(row + from, to_next * (ptrdiff_t)sizeof(S));
+                    if (with_u)
+                        PREFETCH_L2(row_u + from, to_next * (ptrdiff_t)sizeof(S));
+                    const struct FN(two) x_two = FN(read_two_part)(row + from, left - from, center),
+                                         u_two = with_u ? FN(read_two_part)(row_u + from, left - from, zero) : x_two;
                     for (int k = 0; k < 2; k++) {
                         const FN(vec) u_values =
                             FN(taken)(&passing, 0, VN, x_two.v[k], u_two.v[k], center, y_scale, y_shift, with_u);
-                        FN(take)(&chain[i][k], x_two.v[k], u_values, center, with_u);
+                        FN(take)(k == 0 ? &FIRST_OF_TWO(i) : &SECOND_OF_TWO(i), x_two.v[k], u_values, center, with_u);
                     }
-                    continue;
                 }
+            } else
 #endif
-                for (int k = 0; k < VU; k++) {
-                    const ptrdiff_t j = i * VL + k * VN;
-                    const FN(vec) x_values = FN(read_part)(row + j, left - j, center);
-                    FN(vec) u_values = zero;
+                for (int i = 0; i < 2 && left > i * VL; i++) {
+                    PREFETCH_L2(row + i * VL, to_next * (ptrdiff_t)sizeof(S));
                     if (with_u)
-                        u_values =
-                            FN(taken)(&passing, row - x + j, FN(within)(left - j), x_values,
-                                      FN(read_part)(row_u + j, left - j, zero), center, y_scale, y_shift, with_u);
-                    FN(take)(&chain[i][k], x_values, u_values, center, with_u);
+                        PREFETCH_L2(row_u + i * VL, to_next * (ptrdiff_t)sizeof(S));
+                    for (int k = 0; k < VU; k++) {
+                        const ptrdiff_t j = i * VL + k * VN;
+                        const FN(vec) x_values = FN(read_part)(row + j, left - j, center);
+                        FN(vec) u_values = zero;
+                        if (with_u)
+                            u_values =
+                                FN(taken)(&passing, row - x + j, FN(within)(left - j), x_values,
+                                          FN(read_part)(row_u + j, left - j, zero), center, y_scale, y_shift, with_u);
+                        FN(take)(&chain[i][k], x_values, u_values, center, with_u);
+                    }
                 }
-            }
             room -= 1;
             FLUSH_CHAINS
         }
@@ -328,7 +349,7 @@ static ALWAYS_INLINE void FN(sums_of_rows)(struct FN(row_sums) * sums, const S *
 
 static ALWAYS_INLINE void FN(end_rows)(struct FN(row_sums) * sums, int with_u, double *sum_v, double *sum_vd)
 {
-    FN(flush_chains)(sums->chain, sums->wide_v, sums->wide_vd);
+    FN(flush_chains)(sums->chain, sums->wide_v, sums->wide_vd, with_u);
 #if SPLITS
     if (IN_TWOS(with_u)) {
         FN(put_in_order)(sums->wide_v);
