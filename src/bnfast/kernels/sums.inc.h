@@ -20,8 +20,8 @@
 /* At most this many columns at once, so that what is gathered for them stays in cache. */
 #define COLUMNS ((ptrdiff_t)(4096 / sizeof(T)))
 
-/* Of rows of columns, so many elements ahead, or the next rows. */
-#define ROW_AHEAD ((ptrdiff_t)(2048 / sizeof(S)))
+/* Of rows of columns, so many elements ahead, of two arrays half as many; but at least the next rows. */
+#define ROW_AHEAD ((ptrdiff_t)(16384 / sizeof(S)))
 
 /* How many elements ahead of the sums memory is asked for, in long rows of one array twice as many: the sums of a block
  * are not the simple stream that the hardware expects. */
@@ -598,12 +598,12 @@ IN_ORDER(PASSED)
             FN(near_##name##_PASSED)(&some); \
     } while (0)
 
-/* How far ahead of `all` is asked for. next: elements from the first row to what is needed after these; rows: that are taken
- * together */
+/* How far ahead of `all` is asked for. next: elements from the first row to what is needed after these */
 static ALWAYS_INLINE struct FN(far)
-    FN(far_from)(const struct FN(tile) * all, ptrdiff_t n_columns, ptrdiff_t next, ptrdiff_t rows)
+    FN(far_from)(const struct FN(tile) * all, ptrdiff_t n_columns, ptrdiff_t next, int with_u)
 {
-    const ptrdiff_t enough = rows * n_columns < ROW_AHEAD ? ROW_AHEAD / n_columns : rows;
+    const ptrdiff_t rows = with_u ? 1 : 2 * COLUMN_CHAIN, ahead = with_u ? ROW_AHEAD / 2 : ROW_AHEAD;
+    const ptrdiff_t enough = rows * n_columns < ahead ? ahead / n_columns : rows;
     const ptrdiff_t rows_ahead = enough < all->n_rows ? enough : all->n_rows;
     const struct FN(far) far = {0, rows_ahead, next + (rows_ahead - all->n_rows) * all->stride, NULL};
     return far;
@@ -649,7 +649,7 @@ static NEVER_INLINE void FN(sums_in_order)(const struct FN(tile) * all, ptrdiff_
 {
     const ptrdiff_t tile_rows = 2 * COLUMN_CHAIN, stride = all->stride, n_rows = all->n_rows;
     struct FN(pair) chains[2][COLUMNS / VN];
-    struct FN(far) far = FN(far_from)(all, n_columns, next, 1);
+    struct FN(far) far = FN(far_from)(all, n_columns, next, with_u);
     struct FN(tile) tile = *all;
     memset(chains, 0, sizeof chains);
     far.chains = chains;
@@ -689,10 +689,10 @@ static ALWAYS_INLINE void FN(sums_of_columns)(const struct FN(tile) * all, ptrdi
 {
     memset(all->sum_v, 0, (size_t)n_columns * sizeof *all->sum_v);
     memset(all->sum_vd, 0, (size_t)n_columns * sizeof *all->sum_vd);
-    /* of rows that a tile fills, tiles are the order of memory: the hardware asks for them (0.75 to 0.95 of the time) */
-    const int in_cache = (near || all->stride <= 4 * VN) && all->packed_x == NULL;
+    /* of rows that a tile fills, tiles are the order of memory, and of two arrays the hardware asks for them in time */
+    const int in_cache = (near || (with_u && all->stride <= 4 * VN)) && all->packed_x == NULL;
     if (in_cache || with_u == NO_U) {
-        struct FN(far) far = FN(far_from)(all, n_columns, next, 2 * COLUMN_CHAIN);
+        struct FN(far) far = FN(far_from)(all, n_columns, next, with_u);
         FN(sums_of_tiles)(all, n_columns, with_u, in_cache ? NULL : &far);
     } else
         FN(sums_in_order)(all, n_columns, next, with_u);
