@@ -209,6 +209,7 @@ static inline void write_split_bf16(uint16_t *p, __m512 even, __m512 odd, int st
     round_two_bf16(even, odd, &first, &second);
     write_both(p, _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(first, 16), second), stream);
 }
+
 /* Two vectors that lie one after the other, to memory that is aligned to both where they go around the caches. */
 #define ISA_JOINS_HALVES 1
 
@@ -222,7 +223,8 @@ static inline void write_joined_bf16(uint16_t *p, __m512 first, __m512 second, i
     round_two_bf16(first, second, &one, &other);
     write_both(p, _mm512_permutex2var_epi16(one, _mm512_loadu_si512(upper_halves), other), stream);
 }
-/* The lower halves of two vectors, and the upper ones: their sums. */
+
+/* Sums of the even elements of two runs of 16, then of the odd ones: the first run's are the lower halves of the vectors. */
 static inline __m512 add_split_bf16(__m512 even, __m512 odd)
 {
     return _mm512_add_ps(_mm512_shuffle_f32x4(even, odd, 0x44), _mm512_shuffle_f32x4(even, odd, 0xee));

@@ -140,8 +140,7 @@ const bnfast_kernels FN(bnfast_table) = {
 #undef WIDE_COLUMNS
 #undef TAKE_STEPS
 #undef IN_TWOS
-#undef FIRST_OF_TWO
-#undef SECOND_OF_TWO
+#undef CHAIN_OF
 #undef TAKE_TWO
 #undef TAKE_STEPS_OF_TWO
 #undef ROWS

@@ -149,8 +149,8 @@ static ALWAYS_INLINE void FN(put_in_order)(FN(wide) * wide)
 /* The same of halves, of two vectors at once, which are VL elements (AVX2), or those of both chains (AVX-512); the chains are
  * variables of their own, which as an array were stored at every step (0.6 to 0.95 of the time; of float32 it is the same). */
 #define IN_TWOS(kind) (sizeof(S) < sizeof(T) && VU <= 2 && (kind) <= RECTIFIED)
-#define FIRST_OF_TWO(i) chain[i][0]
-#define SECOND_OF_TWO(i) chain[VU == 1 ? 1 : (i)][VU - 1]
+/* That of the k-th vector of a step. */
+#define CHAIN_OF(k) chain[(k) / VU][(k) % VU]
 #define TAKE_TWO(from, first, second, more) \
     do { \
         PREFETCH_L2(row + (from), ahead * (ptrdiff_t)sizeof(S)); \
@@ -168,19 +168,22 @@ static ALWAYS_INLINE void FN(put_in_order)(FN(wide) * wide)
     } while (0)
 #define TAKE_STEPS_OF_TWO(more) \
     do { \
-        struct FN(pair) first = FIRST_OF_TWO(0), second = SECOND_OF_TWO(0), next_first = FIRST_OF_TWO(1), \
-                        next_second = SECOND_OF_TWO(1); \
+        struct FN(pair) first = CHAIN_OF(0), second = CHAIN_OF(1), next_first = first, next_second = second; \
+        if (VU == 2) { \
+            next_first = CHAIN_OF(2); \
+            next_second = CHAIN_OF(3); \
+        } \
         for (ptrdiff_t s = 0; s < steps; s++, row += 2 * VL, row_u += 2 * VL) { \
             TAKE_TWO(0, first, second, more); \
             if (VU == 2) \
                 TAKE_TWO(VL, next_first, next_second, more); \
         } \
         if (VU == 2) { \
-            FIRST_OF_TWO(1) = next_first; \
-            SECOND_OF_TWO(1) = next_second; \
+            CHAIN_OF(2) = next_first; \
+            CHAIN_OF(3) = next_second; \
         } \
-        FIRST_OF_TWO(0) = first; \
-        SECOND_OF_TWO(0) = second; \
+        CHAIN_OF(0) = first; \
+        CHAIN_OF(1) = second; \
     } while (0)
 
 /* The sums of a channel so far: two chains, which may take `room` more terms, and what they have been added to. */
@@ -316,7 +319,7 @@ static ALWAYS_INLINE void FN(sums_of_rows)(struct FN(row_sums) * sums, const S *
                     for (int k = 0; k < 2; k++) {
                         const FN(vec) u_values =
                             FN(taken)(&passing, 0, VN, x_two.v[k], u_two.v[k], center, y_scale, y_shift, with_u);
-                        FN(take)(k == 0 ? &FIRST_OF_TWO(i) : &SECOND_OF_TWO(i), x_two.v[k], u_values, center, with_u);
+                        FN(take)(&CHAIN_OF(2 * i + k), x_two.v[k], u_values, center, with_u);
                     }
                 }
             } else
