@@ -127,23 +127,6 @@ cpdef int team_for(Py_ssize_t elements, Py_ssize_t worth=1 << 30) except -1:
     return team if budget.chosen else bnfast_rivals_leave(team, elements)
 
 
-cdef Py_ssize_t parameter_bytes(bnfast_parameter *parameter, Py_ssize_t channels) noexcept:
-    """Of a copy, in whole float64s."""
-    return channels * 8 if parameter.wide != NULL else (channels + 1) // 2 * 8 if parameter.narrow != NULL else 0
-
-
-cdef char *kept(bnfast_parameter *parameter, Py_ssize_t channels, char *at) noexcept:
-    """Copies a parameter to `at`, and has it read from there; returns what is behind it."""
-    cdef char *behind = at + parameter_bytes(parameter, channels)
-    if parameter.wide != NULL:
-        memcpy(at, parameter.wide, channels * 8)
-        parameter.wide = <const double *>at
-    elif parameter.narrow != NULL:
-        memcpy(at, parameter.narrow, channels * 4)
-        parameter.narrow = <const float *>at
-    return behind
-
-
 cdef int compute(bnfast_job *job, cnp.ndarray x) except -1:
     """Plans and runs a job whose arrays are set; job.u, if any, lies as x does."""
     if job.kernels == NULL:
@@ -162,18 +145,14 @@ cdef int plan_and_run(bnfast_job *job) except -1:
     """One job, whose kernels are chosen."""
     cdef Py_ssize_t elements = job.outer * job.channels * job.inner
     cdef Py_ssize_t more
-    cdef bnfast_parameter *parameters[4]
-    cdef int p
     cdef char on_stack[WORKSPACE_ON_STACK]  # an allocation costs small calls a twentieth of their time
     cdef char *memory = on_stack
     cdef cnp.ndarray large = None  # whose memory it is, where there is much of it
     cdef cnp.npy_intp size
-    cdef char *at
     cdef char *shared = NULL
     cdef Py_ssize_t worth
     cdef bint small  # done at once by the calling thread, which keeps the GIL
     cdef int budget = 1
-    parameters[0], parameters[1], parameters[2], parameters[3] = &job.gamma, &job.beta, &job.vgamma, &job.vbeta
     job.n_threads = 1
     worth = bnfast_threads_worth(job)
     small = worth == 1
@@ -181,13 +160,7 @@ cdef int plan_and_run(bnfast_job *job) except -1:
         budget = team_for(elements, worth)
         job.n_threads = bnfast_openmp_enter(budget)
     bnfast_plan(job)
-    # what the threads need besides: their shares of each phase, and the parameters as they are now, which others may
-    # change meanwhile
-    more = 0
-    if not small:
-        more = job.n_phases * <Py_ssize_t>phase_bytes(job.n_threads)
-        for p in range(4):
-            more += parameter_bytes(parameters[p], job.channels)
+    more = 0 if small else job.n_phases * <Py_ssize_t>phase_bytes(job.n_threads)  # the threads' shares of each phase
     if may_lift(job):
         more += job.channels
     size = more + job.workspace_bytes + 64
@@ -207,11 +180,8 @@ cdef int plan_and_run(bnfast_job *job) except -1:
     if not small:
         shared = job.workspace
         job.workspace += job.n_phases * phase_bytes(job.n_threads)
-    at = job.workspace + job.workspace_bytes
-    for p in range(0 if small else 4):
-        at = kept(parameters[p], job.channels, at)
     if may_lift(job):
-        job.lifted = <unsigned char *>memset(at, 0, job.channels)
+        job.lifted = <unsigned char *>memset(job.workspace + job.workspace_bytes, 0, job.channels)
     if small:
         run_alone(job)
         lower_what_is_lifted(job, NULL)
