@@ -337,3 +337,27 @@ def test_the_bits_of_every_plan(shape, dtype, rng, force_plan):
                 found = all_of_it()
             for one, other in zip(expected, found, strict=True):
                 assert_same_bits(one, other, (plan, threads))
+
+
+@pytest.mark.parametrize("n", [515, 1030])
+def test_the_first_and_the_last_channel_of_a_long_row(n, dtype, rng):
+    """At the edges of the range, where the row is a few channels longer than what is mapped at once, wherever it begins."""
+    x, residual, dy = rng.normal(size=(3, 6, n)).astype(dtype)
+    x[:, [0, -1]] *= np.finfo(dtype).max / 8
+    gamma, beta = rng.normal(size=(2, n)).astype(dtype)
+
+    def all_of_it(offset):
+        out, dx = (np.empty(x.size + 16, dtype)[offset:][: x.size].reshape(x.shape) for _ in range(2))
+        _, mean, inv_std = F.batch_norm(x, gamma, beta, residual=residual, activation="relu", out=out)
+        F.batch_norm_backward(dy, x, mean, inv_std, gamma, out=dx)
+        return [out, dx, F.batch_norm(x, gamma, beta)[0]]
+
+    with bnfast.num_threads(1):
+        expected = all_of_it(0)
+        mean, inv_std = F.batch_norm(x, gamma, beta)[1:3]
+        assert_y(expected[2], x, mean, inv_std, gamma, beta)
+        y = np.maximum(F.batch_norm(x[:, [0, -1]], gamma[[0, -1]], beta[[0, -1]], residual=residual[:, [0, -1]])[0], 0)
+        assert_same_bits(expected[0][:, [0, -1]], y)
+        for offset in range(1, 16):
+            for one, other in zip(expected, all_of_it(offset), strict=True):
+                assert_same_bits(one, other, offset)

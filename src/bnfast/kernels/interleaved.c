@@ -13,7 +13,11 @@
 #include <stdint.h>
 #include <string.h>
 
-enum { COEFFICIENT_BYTES = 12 << 10 /* of a part of the columns that is mapped at once: a part of L1 */ };
+enum {
+    COEFFICIENT_BYTES = 12 << 10, /* of a part of the columns that is mapped at once: a part of L1 */
+    LINE = 64,
+    MOST_OF_ROW = COEFFICIENT_BYTES / 3 + LINE, /* bytes of a row in such a part */
+};
 
 static double segment_count(const bnfast_job *job, ptrdiff_t s)
 {
@@ -143,7 +147,7 @@ static void apply_with_care(const bnfast_job *job, const bnfast_block *block, pt
                             const bnfast_coefficients *c, int flags)
 {
     const ptrdiff_t size = job->kernels->itemsize, n = columns->n_columns;
-    double x_row[COEFFICIENT_BYTES / 3 / sizeof(double)], u_row[COEFFICIENT_BYTES / 3 / sizeof(double)];
+    double x_row[MOST_OF_ROW / sizeof(double)], u_row[MOST_OF_ROW / sizeof(double)];
     memcpy(x_row, x, (size_t)(n * size));
     memcpy(u_row, u, (size_t)(n * size));
     job->kernels->map_interleaved(x, u, out, marked, columns, c, flags, 0);
@@ -189,11 +193,12 @@ static void apply(const bnfast_job *job, const bnfast_block *block, ptrdiff_t ro
         columns.stride = columns.u_stride;
     }
     const int careful = bnfast_some_careful(block, 0, block->n);
-    /* all parts but the first begin where a line of `out` does */
-    const ptrdiff_t odd = (ptrdiff_t)((uintptr_t)out % 64) / size;
+    /* all parts but the first begin where a line of `out` does; what would be less than a line is not left for one more */
+    const ptrdiff_t odd = (ptrdiff_t)((uintptr_t)out % LINE) / size;
     for (ptrdiff_t j = 0; j < n_columns; j += columns.n_columns) {
         const bnfast_coefficients c = bnfast_coefficients_at(job, &block->column, j);
-        columns.n_columns = least(j == 0 ? part - odd : part, n_columns - j);
+        const ptrdiff_t left = n_columns - j, n = j == 0 ? part - odd : part;
+        columns.n_columns = left - n < LINE / size ? left : n;
         columns.next_x = next > 0 ? next_x + j * size : NULL;
         columns.next_u = next > 0 && next_u ? next_u + j * size : NULL;
         const bnfast_marked marked = bnfast_marked_at(job, offset + j * size);
