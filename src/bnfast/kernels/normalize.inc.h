@@ -262,6 +262,17 @@ static ALWAYS_INLINE ptrdiff_t FN(left_to_line)(const bnfast_writer *w)
 
 static ALWAYS_INLINE int FN(written)(const bnfast_writer *w) { return w->row == w->runs.n_rows; }
 
+/* Asks for the lines of memory with which the next row of a result begins and ends, where it does not fill them: a store that goes
+ * through the caches waits for its line, and those around them behind it. row: the one before */
+static ALWAYS_INLINE void FN(ask_for_ends)(const S *row, ptrdiff_t stride, ptrdiff_t length)
+{
+    const uintptr_t next = (uintptr_t)row + (uintptr_t)stride * sizeof(S), end = next + (uintptr_t)length * sizeof(S);
+    if (next % (LINE * sizeof(S)) != 0)
+        PREFETCH_L2(next, 0);
+    if (end % (LINE * sizeof(S)) != 0)
+        PREFETCH_L2(end, 0);
+}
+
 /* At least n elements more, or all that is left. A row is written as one run: a vector may begin in one channel and end
  * in the next, so that no line of memory is written in two parts. Of a row only whole lines go around the caches: one that
  * is written half around them and half through them costs as much as many others. Channels have at least VN elements, but
@@ -296,6 +307,10 @@ static ALWAYS_INLINE void FN(write_map)(bnfast_writer *w, ptrdiff_t n, int flags
         struct FN(map) map = FN(map_of_channel)(c, i, flags);
         if (end == 0) {
             end = length;
+            if (stream)
+                FN(ask_for_ends)(at.out, stride, row_length);
+            if (stream && HAS_TWO_RESULTS(flags))
+                FN(ask_for_ends)(at.passed, stride, row_length);
             if (stream || MARKS(flags)) {
                 const ptrdiff_t head = FN(to_aligned)(at.out, row_length);
                 if (head > 0)
