@@ -341,7 +341,7 @@ def test_the_bits_of_every_plan(shape, dtype, rng, force_plan):
 
 @pytest.mark.parametrize("n", [515, 1030])
 def test_the_first_and_the_last_channel_of_a_long_row(n, dtype, rng):
-    """At the edges of the range, where the row is a few channels longer than what is mapped at once, wherever it begins."""
+    """At the edges of the range, in a row a few channels longer than what is mapped at once, wherever it begins."""
     x, residual, dy = rng.normal(size=(3, 6, n)).astype(dtype)
     x[:, [0, -1]] *= np.finfo(dtype).max / 8
     gamma, beta = rng.normal(size=(2, n)).astype(dtype)
