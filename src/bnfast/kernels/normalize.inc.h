@@ -307,9 +307,10 @@ static ALWAYS_INLINE void FN(write_map)(bnfast_writer *w, ptrdiff_t n, int flags
         struct FN(map) map = FN(map_of_channel)(c, i, flags);
         if (end == 0) {
             end = length;
-            if (stream)
+            const int asks = stream && row + 1 < w->runs.n_rows;
+            if (asks)
                 FN(ask_for_ends)(at.out, stride, row_length);
-            if (stream && HAS_TWO_RESULTS(flags))
+            if (asks && HAS_TWO_RESULTS(flags))
                 FN(ask_for_ends)(at.passed, stride, row_length);
             if (stream || MARKS(flags)) {
                 const ptrdiff_t head = FN(to_aligned)(at.out, row_length);
