@@ -61,13 +61,18 @@ static inline __m512d widen_f32_avx512(__m512 v, int k)
 }
 static inline __m512d widen_f64_avx512(__m512d v, int k) { return (void)k, v; }
 
-/* In each lane: a <= b ? yes : no; a <= low or high <= a ? yes : no (see vec.h). */
+/* In each lane: a <= b ? yes : no; a <= b ? 0 : no; a <= low or high <= a ? yes : no (see vec.h). Zeros come with a load
+ * of `no` for nothing. */
 #define ISA_HAS_CHOICE 1
 #define ISA_HAS_BITS 1
 
 static inline __m512 if_at_most_f32_avx512(__m512 a, __m512 b, __m512 yes, __m512 no)
 {
     return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LE_OQ), no, yes);
+}
+static inline __m512 zero_if_at_most_f32_avx512(__m512 a, __m512 b, __m512 no)
+{
+    return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a, b, _CMP_NLE_UQ), no);
 }
 static inline __m512 if_outside_f32_avx512(__m512 a, __m512 low, __m512 high, __m512 yes, __m512 no)
 {
@@ -77,6 +82,10 @@ static inline __m512 if_outside_f32_avx512(__m512 a, __m512 low, __m512 high, __
 static inline __m512d if_at_most_f64_avx512(__m512d a, __m512d b, __m512d yes, __m512d no)
 {
     return _mm512_mask_blend_pd(_mm512_cmp_pd_mask(a, b, _CMP_LE_OQ), no, yes);
+}
+static inline __m512d zero_if_at_most_f64_avx512(__m512d a, __m512d b, __m512d no)
+{
+    return _mm512_maskz_mov_pd(_mm512_cmp_pd_mask(a, b, _CMP_NLE_UQ), no);
 }
 static inline __m512d if_outside_f64_avx512(__m512d a, __m512d low, __m512d high, __m512d yes, __m512d no)
 {

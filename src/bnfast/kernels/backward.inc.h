@@ -81,7 +81,7 @@ static ALWAYS_INLINE int FN(kind_of)(const bnfast_passing *passing)
         return PASSED;
     if (passing->marks)
         return SPECIALISES ? MARKED : PASSED;
-    return RECTIFIED;
+    return bnfast_is_relu(&passing->rectifier) ? RELU : RECTIFIED;
 }
 
 /* Whether no product of float32 has overflowed, or lost digits to underflow; least: of n terms the sum should be so
@@ -104,6 +104,10 @@ static void FN(sums_planar)(const void *data, const void *data_u, const bnfast_r
         SUMS(ALL, writer, BNFAST_GRADIENT);
     else if (kind == ALL)
         SUMS(ALL, NULL, 0);
+    else if (kind == RELU && writer == NULL)
+        SUMS(RELU, NULL, 0);
+    else if (kind == RELU)
+        SUMS(RELU, writer, BNFAST_GRADIENT | BNFAST_RECTIFY | BNFAST_RELU);
     else if (kind == RECTIFIED && writer == NULL)
         SUMS(RECTIFIED, NULL, 0);
     else if (kind == RECTIFIED)
@@ -159,6 +163,8 @@ static void FN(sums_interleaved)(const void *data, const void *data_u, const bnf
         const struct FN(tile) some = FN(tile_at)(&all, first);
         if (kind == ALL)
             FN(sums_of_columns)(&some, n, next, ALL, rows->near);
+        else if (kind == RELU)
+            FN(sums_of_columns)(&some, n, next, RELU, rows->near);
         else if (kind == RECTIFIED)
             FN(sums_of_columns)(&some, n, next, RECTIFIED, rows->near);
         else if (SPECIALISES && kind == MARKED)

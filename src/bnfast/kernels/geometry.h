@@ -60,8 +60,9 @@ static inline int may_pack(const bnfast_job *job)
 static inline int map_flags(const bnfast_job *job)
 {
     const int mark = maps_marks(job) ? BNFAST_MARK : 0;
+    const int relu = !mark && bnfast_is_relu(&job->rectifier) ? BNFAST_RELU : 0;
     if (maps_gradient(job))
-        return BNFAST_GRADIENT | mark | (passes(job) && !passed_early(job) ? BNFAST_RECTIFY : 0);
+        return BNFAST_GRADIENT | mark | (passes(job) && !passed_early(job) ? BNFAST_RECTIFY | relu : 0);
     if (maps_u_only(job))
         return 0;
     return (job->residual ? BNFAST_ADD : 0) | mark | (job->rectifies ? BNFAST_RECTIFY : 0);

@@ -169,7 +169,7 @@ static void apply(const bnfast_job *job, const bnfast_block *block, ptrdiff_t ro
                   ptrdiff_t n_columns, ptrdiff_t next)
 {
     /* what lies together of u is what was taken of it, but where the map goes by marks itself */
-    const int flags = map_flags(job) & ~(block->packed_u && !maps_marks(job) ? BNFAST_RECTIFY : 0);
+    const int flags = map_flags(job) & ~(block->packed_u && !maps_marks(job) ? BNFAST_RECTIFY | BNFAST_RELU : 0);
     const ptrdiff_t size = job->kernels->itemsize;
     const ptrdiff_t part = COEFFICIENT_BYTES / ((flags & BNFAST_GRADIENT) ? 6 : 3) / job->kernels->coefficient_size;
     const ptrdiff_t offset = (row * folded_stride(job) + block->first * job->inner) * size;

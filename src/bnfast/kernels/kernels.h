@@ -63,6 +63,9 @@ typedef struct {
     double slope, top;
 } bnfast_rectifier;
 
+/* ReLU: no slope, no top. */
+static inline int bnfast_is_relu(const bnfast_rectifier *r) { return r->slope == 0.0 && r->top != r->top; }
+
 /* What the map does with an element, per column, in what is computed with; flags, for each combination of which there is
  * one body:
  *   0                 v = (x - center) * scale + shift
@@ -71,9 +74,10 @@ typedef struct {
  *   BNFAST_GRADIENT   (u - u_center) * u_scale + ((x - center) * scale * hat_scale + shift), scale being inv_std:
  *                     its square would leave the range of float32 for data beyond 1e19 or below 1e-19
  *     BNFAST_RECTIFY  u times the rectifier's derivative at (x - center) * y_scale + y_shift, in the place of u
+ *       BNFAST_RELU   that rectifier being ReLU, which most are: a shorter body
  *   BNFAST_MARK       with BNFAST_RECTIFY: what passes is marked; a gradient goes by the marks that a forward has left
  * Each pointer: (columns,) IN; interleaved: (columns + BNFAST_PAD,), the first ones again past the end. */
-enum { BNFAST_GRADIENT = 1, BNFAST_ADD = 2, BNFAST_RECTIFY = 4, BNFAST_MARK = 8 };
+enum { BNFAST_GRADIENT = 1, BNFAST_ADD = 2, BNFAST_RECTIFY = 4, BNFAST_MARK = 8, BNFAST_RELU = 16 };
 /* BNFAST_MARKS_PAD: bytes of marks besides: they may begin in the second, and more may be read than there are. */
 enum { BNFAST_PAD = 16, BNFAST_SAMPLES = 5, BNFAST_MARKS_PAD = 8 };
 
@@ -183,7 +187,7 @@ typedef struct {
                                       double *m2, void *packed);
 
     /* Sum of u, and of u * d, d = x - center, over one segment; shapes as above, center: the mean, rounded; passing:
-     * what of u is taken, NULL: all */
+     * what of u is taken, NULL: all; the writer's map takes of its u what passes there, by the same rectifier */
     void (*sums_planar)(const void *x, const void *u, const bnfast_runs *runs, ptrdiff_t next, const void *center,
                         const bnfast_passing *passing, double *sum_u, double *sum_ud, bnfast_writer *writer);
     void (*sums_interleaved)(const void *x, const void *u, const bnfast_rows *rows, const void *center,

@@ -172,6 +172,7 @@ const bnfast_kernels FN(bnfast_table) = {
 #undef NO_U
 #undef ALL
 #undef PASSED
+#undef RELU
 #undef RECTIFIED
 #undef MARKED
 #undef TAKES_SOME

@@ -129,8 +129,10 @@ static ALWAYS_INLINE FN(vec) FN(map_value)(const struct FN(map) * map, FN(vec) x
 {
     const FN(vec) d = x - map->center, scaled = d * map->scale;
     if (flags & BNFAST_GRADIENT) {
-        if (PASSES(flags))
-            u = FN(passed_at_sum)(&map->rectifier, u, d * map->y_scale, map->y_shift);
+        if (flags & BNFAST_RELU)
+            u = FN(passed_by_relu)(u, d * map->y_scale, map->y_shift);
+        else if (PASSES(flags))
+            u = FN(passed)(&map->rectifier, u, d * map->y_scale + map->y_shift);
         return (u - map->u_center) * map->u_scale + (scaled * map->hat_scale + map->shift);
     }
     FN(vec) v = scaled + map->shift;
@@ -394,7 +396,8 @@ enough:
     DO(added_marked, BNFAST_ADD | BNFAST_RECTIFY | BNFAST_MARK) \
     DO(gradient_marked, BNFAST_GRADIENT | BNFAST_RECTIFY | BNFAST_MARK) \
     DO(gradient, BNFAST_GRADIENT) \
-    DO(gradient_rectified, BNFAST_GRADIENT | BNFAST_RECTIFY)
+    DO(gradient_rectified, BNFAST_GRADIENT | BNFAST_RECTIFY) \
+    DO(gradient_relu, BNFAST_GRADIENT | BNFAST_RECTIFY | BNFAST_RELU)
 
 static void FN(write_some)(bnfast_writer *w, ptrdiff_t n)
 {

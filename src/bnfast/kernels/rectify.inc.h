@@ -11,22 +11,21 @@ struct FN(rectifier) {
 static ALWAYS_INLINE struct FN(rectifier) FN(rectifier_of)(const bnfast_rectifier *of)
 {
     const struct FN(rectifier)
-        rectifier = {FN(set1)((T)of->slope), FN(set1)((T)of->top), of->slope == 0.0 && of->top != of->top};
+        rectifier = {FN(set1)((T)of->slope), FN(set1)((T)of->top), bnfast_is_relu(of)};
     return rectifier;
 }
 
 /* slope * v, and +0 for a slope of 0, whatever v is. */
 static ALWAYS_INLINE FN(vec) FN(below)(const struct FN(rectifier) * of, FN(vec) v)
 {
-    const FN(vec) zero = FN(set1)(0);
-    return FN(if_at_most)(of->slope, zero, zero, of->slope * v);
+    return FN(zero_if_at_most)(of->slope, FN(set1)(0), of->slope * v);
 }
 
 static ALWAYS_INLINE FN(vec) FN(rectified)(const struct FN(rectifier) * of, FN(vec) v)
 {
     const FN(vec) zero = FN(set1)(0);
     if (of->is_relu)
-        return FN(if_at_most)(v, zero, zero, v);
+        return FN(zero_if_at_most)(v, zero, v);
     return FN(if_at_most)(v, zero, FN(below)(of, v), FN(if_at_most)(of->top, v, of->top, v));
 }
 
@@ -35,18 +34,15 @@ static ALWAYS_INLINE FN(vec) FN(passed)(const struct FN(rectifier) * of, FN(vec)
 {
     const FN(vec) zero = FN(set1)(0);
     if (of->is_relu)
-        return FN(if_at_most)(v, zero, zero, u);
+        return FN(zero_if_at_most)(v, zero, u);
     return FN(if_outside)(v, zero, of->top, FN(below)(of, u), u);
 }
 
-/* The same at v = scaled + shift. A rounded sum has the sign of the exact one, so a comparison is enough for ReLU. (Where
- * the caller has subnormal results flushed, sums that would be have none; here they pass, if they are above 0.) */
-static ALWAYS_INLINE FN(vec)
-    FN(passed_at_sum)(const struct FN(rectifier) * of, FN(vec) u, FN(vec) scaled, FN(vec) shift)
+/* The same of ReLU at v = scaled + shift. A rounded sum has the sign of the exact one, so a comparison is enough. (Where the
+ * caller has subnormal results flushed, sums that would be have none; here they pass, if they are above 0.) */
+static ALWAYS_INLINE FN(vec) FN(passed_by_relu)(FN(vec) u, FN(vec) scaled, FN(vec) shift)
 {
-    if (of->is_relu)
-        return FN(if_at_most)(scaled, -shift, FN(set1)(0), u);
-    return FN(passed)(of, u, scaled + shift);
+    return FN(zero_if_at_most)(scaled, -shift, u);
 }
 
 /* Marks of what passes at v, and u by such marks, to the same bits. */

@@ -31,16 +31,17 @@ struct FN(pair) {
     FN(vec) sum_v, sum_vd;
 };
 
-/* What of u is taken, where there is one: all of it, or what an activation passes. RECTIFIED: as y alone decides it,
- * with nothing to store; MARKED: as marks do, nothing to store (of columns only, and not of halves: elsewhere nothing is
+/* What of u is taken, where there is one: all of it, or what an activation passes. RELU, RECTIFIED: as y alone decides it,
+ * with nothing to store, and ReLU or another; MARKED: as marks do, nothing to store (of columns only, and not of halves: elsewhere nothing is
  * gained); PASSED: in any way. */
-enum { FN(NO_U), FN(ALL), FN(RECTIFIED), FN(MARKED), FN(PASSED) };
+enum { FN(NO_U), FN(ALL), FN(RELU), FN(RECTIFIED), FN(MARKED), FN(PASSED) };
 #define NO_U FN(NO_U)
 #define ALL FN(ALL)
+#define RELU FN(RELU)
 #define RECTIFIED FN(RECTIFIED)
 #define MARKED FN(MARKED)
 #define PASSED FN(PASSED)
-#define TAKES_SOME(kind) ((kind) >= RECTIFIED)
+#define TAKES_SOME(kind) ((kind) >= RELU)
 
 /* bnfast_passing, from some element and channel on. */
 struct FN(passing) {
@@ -90,8 +91,10 @@ static ALWAYS_INLINE FN(vec) FN(taken)(const struct FN(passing) * passing, ptrdi
 {
     if (!TAKES_SOME(kind))
         return u;
+    if (kind == RELU)
+        return FN(passed_by_relu)(u, (x - center) * y_scale, y_shift);
     if (kind == RECTIFIED)
-        return FN(passed_at_sum)(&passing->rectifier, u, (x - center) * y_scale, y_shift);
+        return FN(passed)(&passing->rectifier, u, (x - center) * y_scale + y_shift);
     if (kind == MARKED)
         return FN(passed_by_marks)(&passing->rectifier, u, passing->marks, passing->number + at, n);
     if (passing->marks)
@@ -568,6 +571,7 @@ static ALWAYS_INLINE void FN(sum_tile)(const struct FN(tile) * tile, int vectors
 
 TILES_OF(NO_U)
 TILES_OF(ALL)
+TILES_OF(RELU)
 TILES_OF(RECTIFIED)
 TILES_OF(MARKED)
 TILES_OF(PASSED)
@@ -575,6 +579,7 @@ TILE(far_four, 4, VN, NO_U, 1)
 TILE(far_one, 1, VN, NO_U, 1)
 TILE(far_part, 1, tile->n, NO_U, 1)
 IN_ORDER(ALL)
+IN_ORDER(RELU)
 IN_ORDER(RECTIFIED)
 IN_ORDER(MARKED)
 IN_ORDER(PASSED)
@@ -593,6 +598,8 @@ IN_ORDER(PASSED)
             FN(near_##name##_NO_U)(&some); \
         else if (with_u == ALL) \
             FN(near_##name##_ALL)(&some); \
+        else if (with_u == RELU) \
+            FN(near_##name##_RELU)(&some); \
         else if (with_u == RECTIFIED) \
             FN(near_##name##_RECTIFIED)(&some); \
         else if (with_u == MARKED) \
@@ -663,6 +670,8 @@ static NEVER_INLINE void FN(sums_in_order)(const struct FN(tile) * all, ptrdiff_
         tile.n_rows = far.rows_left < tile_rows ? far.rows_left : tile_rows;
         if (with_u == ALL)
             FN(in_order_ALL)(&tile);
+        else if (with_u == RELU)
+            FN(in_order_RELU)(&tile);
         else if (with_u == RECTIFIED)
             FN(in_order_RECTIFIED)(&tile);
         else if (with_u == MARKED)
@@ -771,6 +780,8 @@ static NEVER_INLINE void FN(sums_of_short_rows)(const S *x, const S *u, const bn
         SUMS(NO_U);
     else if (with_u == ALL)
         SUMS(ALL);
+    else if (with_u == RELU)
+        SUMS(RELU);
     else if (with_u == RECTIFIED)
         SUMS(RECTIFIED);
     else if (SPECIALISES && with_u == MARKED)

@@ -33,6 +33,10 @@ static ALWAYS_INLINE FN(vec) FN(if_at_most)(FN(vec) a, FN(vec) b, FN(vec) yes, F
 {
     return F32(if_at_most)(a, b, yes, no);
 }
+static ALWAYS_INLINE FN(vec) FN(zero_if_at_most)(FN(vec) a, FN(vec) b, FN(vec) no)
+{
+    return F32(zero_if_at_most)(a, b, no);
+}
 static ALWAYS_INLINE FN(vec) FN(if_outside)(FN(vec) a, FN(vec) low, FN(vec) high, FN(vec) yes, FN(vec) no)
 {
     return F32(if_outside)(a, low, high, yes, no);
@@ -44,6 +48,13 @@ static ALWAYS_INLINE FN(vec) FN(if_at_most)(FN(vec) a, FN(vec) b, FN(vec) yes, F
     typedef TI lanes __attribute__((vector_size(VBYTES)));
     const lanes chosen = a <= b;
     return (FN(vec))((chosen & (lanes)yes) | (~chosen & (lanes)no));
+}
+
+/* a <= b ? 0 : no */
+static ALWAYS_INLINE FN(vec) FN(zero_if_at_most)(FN(vec) a, FN(vec) b, FN(vec) no)
+{
+    typedef TI lanes __attribute__((vector_size(VBYTES)));
+    return (FN(vec))(~(lanes)(a <= b) & (lanes)no);
 }
 
 /* a <= low or high <= a ? yes : no */
@@ -62,6 +73,7 @@ typedef double FN(wide), FN(unaligned_wide);
 static inline FN(vec) FN(set1)(T value) { return value; }
 static inline FN(vec) FN(select)(ptrdiff_t k, FN(vec) a, FN(vec) b) { return k > 0 ? a : b; }
 static inline FN(vec) FN(if_at_most)(FN(vec) a, FN(vec) b, FN(vec) yes, FN(vec) no) { return a <= b ? yes : no; }
+static inline FN(vec) FN(zero_if_at_most)(FN(vec) a, FN(vec) b, FN(vec) no) { return a <= b ? 0 : no; }
 static inline FN(vec) FN(if_outside)(FN(vec) a, FN(vec) low, FN(vec) high, FN(vec) yes, FN(vec) no)
 {
     return (a <= low) | (high <= a) ? yes : no;

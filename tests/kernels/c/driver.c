@@ -389,7 +389,7 @@ enum { N_COEFFICIENTS = 8 };
 
 static bnfast_coefficients new_coefficients(ptrdiff_t n, ptrdiff_t pad, int flags)
 {
-    bnfast_coefficients c = {.rectifier = rectifiers[(n + flags) % N_RECTIFIERS]};
+    bnfast_coefficients c = {.rectifier = rectifiers[flags & BNFAST_RELU ? 0 : (n + flags) % N_RECTIFIERS]};
     void **array[N_COEFFICIENTS] = {&c.center,  &c.scale,     &c.shift,   &c.u_center,
                                     &c.u_scale, &c.hat_scale, &c.y_scale, &c.y_shift};
     for (int i = 0; i < N_COEFFICIENTS; i++) {
@@ -489,14 +489,17 @@ static void planar_reductions(ptrdiff_t n_rows, ptrdiff_t n_channels, ptrdiff_t 
     void *out = new_rows(n_rows, stride, n, 9);
     double *a = new_buffer(n_channels, 8), *b = new_buffer(n_channels, 8);
     const taking t = new_taking(kind, x, u, center, n_rows, stride, n_channels, length);
-    const bnfast_coefficients c = new_coefficients(n_channels, 0, BNFAST_GRADIENT);
+    bnfast_coefficients c = new_coefficients(n_channels, 0, BNFAST_GRADIENT);
+    if (kind != ALL)
+        c.rectifier = t.passing.rectifier;
     k->exact_moments_planar(x, &runs, n, center, a, b, NULL);
     for (ptrdiff_t i = 0; i < n_channels; i++)
         expect_reduced(x, NULL, i * length, n_rows, stride, length, get(center, i), a[i], b[i]);
     note(a, (size_t)n_channels * 8), note(b, (size_t)n_channels * 8);
     for (int gradient = kind == ALL ? 0 : 1; gradient < 2; gradient++) {
         /* the map of a gradient takes of u what the sums do, or finds it stored */
-        const int flags = !gradient ? 0 : kind == PASSED ? BNFAST_GRADIENT | BNFAST_RECTIFY : BNFAST_GRADIENT;
+        const int passed = BNFAST_RECTIFY | (bnfast_is_relu(&c.rectifier) ? BNFAST_RELU : 0);
+        const int flags = !gradient ? 0 : BNFAST_GRADIENT | (kind == PASSED ? passed : 0);
         bnfast_writer writer = {
             .x = from, .u = u, .out = out, .runs = runs, .coefficients = c, .map = flags, .stream = stream};
         if (gradient)
@@ -695,8 +698,13 @@ static void leaves_of_size(ptrdiff_t n)
                 for (int beside = 0; beside <= beside_too; beside++)
                     planar_reductions(row_counts[i], n_channels, n, i % 2 * 3, beside, i % 2, kind);
         }
-    static const int maps[] = {
-        0, BNFAST_ADD, BNFAST_RECTIFY, BNFAST_ADD | BNFAST_RECTIFY, BNFAST_GRADIENT, BNFAST_GRADIENT | BNFAST_RECTIFY};
+    static const int maps[] = {0,
+                               BNFAST_ADD,
+                               BNFAST_RECTIFY,
+                               BNFAST_ADD | BNFAST_RECTIFY,
+                               BNFAST_GRADIENT,
+                               BNFAST_GRADIENT | BNFAST_RECTIFY,
+                               BNFAST_GRADIENT | BNFAST_RECTIFY | BNFAST_RELU};
     for (int m = 0; m < (int)(sizeof maps / sizeof maps[0]); m++)
         for (int stream = 0; stream < 2; stream++)
             for (int in_place = 0; in_place < (reads_u(maps[m]) ? 3 : 2); in_place++) {
