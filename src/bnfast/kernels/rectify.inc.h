@@ -10,8 +10,7 @@ struct FN(rectifier) {
 
 static ALWAYS_INLINE struct FN(rectifier) FN(rectifier_of)(const bnfast_rectifier *of)
 {
-    const struct FN(rectifier)
-        rectifier = {FN(set1)((T)of->slope), FN(set1)((T)of->top), bnfast_is_relu(of)};
+    const struct FN(rectifier) rectifier = {FN(set1)((T)of->slope), FN(set1)((T)of->top), bnfast_is_relu(of)};
     return rectifier;
 }
 
